@@ -7,51 +7,45 @@ GPAS (Gradient-Preserving Activation Scaling, arXiv 2506.22049) is one learnable
 
 In a Pre-LN Transformer every layer adds to the residual stream, whose variance therefore grows with
 depth until the last layers hardly change it. GPAS scales the stream down after each sum. The
-stop-gradient lets the gradient through as if nothing had been scaled, so the early layers lose none.
+stop-gradient lets the gradient through as if nothing had been scaled: the early layers lose none.
 
 The file is a lesson, to be read from top to bottom:
 
-     1  Tools            errors, memory, random numbers, a reproducible sum, exp
-     2  Options          what can be chosen, and the presets
-     3  Layers           gpas, residual, embedding, rmsnorm, rope, swiglu, matmul, attention,
-                         crossentropy: each a forward and a backward pass with its derivation
-     4  Model            parameters, activations, and one block that is all twelve networks
-     5  Optimizer        AdamW, clipping, the learning rate
-     6  Data             token files and the tokenizer
-     7  Checkpoints      safetensors
-     8  Sampling         telling a story
-     9  Training         validation, logs, the loop, main
+    1  Tools          errors, memory, random numbers, a reproducible sum, exp
+    2  Options        what can be chosen, and the presets
+    3  Layers         gpas, residual, embedding, rmsnorm, rope, swiglu, matmul, attention,
+                      crossentropy: each a forward and a backward pass with its derivation
+    4  Model          parameters, activations, and one block that is all twelve networks
+    5  Optimizer      AdamW, clipping, the learning rate
+    6  Data           token files and the tokenizer
+    7  Checkpoints    safetensors
+    8  Sampling       telling a story
+    9  Training       validation, logs, the loop, main
 
 Conventions. B batch, T sequence length, C channels, H feed-forward width, L layers, NH heads,
-hs = C/NH, V vocabulary. Matrices are row-major; a shape (B,T,C) stands in the comment of each pointer.
-A backward pass is given dout = dLoss/dout. It WRITES the gradient of its input, dinp, and ADDS to the
-gradients of its parameters, because those are summed over micro-batches.
+hs = C/NH, V vocabulary. Matrices are row-major; a pointer's shape stands in its comment: (B,T,C).
+A backward pass is given dout = dLoss/dout. It WRITES the gradient of its input, dinp, and ADDS to
+the gradients of its parameters, because those are summed over micro-batches.
 No sum depends on how many threads compute it: the results are the same bit for bit.
-
-Common to C11 and C++17, so that train_gpas.cu can include it.
+Everything is common to C11 and C++17, so that train_gpas.cu can include this file.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
+#include <omp.h>
 #include <stdarg.h>
 #include <stddef.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 /* ------------------------------------------------------------------------------------------------
 1. Tools
@@ -66,12 +60,10 @@ static void die(const char *format, ...) {
     fputs("train_gpas: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
-    va_end(args);
     exit(1);
 }
 
-// count elements of the given size in bytes, zeroed and aligned for vectors; ends the program when
-// there is not enough memory.
+// count elements of size bytes, zeroed, aligned for vectors. Ends the program if there is no room.
 static void *allocate(size_t count, size_t size) {
     size_t bytes = (count * size / 64 + 1) * 64;
     void *p = count > SIZE_MAX / 2 / size ? NULL : aligned_alloc(64, bytes);
@@ -81,16 +73,10 @@ static void *allocate(size_t count, size_t size) {
     return memset(p, 0, bytes);
 }
 
-static double seconds_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + 1e-9 * t.tv_nsec;
-}
-
 static int imin(int a, int b) { return a < b ? a : b; }
 static int imax(int a, int b) { return a > b ? a : b; }
 
-// SplitMix64 (Steele, Lea and Flood 2014): the next 64 random bits. The state only counts, so number
+// SplitMix64 (Steele, Lea, Flood 2014): the next 64 random bits. The state only counts, so number
 // i of a stream can be had without the numbers before it: threads can share one stream.
 #define RANDOM_STEP 0x9E3779B97F4A7C15u
 static uint64_t random_bits(uint64_t *state) {
@@ -100,17 +86,17 @@ static uint64_t random_bits(uint64_t *state) {
     return z ^ (z >> 31);
 }
 
-// Uniform in [0, 1).
-static double random_uniform(uint64_t *state) { return (random_bits(state) >> 11) / 9007199254740992.0; }
+// Uniform in [0, 1), a multiple of 2^-53.
+static double random_uniform(uint64_t *state) { return (random_bits(state) >> 11) / 0x1p53; }
 
-// Sum over i of a[i] * b[i], in double; b may be NULL for the plain sum. The chunks are the same for
-// any number of threads, and are added in order: so is the result.
+// Sum over i of a[i] * b[i], in double; b may be NULL for the plain sum. The chunks are the same
+// for any number of threads, and are added in order: so is the result.
 static double dot(const float *a, const float *b, size_t n) {
     enum { CHUNKS = 64 };
     double part[CHUNKS], sum = 0;
     #pragma omp parallel for
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        size_t begin = n / CHUNKS * chunk, end = chunk == CHUNKS - 1 ? n : n / CHUNKS * (chunk + 1);
+        size_t begin = n * chunk / CHUNKS, end = n * (chunk + 1) / CHUNKS;
         double s = 0;
         #pragma omp simd reduction(+ : s)
         for (size_t i = begin; i < end; i++) s += (double)a[i] * (b ? b[i] : 1);
@@ -132,13 +118,8 @@ static inline float exp_fast(float x) {
     float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
     float n = shifted - 12582912.0f;
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts keeps r exact
-    float e = 1.0f / 720;
-    e = e * r + 1.0f / 120;
-    e = e * r + 1.0f / 24;
-    e = e * r + 1.0f / 6;
-    e = e * r + 0.5f;
-    e = e * r + 1.0f;
-    e = e * r + 1.0f;
+    float e = 1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720));
+    e = 1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * e)));
     int32_t bits = ((int32_t)n + 127) << 23;
     float power;
     memcpy(&power, &bits, sizeof power);
@@ -151,13 +132,14 @@ static inline float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
 /* ------------------------------------------------------------------------------------------------
 2. Options
 
-One table says everything about every option: its name, where its value lives, the default, what is
+One table says everything about every option: its name, the default, where its value lives, what is
 allowed, the help text, and what becomes of it when a checkpoint is read. A checkpoint stores the
 options as text under the same names.
 */
 
 enum { NORM_PRE, NORM_LNS, NORM_SANDWICH, NORM_POST, NORM_DEEPNORM, NORM_MIX };
 enum { GATE_SILU, GATE_IDENTITY, GATE_RELU, GATE_LEAKY_RELU, GATE_TANH };
+enum { TEXT_SIZE = 1024 };
 
 typedef struct {
     int norm, gpas, gate_act, gate_train, stop_grad;
@@ -165,142 +147,115 @@ typedef struct {
     int vocab_size, layers, channels, hidden, heads, seq_len;
     int preset, batch, total_batch, steps, warmup, seed;
     double lr, weight_decay, grad_clip, gate_clip;
-    char data[1024], out[1024], resume[1024], load[1024], dump_grads[1024], prompt[1024];
-    int val_every, val_batches, sample_every, save_every, keep, print_every;
-    int length;
+    int val_every, val_batches, sample_every, save_every, keep, print_every, length;
     double temperature, top_p;
+    char data[TEXT_SIZE], out[TEXT_SIZE], resume[TEXT_SIZE], load[TEXT_SIZE], prompt[TEXT_SIZE];
+    char dump_grads[TEXT_SIZE];
 } Options;
 
+// What an option in a checkpoint is to --load and --resume: NETWORK the law for both, NETWORK_DATA the
+// default for both, RUN the default for --resume. NOT_STORED is not in it.
+enum { NETWORK, NETWORK_DATA, RUN, NOT_STORED };
 enum { INTEGER, REAL, CHOICE, TEXT };
-// What a checkpoint's value means for --load and for --resume: nothing, the default, or the law.
-enum { LOAD_KEEPS = 1, LOAD_FIXES = 2, RESUME_KEEPS = 4, RESUME_FIXES = 8 };
-#define STORED (LOAD_KEEPS | LOAD_FIXES | RESUME_KEEPS | RESUME_FIXES)
-#define NETWORK (LOAD_FIXES | RESUME_FIXES)
 
 typedef struct {
     const char *name, *value;  // value: the default, as text
     int type;
     size_t offset;             // in Options
     double low, high;          // smallest and largest number allowed
-    int stored;
-    const char *choices;       // of a CHOICE, separated by blanks
-    const char *help;
+    int group;
+    const char *help;          // of a CHOICE it begins with what can be chosen
 } OptionRow;
 
-#define AT(field) offsetof(Options, field)
+#define INT(field) INTEGER, offsetof(Options, field)
+#define NUMBER(field) REAL, offsetof(Options, field)
+#define ONE_OF(field) CHOICE, offsetof(Options, field), 0, 0
+#define STRING(field) TEXT, offsetof(Options, field), 0, 0
+#define HEADING(text) {NULL, text, 0, 0, 0, 0, NOT_STORED, NULL}
 static const OptionRow option_rows[] = {
-    {NULL, "The network", 0, 0, 0, 0, 0, NULL, NULL},
-    {"norm", "pre", CHOICE, AT(norm), 0, 0, NETWORK, "pre lns sandwich post deepnorm mix",
-     "where the RMSNorms stand"},
-    {"gpas", "on", CHOICE, AT(gpas), 0, 0, NETWORK, "off on", "scale the residual stream by gates"},
-    {"gate-act", "silu", CHOICE, AT(gate_act), 0, 0, NETWORK, "silu identity relu leaky_relu tanh",
-     "the gate's activation a"},
-    {"gate-init", "0", REAL, AT(gate_init), -100, 100, NETWORK, NULL, "the gates' initial value"},
-    {"gate-train", "on", CHOICE, AT(gate_train), 0, 0, LOAD_KEEPS | RESUME_FIXES, "off on",
-     "off: the gates keep their value"},
-    {"stop-grad", "on", CHOICE, AT(stop_grad), 0, 0, LOAD_KEEPS | RESUME_FIXES, "off on",
-     "off: a plain learned scale, not GPAS"},
-    {"vocab-size", "0", INTEGER, AT(vocab_size), 0, 65536, NETWORK, NULL,
-     "V, only needed where DATA has no tokenizer.bin"},
-    {"layers", "12", INTEGER, AT(layers), 1, 1000, NETWORK, NULL, "L"},
-    {"channels", "96", INTEGER, AT(channels), 2, 65536, NETWORK, NULL, "C, width of the stream"},
-    {"hidden", "256", INTEGER, AT(hidden), 1, 262144, NETWORK, NULL, "H, width of the feed-forward"},
-    {"heads", "4", INTEGER, AT(heads), 1, 1024, NETWORK, NULL, "NH; C/NH must be even"},
-    {"seq-len", "128", INTEGER, AT(seq_len), 1, 65536, LOAD_KEEPS | RESUME_FIXES, NULL,
-     "T, tokens in a sequence"},
-    {NULL, "Training", 0, 0, 0, 0, 0, NULL, NULL},
-    {"preset", "toy", CHOICE, AT(preset), 0, 0, 0, "toy 71m 130m 250m 350m 1b",
-     "sizes, learning rate and steps in one word"},
-    {"batch", "8", INTEGER, AT(batch), 1, 65536, RESUME_KEEPS, NULL, "B, sequences computed at once"},
-    {"total-batch", "0", INTEGER, AT(total_batch), 0, 1 << 20, RESUME_FIXES, NULL,
-     "sequences in a step, a multiple of B; 0: B"},
-    {"steps", "800", INTEGER, AT(steps), 0, 1e9, RESUME_KEEPS, NULL, "0: train nothing, tell a story"},
-    {"lr", "0.001", REAL, AT(lr), 0, 100, RESUME_KEEPS, NULL, "peak learning rate"},
-    {"warmup", "-1", INTEGER, AT(warmup), -1, 1e9, RESUME_KEEPS, NULL,
-     "steps until the peak; -1: a tenth of all"},
-    {"weight-decay", "0", REAL, AT(weight_decay), 0, 100, RESUME_KEEPS, NULL, "of the matrices"},
-    {"grad-clip", "0", REAL, AT(grad_clip), 0, 1e9, RESUME_KEEPS, NULL,
-     "largest norm of the whole gradient; 0: no limit"},
-    {"gate-clip", "0", REAL, AT(gate_clip), 0, 1e9, RESUME_KEEPS, NULL,
-     "largest norm of the gates' gradient; 0: no limit"},
-    {"seed", "1", INTEGER, AT(seed), 0, INT_MAX, RESUME_FIXES, NULL, "of weights, shuffling, stories"},
-    {NULL, "Files", 0, 0, 0, 0, 0, NULL, NULL},
-    {"data", "data/toy", TEXT, AT(data), 0, 0, LOAD_KEEPS | RESUME_KEEPS, NULL,
-     "folder of train*.bin, val*.bin, tokenizer.bin"},
-    {"out", "out", TEXT, AT(out), 0, 0, RESUME_KEEPS, NULL, "folder for logs, stories, checkpoints"},
-    {"val-every", "50", INTEGER, AT(val_every), 0, 1e9, RESUME_KEEPS, NULL,
-     "steps between validations; 0: only at the end"},
-    {"val-batches", "20", INTEGER, AT(val_batches), 0, 1e9, RESUME_KEEPS, NULL,
-     "batches in a validation; 0: all there are"},
-    {"sample-every", "0", INTEGER, AT(sample_every), 0, 1e9, RESUME_KEEPS, NULL,
-     "steps between stories; 0: only at the end"},
-    {"save-every", "0", INTEGER, AT(save_every), 0, 1e9, RESUME_KEEPS, NULL,
-     "steps between checkpoints; 0: only at the end"},
-    {"keep", "2", INTEGER, AT(keep), 1, 1e9, RESUME_KEEPS, NULL, "newest checkpoints kept of those"},
-    {"print-every", "10", INTEGER, AT(print_every), 1, 1e9, RESUME_KEEPS, NULL,
-     "steps between lines where the output is no terminal"},
-    {"resume", "", TEXT, AT(resume), 0, 0, 0, NULL, "go on with the run that wrote this checkpoint"},
-    {"load", "", TEXT, AT(load), 0, 0, 0, NULL, "start from the weights in this checkpoint"},
-    {"dump-grads", "", TEXT, AT(dump_grads), 0, 0, 0, NULL,
-     "write the first batch, its loss and gradients, and end"},
-    {NULL, "Stories", 0, 0, 0, 0, 0, NULL, NULL},
-    {"prompt", "", TEXT, AT(prompt), 0, 0, 0, NULL, "how the story begins"},
-    {"length", "512", INTEGER, AT(length), 1, 1e6, RESUME_KEEPS, NULL, "most tokens in a story"},
-    {"temperature", "0.8", REAL, AT(temperature), 0, 100, RESUME_KEEPS, NULL,
-     "0: always the likeliest token"},
-    {"top-p", "0.95", REAL, AT(top_p), 0, 1, RESUME_KEEPS, NULL,
-     "draw from the likeliest tokens of this total probability"},
+    HEADING("The network"),
+    {"norm", "pre", ONE_OF(norm), NETWORK, "pre|lns|sandwich|post|deepnorm|mix: where norms stand"},
+    {"gpas", "on", ONE_OF(gpas), NETWORK, "off|on: scale the residual stream by gates"},
+    {"gate-act", "silu", ONE_OF(gate_act), NETWORK, "silu|identity|relu|leaky_relu|tanh: a of a(g)"},
+    {"gate-init", "0", NUMBER(gate_init), -100, 100, NETWORK, "the gates' initial value"},
+    {"gate-train", "on", ONE_OF(gate_train), NETWORK_DATA, "off|on: train the gates"},
+    {"stop-grad", "on", ONE_OF(stop_grad), NETWORK_DATA, "off|on: off is a plain scale, not GPAS"},
+    {"vocab-size", "0", INT(vocab_size), 0, 65536, NETWORK, "V, where DATA has no tokenizer.bin"},
+    {"layers", "12", INT(layers), 1, 1000, NETWORK, "L"},
+    {"channels", "96", INT(channels), 2, 65536, NETWORK, "C, width of the residual stream"},
+    {"hidden", "256", INT(hidden), 1, 262144, NETWORK, "H, width of the feed-forward network"},
+    {"heads", "4", INT(heads), 1, 4096, NETWORK, "NH; C/NH must be even"},
+    {"seq-len", "128", INT(seq_len), 1, 65536, NETWORK_DATA, "T, tokens in a sequence"},
+    HEADING("Training"),
+    {"preset", "toy", ONE_OF(preset), NOT_STORED, "toy|71m|130m|250m|350m|1b: sizes, steps, rate"},
+    {"batch", "8", INT(batch), 1, 65536, RUN, "B, sequences computed at once"},
+    {"total-batch", "0", INT(total_batch), 0, 1e6, RUN, "sequences in a step, multiple of B; 0: B"},
+    {"steps", "800", INT(steps), 0, 1e9, RUN, "0: train nothing, tell a story"},
+    {"lr", "0.001", NUMBER(lr), 0, 100, RUN, "peak learning rate"},
+    {"warmup", "-1", INT(warmup), -1, 1e9, RUN, "steps to the peak; -1: a tenth of all"},
+    {"weight-decay", "0", NUMBER(weight_decay), 0, 100, RUN, "AdamW's, of the matrices"},
+    {"grad-clip", "0", NUMBER(grad_clip), 0, 1e9, RUN, "limit of the gradient's norm; 0: none"},
+    {"gate-clip", "0", NUMBER(gate_clip), 0, 1e9, RUN, "the same for the gates alone; 0: none"},
+    {"seed", "1", INT(seed), 0, INT_MAX, RUN, "of the weights, the shuffling, the stories"},
+    HEADING("Files"),
+    {"data", "data/toy", STRING(data), NETWORK_DATA, "folder of train.bin, val.bin, tokenizer.bin"},
+    {"out", "out", STRING(out), RUN, "folder for logs, stories and checkpoints"},
+    {"val-every", "50", INT(val_every), 0, 1e9, RUN, "steps between validations; 0: at the end"},
+    {"val-batches", "20", INT(val_batches), 0, 1e9, RUN, "batches in a validation; 0: all"},
+    {"sample-every", "0", INT(sample_every), 0, 1e9, RUN, "steps between stories; 0: at the end"},
+    {"save-every", "0", INT(save_every), 0, 1e9, RUN, "steps between checkpoints; 0: at the end"},
+    {"keep", "2", INT(keep), 1, 1e6, RUN, "how many of those checkpoints stay"},
+    {"print-every", "10", INT(print_every), 1, 1e9, RUN, "steps between lines, but on a terminal"},
+    {"resume", "", STRING(resume), NOT_STORED, "go on with the run that wrote this checkpoint"},
+    {"load", "", STRING(load), NOT_STORED, "start from the weights in this checkpoint"},
+    {"dump-grads", "", STRING(dump_grads), NOT_STORED, "write a batch and its gradients here, end"},
+    HEADING("Stories"),
+    {"prompt", "", STRING(prompt), NOT_STORED, "how the story begins"},
+    {"length", "512", INT(length), 1, 1e6, RUN, "most tokens in a story"},
+    {"temperature", "0.8", NUMBER(temperature), 0, 100, RUN, "0: always the likeliest token"},
+    {"top-p", "0.95", NUMBER(top_p), 0.001, 1, RUN, "draw from the likeliest of this probability"},
 };
 enum { NUM_ROWS = sizeof option_rows / sizeof *option_rows };
 
-// The sizes of the paper's networks (Table 1 and appendix), and toy for `make run`.
-typedef struct { int C, H, L, NH, T, batch, total_batch, steps; double lr; } Preset;
-static const Preset presets[] = {
-    {96, 256, 12, 4, 128, 8, 0, 800, 1e-3},
-    {512, 1368, 12, 8, 256, 16, 512, 10000, 1e-3},
-    {768, 2048, 12, 12, 256, 16, 512, 20000, 1e-3},
-    {768, 2560, 24, 16, 256, 8, 512, 40000, 1e-3},
-    {1024, 2736, 24, 16, 256, 8, 512, 60000, 5e-4},
-    {2048, 5461, 24, 32, 256, 4, 512, 100000, 5e-4},
-};
-
+// The paper's networks, and toy for `make run`.
 static void apply_preset(Options *o, int number) {
-    const Preset *p = &presets[number];
-    o->preset = number;
-    o->channels = p->C, o->hidden = p->H, o->layers = p->L, o->heads = p->NH, o->seq_len = p->T;
-    o->batch = p->batch, o->total_batch = p->total_batch, o->steps = p->steps, o->lr = p->lr;
+    static const struct { int C, H, L, NH, T, batch, total_batch, steps; double lr; } presets[] = {
+        {96, 256, 12, 4, 128, 8, 0, 800, 1e-3},
+        {512, 1368, 12, 8, 256, 16, 512, 10000, 1e-3},
+        {768, 2048, 12, 12, 256, 16, 512, 20000, 1e-3},
+        {768, 2560, 24, 16, 256, 8, 512, 40000, 1e-3},
+        {1024, 2736, 24, 16, 256, 8, 512, 60000, 5e-4},
+        {2048, 5461, 24, 32, 256, 4, 512, 100000, 5e-4},
+    };
+    o->channels = presets[number].C, o->hidden = presets[number].H, o->layers = presets[number].L;
+    o->heads = presets[number].NH, o->seq_len = presets[number].T, o->batch = presets[number].batch;
+    o->total_batch = presets[number].total_batch, o->steps = presets[number].steps;
+    o->lr = presets[number].lr;
 }
 
-// Copies word number `index` of a list separated by blanks; returns 0 when there are fewer.
-static int nth_word(const char *list, int index, char *word, size_t size) {
-    while (index-- > 0) {
-        list = strchr(list, ' ');
-        if (!list) return 0;
-        list++;
-    }
-    size_t n = strcspn(list, " ");
-    if (n >= size) n = size - 1;
-    memcpy(word, list, n);
-    word[n] = 0;
-    return 1;
+// Copies choice number `index` of "a|b|c: help" to word (32); returns 0 when there are fewer.
+static int nth_choice(const char *help, int index, char *word) {
+    for (; index > 0; index--, help++)
+        if (*(help += strcspn(help, "|:")) != '|') return 0;
+    return snprintf(word, 32, "%.*s", (int)strcspn(help, "|:"), help) > 0;
 }
 
 // Reads the text as the row's value into o. Returns NULL, or what is wrong with it.
 static const char *set_option(Options *o, const OptionRow *row, const char *text) {
-    static char problem[300];
+    static char problem[100];
     void *place = (char *)o + row->offset;
     char *end, word[32];
     if (row->type == TEXT) {
-        if (snprintf((char *)place, 1024, "%s", text) >= 1024) return "is too long";
-        for (const char *p = text; row->stored && *p; p++)
+        for (const char *p = text; row->group != NOT_STORED && *p; p++)
             if (*p == '"' || *p == '\\' || (unsigned char)*p < ' ')
                 return "must hold no quotation mark, backslash or control character";
-        return NULL;
+        return snprintf((char *)place, TEXT_SIZE, "%s", text) < TEXT_SIZE ? NULL : "is too long";
     }
     if (row->type == CHOICE) {
-        for (int i = 0; nth_word(row->choices, i, word, sizeof word); i++)
+        for (int i = 0; nth_choice(row->help, i, word); i++)
             if (strcmp(word, text) == 0) return *(int *)place = i, (const char *)NULL;
-        snprintf(problem, sizeof problem, "must be one of: %s", row->choices);
+        int n = (int)strcspn(row->help, ":");
+        snprintf(problem, sizeof problem, "must be one of %.*s", n, row->help);
         return problem;
     }
     double number = strtod(text, &end);
@@ -316,62 +271,57 @@ static const char *set_option(Options *o, const OptionRow *row, const char *text
     return NULL;
 }
 
-// The row's value as text; of a number the shortest text that reads back as the same number.
-static void option_text(const Options *o, const OptionRow *row, char *text, size_t size) {
+// The row's value as text (TEXT_SIZE); of a number the shortest that reads back as the same number.
+static void option_text(const Options *o, const OptionRow *row, char *text) {
     const void *place = (const char *)o + row->offset;
-    if (row->type == TEXT) snprintf(text, size, "%s", (const char *)place);
-    if (row->type == CHOICE) nth_word(row->choices, *(const int *)place, text, size);
-    if (row->type == INTEGER) snprintf(text, size, "%d", *(const int *)place);
-    if (row->type == REAL)
-        for (int digits = 1; digits <= 17; digits++) {
-            snprintf(text, size, "%.*g", digits, *(const double *)place);
-            if (strtod(text, NULL) == *(const double *)place) break;
-        }
+    if (row->type == TEXT) snprintf(text, TEXT_SIZE, "%s", (const char *)place);
+    if (row->type == CHOICE) nth_choice(row->help, *(const int *)place, text);
+    if (row->type == INTEGER) snprintf(text, TEXT_SIZE, "%d", *(const int *)place);
+    if (row->type != REAL) return;
+    int digits = 1;
+    do snprintf(text, TEXT_SIZE, "%.*g", digits++, *(const double *)place);
+    while (strtod(text, NULL) != *(const double *)place);
 }
 
 static void print_help(void) {
-    printf("train_gpas: trains a small LLaMA with GPAS (arXiv 2506.22049) and tells stories with it.\n"
-           "usage: ./train_gpas [--option value]...\n");
-    for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++) {
+    printf("Trains a small LLaMA with GPAS (arXiv 2506.22049) and tells stories with it.\n"
+           "usage: ./train_gpas [--option value]...       in brackets: the default\n");
+    for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++)
         if (!row->name) printf("\n%s\n", row->value);
-        else {
-            printf("  --%-13s %s", row->name, row->help);
-            if (row->choices) printf(" (%s)", row->choices);
-            if (*row->value) printf(" [%s]", row->value);
-            printf("\n");
-        }
-    }
-    printf("\nIn brackets: the default, that of --preset toy. Examples:\n"
+        else printf("  --%-13s %s%s%s%s\n", row->name, row->help, *row->value ? " [" : "", row->value,
+                    *row->value ? "]" : "");
+    printf("\nExamples\n"
            "  ./train_gpas --norm pre --gpas on --out out/pre_gpas\n"
            "  ./train_gpas --resume out/pre_gpas/ckpt_000800.safetensors --steps 1600\n"
            "  ./train_gpas --steps 0 --load out/pre_gpas/ckpt_000800.safetensors --prompt \"Lily\"\n"
            "OMP_NUM_THREADS sets the number of threads.\n");
 }
 
-// Combinations that cannot mean anything. given[i] says that option row i was on the command line.
-static void check_options(Options *o, const char *given[NUM_ROWS]) {
-    for (int i = 0; i < NUM_ROWS; i++) {
-        const char *name = option_rows[i].name;
-        if (given[i] && !o->gpas && (strncmp(name, "gate-", 5) == 0 || strcmp(name, "stop-grad") == 0))
+// Ends the program when options, each allowed by itself, cannot mean anything together.
+static void check_options(const Options *o, const char *const given[NUM_ROWS]) {
+    for (int r = 0; r < NUM_ROWS; r++) {
+        const char *name = option_rows[r].name;
+        if (given[r] && !o->gpas && (!strncmp(name, "gate-", 5) || !strcmp(name, "stop-grad")))
             die("--%s needs --gpas on", name);
     }
-    if (o->channels % o->heads) die("--channels %d is no multiple of --heads %d", o->channels, o->heads);
-    if (o->channels / o->heads % 2) die("--channels / --heads must be even for the rotary embedding");
+    if (o->channels % o->heads || o->channels / o->heads % 2)
+        die("--channels %d over --heads %d must be an even whole number", o->channels, o->heads);
+    if ((double)o->batch * o->seq_len > 1 << 24)
+        die("--batch %d times --seq-len %d is over 16777216 tokens", o->batch, o->seq_len);
     if (o->total_batch % o->batch)
         die("--total-batch %d is no multiple of --batch %d", o->total_batch, o->batch);
     if (o->warmup > o->steps) die("--warmup %d is more than --steps %d", o->warmup, o->steps);
-    if (o->gpas && o->gate_train && o->gate_act == GATE_RELU && o->gate_init <= 0 && !*o->load)
-        die("a relu gate that starts at %g never moves; give --gate-init a positive value", o->gate_init);
+    if (o->gpas && o->gate_train && o->gate_act == GATE_RELU && o->gate_init <= 0)
+        die("a relu gate that starts at %g never moves; give a positive --gate-init", o->gate_init);
     if (!o->gate_train && o->gate_clip > 0) die("--gate-clip needs --gate-train on");
-    if (*o->dump_grads && (*o->resume || o->total_batch != o->batch))
-        die("--dump-grads takes one batch of --batch sequences, without --resume or --total-batch");
-    if (o->top_p == 0) die("--top-p must be more than 0");
+    if (*o->dump_grads && (*o->resume || o->total_batch != o->batch || o->steps == 0))
+        die("--dump-grads takes one batch; it excludes --resume, --total-batch and --steps 0");
 }
 
-// Reads the stored options of a checkpoint into o; defined with the checkpoints below.
-static void checkpoint_options(const char *path, Options *o, int kept, int fixed, const char **given);
+// Reads the options stored in a checkpoint into o; stands with the checkpoints below.
+static void checkpoint_options(const char *path, Options *o, int resume, const char *const given[]);
 
-// The options of this command line: the defaults, then the preset, the checkpoint, what is given.
+// The options of a command line: defaults, over them a preset or a checkpoint, over all what is given.
 static void parse_options(Options *o, int argc, char **argv) {
     const char *given[NUM_ROWS] = {NULL};
     int preset = 0;
@@ -386,20 +336,19 @@ static void parse_options(Options *o, int argc, char **argv) {
         if (given[r]) die("%s is given twice", argv[i]);
         given[r] = argv[++i];
     }
-    for (int pass = 0; pass < 3; pass++) {  // 0: defaults, 1: given, 2: given again, over the rest
+    for (int pass = 0; pass < 3; pass++) {  // the defaults; what is given; the same over what it named
         for (int r = 0; r < NUM_ROWS; r++) {
-            const char *text = pass ? given[r] : option_rows[r].value;
-            if (!option_rows[r].name || !text) continue;
-            const char *problem = set_option(o, &option_rows[r], text);
-            if (problem) die("--%s %s: %s", option_rows[r].name, text, problem);
-            if (pass == 1 && option_rows[r].offset == AT(preset)) apply_preset(o, o->preset), preset = 1;
+            const OptionRow *row = &option_rows[r];
+            const char *text = pass ? given[r] : row->value, *problem;
+            if (!row->name || !text) continue;
+            if ((problem = set_option(o, row, text))) die("--%s %s: %s", row->name, text, problem);
+            if (pass == 1 && row->offset == offsetof(Options, preset)) apply_preset(o, o->preset), preset = 1;
         }
-        if (pass == 1) {
-            if (*o->load && *o->resume) die("--load and --resume exclude each other");
-            if (preset && (*o->load || *o->resume)) die("--preset: the checkpoint has its own sizes");
-            if (*o->load) checkpoint_options(o->load, o, LOAD_KEEPS, LOAD_FIXES, given);
-            if (*o->resume) checkpoint_options(o->resume, o, RESUME_KEEPS, RESUME_FIXES, given);
-        }
+        if (pass != 1) continue;
+        if (*o->load && *o->resume) die("--load and --resume exclude each other");
+        if (preset && (*o->load || *o->resume)) die("--preset: the checkpoint has its own sizes");
+        if (*o->load) checkpoint_options(o->load, o, 0, given);
+        if (*o->resume) checkpoint_options(o->resume, o, 1, given);
     }
     if (o->total_batch == 0) o->total_batch = o->batch;
     if (o->warmup < 0) o->warmup = o->steps / 10;
@@ -416,24 +365,18 @@ that is written for speed.
 // The gate's activation a(g) and its slope a'(g). SiLU: a = g s with s = sigmoid(g), so that
 // a' = s + g s (1 - s); a(0) = 0 and a'(0) = 1/2: a new gate does nothing, but it can learn.
 static float gate_value(float g, int act) {
-    switch (act) {
-    case GATE_SILU: return g / (1 + expf(-g));
-    case GATE_RELU: return g > 0 ? g : 0;
-    case GATE_LEAKY_RELU: return g > 0 ? g : 0.01f * g;
-    case GATE_TANH: return tanhf(g);
-    default: return g;
-    }
+    if (act == GATE_SILU) return g / (1 + expf(-g));
+    if (act == GATE_RELU) return g > 0 ? g : 0;
+    if (act == GATE_LEAKY_RELU) return g > 0 ? g : 0.01f * g;
+    return act == GATE_TANH ? tanhf(g) : g;
 }
 
 static float gate_slope(float g, int act) {
-    float s = 1 / (1 + expf(-g));
-    switch (act) {
-    case GATE_SILU: return s + g * s * (1 - s);
-    case GATE_RELU: return g > 0 ? 1 : 0;
-    case GATE_LEAKY_RELU: return g > 0 ? 1 : 0.01f;
-    case GATE_TANH: return 1 - tanhf(g) * tanhf(g);
-    default: return 1;
-    }
+    float s = 1 / (1 + expf(-g)), th = tanhf(g);
+    if (act == GATE_SILU) return s + g * s * (1 - s);
+    if (act == GATE_RELU) return g > 0 ? 1 : 0;
+    if (act == GATE_LEAKY_RELU) return g > 0 ? 1 : 0.01f;
+    return act == GATE_TANH ? 1 - th * th : 1;
 }
 
 // GPAS, paper section 3:  y = x - a(g) sg(x), where sg() is the stop-gradient.
@@ -552,16 +495,13 @@ static void rope_angles(float *table, int T, int hs) {
         }
 }
 
-// RoPE, in place: turns the pairs (x0, x1) of adjacent channels of every query and key by their
-// position's angle: (x0 cos - x1 sin, x0 sin + x1 cos). The product of a query and a key then depends
-// on how far apart they stand. Values are left alone.
-// qkv (N,3C), the rows being positions from, from + 1, ... of sequences of length T (from > 0 only if
-// there is but one sequence); direction 1 turns forward, -1 back.
-static void rope_turn(float *qkv, const float *table, int N, int T, int from, int C, int hs,
-                      int direction) {
+// RoPE, in place: turns the pairs (x0, x1) of adjacent channels of every query and key by the angle of
+// their position: (x0 cos - x1 sin, x0 sin + x1 cos). The product of a query and a key then depends on
+// how far apart they stand. Values are left alone. qkv (B,T,3C). direction 1 turns forward, -1 back.
+static void rope_turn(float *qkv, const float *table, int B, int T, int C, int hs, int direction) {
     #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        const float *angles = table + (size_t)((from + n) % T) * hs;
+    for (int n = 0; n < B * T; n++) {
+        const float *angles = table + (size_t)(n % T) * hs;
         float *row = qkv + (size_t)n * 3 * C;
         for (int head = 0; head < 2 * C; head += hs)  // all heads of the queries, then of the keys
             for (int j = 0; j < hs; j += 2) {
@@ -573,14 +513,14 @@ static void rope_turn(float *qkv, const float *table, int N, int T, int from, in
     }
 }
 
-static void rope_forward(float *qkv, const float *table, int N, int T, int from, int C, int hs) {
-    rope_turn(qkv, table, N, T, from, C, hs, 1);
+static void rope_forward(float *qkv, const float *table, int B, int T, int C, int hs) {
+    rope_turn(qkv, table, B, T, C, hs, 1);
 }
 
 // y = R x with R a rotation, so dx = R^T dy, and the transpose of a rotation is the rotation back.
-// dqkv (N,3C), in place.
-static void rope_backward(float *dqkv, const float *table, int N, int T, int C, int hs) {
-    rope_turn(dqkv, table, N, T, 0, C, hs, -1);
+// dqkv (B,T,3C), in place.
+static void rope_backward(float *dqkv, const float *table, int B, int T, int C, int hs) {
+    rope_turn(dqkv, table, B, T, C, hs, -1);
 }
 
 // SwiGLU (arXiv 2002.05202): out = silu(a) * b, silu(a) = a sigmoid(a).
@@ -681,8 +621,8 @@ static void pack(float *dst, const float *src, size_t line_step, size_t k_step, 
 // C (rows,columns), with rows <= MR and columns <= NR, = or += a panel of A times a panel of B.
 static void multiply_tile(float *c, size_t ldc, const float *a, const float *b, int depth, int rows,
                           int columns, int accumulate) {
-    Vector tile[MR][2];
-    memset(tile, 0, sizeof tile);
+    Vector zero = {0}, tile[MR][2];
+    for (int i = 0; i < MR; i++) tile[i][0] = tile[i][1] = zero;
     for (int k = 0; k < depth; k++, a += MR, b += NR) {
         Vector b0 = *(const Vector *)b, b1 = *(const Vector *)(b + LANES);
         for (int i = 0; i < MR; i++) {
@@ -788,36 +728,31 @@ static void softmax_block(float *score, float *m, float *sum, float *out, int qu
             block += score[j];
         }
         for (int j = seen; j < keys; j++) score[j] = 0;
-        float correction = s0 ? exp_fast(m[i] - largest) : 0;
+        float correction = exp_fast(m[i] - largest);
         sum[i] = sum[i] * correction + block;
         m[i] = largest;
-        if (correction != 1)
-            for (int c = 0; c < hs; c++) out[c] *= correction;
+        for (int c = 0; c < hs && s0 > 0; c++) out[c] *= correction;
     }
 }
 
 // out (B,T,C); lse (B,NH,T); qkv (B,T,3C): a row holds the queries of all heads, then keys, values.
-// Computes the rows from, from + 1, ... of out; from > 0 only for B = 1.
-static void attention_forward(float *out, float *lse, const float *qkv, int B, int T, int from, int C,
-                              int NH) {
-    int hs = C / NH, blocks = (T - from + QUERIES - 1) / QUERIES;
+static void attention_forward(float *out, float *lse, const float *qkv, int B, int T, int C, int NH) {
+    int hs = C / NH, row = 3 * C, blocks = (T + QUERIES - 1) / QUERIES;
     float scale = 1 / sqrtf((float)hs);
     #pragma omp parallel for schedule(dynamic)
     for (int task = 0; task < B * NH * blocks; task++) {
-        int b = task / blocks / NH, h = task / blocks % NH, t0 = from + task % blocks * QUERIES;
+        int b = task / blocks / NH, h = task / blocks % NH, t0 = task % blocks * QUERIES;
         int queries = imin(QUERIES, T - t0);
-        const float *q = qkv + ((size_t)b * T + t0) * 3 * C + h * hs;
-        const float *k = qkv + (size_t)b * T * 3 * C + C + h * hs, *v = k + C;
+        const float *q = qkv + ((size_t)b * T + t0) * row + h * hs;
         float *o = out + ((size_t)b * T + t0) * C + h * hs;
         float score[QUERIES * KEYS], m[QUERIES], sum[QUERIES];
         for (int i = 0; i < queries; i++) m[i] = -1e30f, sum[i] = 0;
-        for (int i = 0; i < queries; i++) memset(o + (size_t)i * C, 0, hs * sizeof(float));
         for (int s0 = 0; s0 < t0 + queries; s0 += KEYS) {
             int keys = imin(KEYS, t0 + queries - s0);
-            size_t skip = (size_t)s0 * 3 * C;
-            gemm(score, KEYS, q, 3 * C, 1, k + skip, 3 * C, 1, queries, keys, hs, 0);
+            const float *k = qkv + ((size_t)b * T + s0) * row + C + h * hs, *v = k + C;
+            gemm(score, KEYS, q, row, 1, k, row, 1, queries, keys, hs, 0);
             softmax_block(score, m, sum, o, queries, keys, t0, s0, scale, hs, C);
-            gemm(o, C, score, KEYS, 1, v + skip, 1, 3 * C, queries, hs, keys, 1);
+            gemm(o, C, score, KEYS, 1, v, 1, row, queries, hs, keys, s0 > 0);
         }
         for (int i = 0; i < queries; i++) {
             for (int c = 0; c < hs; c++) o[(size_t)i * C + c] /= sum[i];
@@ -864,10 +799,9 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
             const float *q = qkv + here * row + h * hs;
             const float *o = out + here * C + h * hs, *dy = dout + here * C + h * hs;
             float *dq = dqkv + here * row + h * hs;
-            for (int i = 0; i < queries; i++) {
-                delta[i] = 0;
+            memset(delta, 0, sizeof delta);
+            for (int i = 0; i < queries; i++)
                 for (int c = 0; c < hs; c++) delta[i] += o[(size_t)i * C + c] * dy[(size_t)i * C + c];
-            }
             for (int s0 = 0; s0 < t0 + queries; s0 += KEYS) {
                 int keys = imin(KEYS, t0 + queries - s0);
                 size_t there = ((size_t)b * T + s0) * row + C + h * hs;
@@ -920,95 +854,98 @@ static void crossentropy_backward(float *logits, const float *lse, const int *ta
 /* ------------------------------------------------------------------------------------------------
 4. Model
 
-All parameters lie in one block of memory, their gradients in a second one of the same layout, Adam's
-moments in two more. Each layer takes the same room, so a layer's parameters are found by arithmetic.
+All parameters lie in one block of memory, their gradients in a second one of the same layout,
+Adam's moments in two more. Every layer takes the same room: its parameters are found by arithmetic.
 */
 
 typedef struct {
-    char name[56];      // as in the checkpoint
-    int rows, cols;     // of a matrix; a vector has cols 0
-    size_t offset;      // in floats
-    float mean, spread; // initial values are normal
+    char name[56];       // as in the checkpoint
+    int rows, cols;      // of a matrix; a vector has cols 0
+    size_t offset, size; // in floats
+    float mean, spread;  // initial values are normal
 } Tensor;
 
-// Where the parameters of one layer, or their gradients, lie.
+// Where the parameters of one layer, or their gradients, lie. Index 0: attention, 1: feed-forward.
 typedef struct {
-    float *wqkv;           // (3C,C): wq, wk, wv
-    float *wo;             // (C,C)
-    float *w13;            // (2H,C): w1, w3
-    float *w2;             // (C,H)
-    float *norm[2];        // (C): the sublayer's RMSNorm, 0 attention, 1 feed-forward
-    float *branch_norm[2]; // (C): sandwich only, the norm at the end of the branch
-    float *gate;           // (1): with GPAS only
+    float *wqkv, *wo;       // (3C,C): wq, wk, wv; (C,C)
+    float *w13, *w2;        // (2H,C): w1, w3; (C,H)
+    float *norm[2];         // (C): N1, N2, or N1, N3 of sandwich
+    float *branch_norm[2];  // (C): N2, N4 of sandwich
+    float *gate;            // (1): with GPAS
 } LayerParameters;
 
-// What the backward pass of one sublayer needs from its forward pass. Sampling uses the same memory as
-// its key-value cache.
+// What a sublayer's backward pass needs of its forward pass.
 typedef struct {
-    float *inp;           // (B,T,C) x, the output of the sublayer before
-    float *normed;        // (B,T,C) the branch's input N(x); x itself where no norm stands before it
-    float *qkv;           // (B,T,3C) queries and keys after RoPE, values
-    float *lse;           // (B,NH,T) attention's log-sum-exp
-    float *pre_act;       // (B,T,2H) w1 x, w3 x
-    float *inner;         // (B,T,C) attention's, or (B,T,H) SwiGLU's output: input of wo or w2
-    float *branch;        // (B,T,C) f(x), the branch's output
-    float *sum;           // (B,T,C) shortcut + branch
-    float *out;           // (B,T,C) the sublayer's output
+    float *inp;             // (B,T,C) x, the output of the sublayer before
+    float *normed;          // (B,T,C) the branch's input N(x); x itself where the norm comes last
+    float *qkv;             // (B,T,3C) queries and keys after RoPE, values
+    float *lse;             // (B,NH,T) log-sum-exp of each row of scores
+    float *pre_act;         // (B,T,2H) w1 x, w3 x
+    float *inner;           // input of wo (B,T,C) or w2 (B,T,H)
+    float *branch;          // (B,T,C) f(x)
+    float *sum;             // (B,T,C) shortcut + branch
+    float *out;             // (B,T,C)
     float *rstd, *branch_rstd;  // (B,T) of norm and branch_norm
 } Sublayer;
 
 typedef struct {
     const Options *o;
     Tensor *tensors;
-    int num_tensors;
+    int num_tensors, num_blocks;
     size_t num_parameters, layer_size;
+    float **blocks;         // all memory below, to be freed
     float *parameters, *gradients, *adam_m, *adam_v;
-    float *activations;   // the block that all of the following point into
-    Sublayer *sublayers;  // 2L: attention and feed-forward of each layer
+    Sublayer *sublayers;    // (2L): attention, feed-forward, attention, ...
     float *embedded, *final_normed, *final_rstd;  // (B,T,C), (B,T,C), (B,T)
     float *logits, *logits_lse, *losses;          // (B,T,V), (B,T), (B,T)
-    float *dx, *dbranch, *dinp, *dinner, *dwide;  // gradients: 3 x (B,T,C), (B,T,max(C,H)), (.. 3C,2H)
-    float *rope_table;                            // (T,hs/2,2)
+    float *scratch, *dx, *dinp;                   // (B,T,C) each
+    float *dinner, *dwide;  // gradients of inner and of qkv or pre_act
+    float *rope_table;      // (T,hs/2,2)
 } Model;
 
-// Where the norms of layer l (0, 1, ...) stand.
-static int norm_comes_last(const Options *o, int l) {  // x = N(shortcut + f(x)): post, deepnorm
-    return o->norm == NORM_POST || o->norm == NORM_DEEPNORM || (o->norm == NORM_MIX && l < o->layers / 4);
+// Does the norm of layer l = 0, 1, ... come after the sum: x = N(shortcut + f(x))?
+static int norm_comes_last(const Options *o, int l) {
+    return o->norm == NORM_POST || o->norm == NORM_DEEPNORM ||
+           (o->norm == NORM_MIX && l < o->layers / 4);
 }
 
 static int has_branch_norm(const Options *o) { return o->norm == NORM_SANDWICH; }
 
-static float shortcut_scale(const Options *o) {  // DeepNorm's A (arXiv 2203.00555)
+// DeepNorm's A (arXiv 2203.00555).
+static float shortcut_scale(const Options *o) {
     return o->norm == NORM_DEEPNORM ? powf(2.0f * o->layers, 0.25f) : 1;
 }
 
 __attribute__((format(printf, 6, 7)))
-static void add_tensor(Model *m, int rows, int cols, double mean, double spread, const char *name, ...) {
+static void add_tensor(Model *m, int rows, int cols, double mean, double spread, const char *name,
+                       ...) {
     Tensor *t = &m->tensors[m->num_tensors++];
     va_list args;
     va_start(args, name);
     vsnprintf(t->name, sizeof t->name, name, args);
     va_end(args);
     t->rows = rows, t->cols = cols, t->mean = (float)mean, t->spread = (float)spread;
-    t->offset = m->num_parameters;
-    m->num_parameters += (size_t)rows * (cols ? cols : 1);
+    t->offset = m->num_parameters, t->size = (size_t)rows * imax(cols, 1);
+    m->num_parameters += t->size;
 }
 
-// Names, shapes, order in memory and initial values of one layer's parameters.
+// Names, shapes, order in memory and initial values of a layer's parameters. LNS starts its norms
+// at 1/sqrt(layer) (arXiv 2502.05795). DeepNorm draws from Xavier's normal, spread = gain
+// sqrt(2 / (fan in + fan out)), with a small gain for all that feeds the residual sum; with GPAS
+// too, where the authors' code leaves that out.
 static void add_layer(Model *m, int l) {
     const Options *o = m->o;
     int C = o->channels, H = o->hidden, deep = o->norm == NORM_DEEPNORM;
-    // DeepNorm draws from Xavier's normal, std = gain sqrt(2 / (fan in + fan out)), with a small gain
-    // for all that feeds the residual sum; with GPAS too, where the authors' code leaves it out.
-    double gain = pow(8.0 * o->layers, -0.25), square = sqrt(1.0 / C), wide = sqrt(2.0 / (C + H));
-    double norm = o->norm == NORM_LNS ? 1 / sqrt(l + 1.0) : 1;  // LayerNorm Scaling (arXiv 2502.05795)
-    add_tensor(m, C, C, 0, deep ? square : 0.02, "layers.%d.attention.wq.weight", l);
-    add_tensor(m, C, C, 0, deep ? square : 0.02, "layers.%d.attention.wk.weight", l);
-    add_tensor(m, C, C, 0, deep ? gain * square : 0.02, "layers.%d.attention.wv.weight", l);
-    add_tensor(m, C, C, 0, deep ? gain * square : 0.02, "layers.%d.attention.wo.weight", l);
-    add_tensor(m, H, C, 0, deep ? gain * wide : 0.02, "layers.%d.feed_forward.w1.weight", l);
-    add_tensor(m, H, C, 0, deep ? gain * wide : 0.02, "layers.%d.feed_forward.w3.weight", l);
-    add_tensor(m, C, H, 0, deep ? gain * wide : 0.02, "layers.%d.feed_forward.w2.weight", l);
+    double gain = pow(8.0 * o->layers, -0.25), norm = o->norm == NORM_LNS ? 1 / sqrt(l + 1.0) : 1;
+    double qk = deep ? sqrt(1.0 / C) : 0.02, vo = deep ? gain * sqrt(1.0 / C) : 0.02;
+    double ffn = deep ? gain * sqrt(2.0 / (C + H)) : 0.02;
+    add_tensor(m, C, C, 0, qk, "layers.%d.attention.wq.weight", l);
+    add_tensor(m, C, C, 0, qk, "layers.%d.attention.wk.weight", l);
+    add_tensor(m, C, C, 0, vo, "layers.%d.attention.wv.weight", l);
+    add_tensor(m, C, C, 0, vo, "layers.%d.attention.wo.weight", l);
+    add_tensor(m, H, C, 0, ffn, "layers.%d.feed_forward.w1.weight", l);
+    add_tensor(m, H, C, 0, ffn, "layers.%d.feed_forward.w3.weight", l);
+    add_tensor(m, C, H, 0, ffn, "layers.%d.feed_forward.w2.weight", l);
     add_tensor(m, C, 0, norm, 0, "layers.%d.attention_norm.weight", l);
     if (has_branch_norm(o)) add_tensor(m, C, 0, norm, 0, "layers.%d.attention_post_norm.weight", l);
     add_tensor(m, C, 0, norm, 0, "layers.%d.ffn_norm.weight", l);
@@ -1016,6 +953,7 @@ static void add_layer(Model *m, int l) {
     if (o->gpas) add_tensor(m, 1, 0, o->gate_init, 0, "layers.%d.gate", l);
 }
 
+// block is m->parameters or m->gradients.
 static LayerParameters layer_parameters(const Model *m, float *block, int l) {
     size_t C = m->o->channels, H = m->o->hidden;
     float *p = block + m->o->vocab_size * C + l * m->layer_size;
@@ -1033,174 +971,157 @@ static LayerParameters layer_parameters(const Model *m, float *block, int l) {
     return w;
 }
 
-// Draws the initial values. Each tensor has a stream of its own, keyed by its name, so a network with
-// gates starts from the same weights as the one without.
+// Draws the initial values. Each tensor has a stream of its own, keyed by its name, so a network
+// with gates starts from the same weights as the one without.
 static void initialize(Model *m) {
-    for (int i = 0; i < m->num_tensors; i++) {
-        Tensor *t = &m->tensors[i];
+    for (const Tensor *t = m->tensors; t < m->tensors + m->num_tensors; t++) {
         uint64_t key = m->o->seed;
-        for (const char *c = t->name; *c; c++) key ^= (unsigned char)*c, random_bits(&key);
+        for (const char *c = t->name; *c; c++) key ^= (unsigned char)*c, key = random_bits(&key);
         float *p = m->parameters + t->offset;
-        size_t n = (size_t)t->rows * (t->cols ? t->cols : 1);
         #pragma omp parallel for
-        for (size_t j = 0; j < n; j++) {
-            uint64_t state = key + 2 * j * RANDOM_STEP;  // Box and Muller turn two numbers into one
+        for (size_t i = 0; i < t->size; i++) {
+            uint64_t state = key + 2 * i * RANDOM_STEP;  // Box and Muller turn two numbers into one
             double radius = sqrt(-2 * log(1 - random_uniform(&state)));
-            p[j] = t->mean + t->spread * (float)(radius * cos(2 * 3.14159265358979 * random_uniform(&state)));
+            double angle = 2 * 3.14159265358979323846 * random_uniform(&state);
+            p[i] = t->mean + t->spread * (float)(radius * cos(angle));
         }
     }
 }
 
-// Gives *tensor n floats of the block; with block NULL only counts them.
-static void carve(float **tensor, float *block, size_t *used, size_t n) {
-    *tensor = block ? block + *used : NULL;
-    *used += (n + 15) / 16 * 16;
+static float *take(Model *m, size_t n) {
+    return m->blocks[m->num_blocks++] = (float *)allocate(n, sizeof(float));
 }
 
-static size_t lay_out_activations(Model *m, float *block, size_t N, int training) {
+// Memory for the activations of N = B T tokens. The branches whose values no backward pass needs
+// share one block, and a sum that nothing follows is itself the sublayer's output.
+static void create_sublayers(Model *m, size_t N) {
     const Options *o = m->o;
-    size_t C = o->channels, H = o->hidden, used = 0;
-    float *x, *branch;
-    carve(&m->embedded, block, &used, N * C);
-    carve(&branch, block, &used, N * C);  // shared by all sublayers whose backward pass needs none
-    x = m->embedded;
+    size_t C = o->channels, H = o->hidden;
+    float *x = m->embedded, *shared = take(m, N * C);
     for (int s = 0; s < 2 * o->layers; s++) {
         Sublayer *a = &m->sublayers[s];
-        int last = norm_comes_last(o, s / 2), ffn = s % 2;
-        a->inp = a->normed = x;
-        a->branch = branch;
-        carve(&a->rstd, block, &used, N);
-        if (!last) carve(&a->normed, block, &used, N * C);
-        if (!ffn) carve(&a->qkv, block, &used, 3 * N * C), carve(&a->lse, block, &used, N * o->heads);
-        if (ffn) carve(&a->pre_act, block, &used, 2 * N * H);
-        carve(&a->inner, block, &used, N * (ffn ? H : C));
-        if (has_branch_norm(o)) carve(&a->branch, block, &used, N * C);
-        if (has_branch_norm(o)) carve(&a->branch_rstd, block, &used, N);
-        carve(&a->sum, block, &used, N * C);
-        a->out = a->sum;  // a sum that nothing follows is the output itself
-        if (last || o->gpas) carve(&a->out, block, &used, N * C);
-        x = a->out;
+        int last = norm_comes_last(o, s / 2), attention = s % 2 == 0;
+        a->inp = x;
+        a->normed = last ? x : take(m, N * C);
+        a->rstd = take(m, N);
+        if (attention) a->qkv = take(m, 3 * N * C), a->lse = take(m, N * o->heads);
+        else a->pre_act = take(m, 2 * N * H);
+        a->inner = take(m, N * (attention ? C : H));
+        a->branch = has_branch_norm(o) ? take(m, N * C) : shared;
+        if (has_branch_norm(o)) a->branch_rstd = take(m, N);
+        a->sum = take(m, N * C);
+        a->out = x = last || o->gpas ? take(m, N * C) : a->sum;
     }
-    carve(&m->final_normed, block, &used, N * C);
-    carve(&m->final_rstd, block, &used, N);
-    carve(&m->logits, block, &used, N * o->vocab_size);
-    carve(&m->logits_lse, block, &used, N);
-    carve(&m->losses, block, &used, N);
-    carve(&m->dbranch, block, &used, N * C);
-    if (training) {
-        carve(&m->dx, block, &used, N * C);
-        carve(&m->dinp, block, &used, N * C);
-        carve(&m->dinner, block, &used, N * (C > H ? C : H));
-        carve(&m->dwide, block, &used, N * (3 * C > 2 * H ? 3 * C : 2 * H));
-    }
-    return used;
 }
 
-// A network of these options with fresh parameters, for B sequences of T tokens at once. Without
-// training it has no room for gradients.
+// A network with fresh parameters, for B sequences of --seq-len tokens at once. Without `training`
+// it has no room for gradients. Ends the program when memory is short.
 static void model_create(Model *m, const Options *o, int B, int training) {
-    int T = o->seq_len, C = o->channels, V = o->vocab_size;
+    size_t T = o->seq_len, C = o->channels, H = o->hidden, V = o->vocab_size, N = B * T;
     memset(m, 0, sizeof *m);
     m->o = o;
     m->tensors = (Tensor *)allocate(3 + 12 * o->layers, sizeof(Tensor));
+    m->sublayers = (Sublayer *)allocate(2 * o->layers, sizeof(Sublayer));
+    m->blocks = (float **)allocate(20 + 20 * o->layers, sizeof(float *));
     add_tensor(m, V, C, 0, sqrt(2.0 / 5), "tok_embeddings.weight");
     for (int l = 0; l < o->layers; l++) add_layer(m, l);
-    m->layer_size = (m->num_parameters - (size_t)V * C) / o->layers;
+    m->layer_size = (m->num_parameters - V * C) / o->layers;
     add_tensor(m, C, 0, 1, 0, "norm.weight");
     add_tensor(m, V, C, 0, 0.02, "output.weight");
-    float **blocks[] = {&m->parameters, &m->gradients, &m->adam_m, &m->adam_v};
-    for (int i = 0; i < (training ? 4 : 1); i++)
-        *blocks[i] = (float *)allocate(m->num_parameters, sizeof(float));
-    m->sublayers = (Sublayer *)allocate(2 * o->layers, sizeof(Sublayer));
-    size_t size = lay_out_activations(m, NULL, (size_t)B * T, training);
-    m->activations = (float *)allocate(size, sizeof(float));
-    lay_out_activations(m, m->activations, (size_t)B * T, training);
-    m->rope_table = (float *)allocate((size_t)T * (C / o->heads), sizeof(float));
-    rope_angles(m->rope_table, T, C / o->heads);
+    m->parameters = take(m, m->num_parameters);
+    m->embedded = take(m, N * C);
+    create_sublayers(m, N);
+    m->final_normed = take(m, N * C), m->final_rstd = take(m, N);
+    m->logits = take(m, N * V), m->logits_lse = take(m, N), m->losses = take(m, N);
+    m->scratch = take(m, N * C);
+    m->rope_table = take(m, T * (C / o->heads));
+    rope_angles(m->rope_table, o->seq_len, o->channels / o->heads);
     initialize(m);
+    if (!training) return;
+    m->gradients = take(m, m->num_parameters);
+    m->adam_m = take(m, m->num_parameters), m->adam_v = take(m, m->num_parameters);
+    m->dx = take(m, N * C), m->dinp = take(m, N * C), m->dinner = take(m, N * (C > H ? C : H));
+    m->dwide = take(m, N * (3 * C > 2 * H ? 3 * C : 2 * H));
 }
 
 static void model_free(Model *m) {
-    void *blocks[] = {m->tensors, m->parameters, m->gradients, m->adam_m, m->adam_v, m->sublayers,
-                      m->activations, m->rope_table};
-    for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) free(blocks[i]);
+    while (m->num_blocks) free(m->blocks[--m->num_blocks]);
+    free(m->blocks), free(m->tensors), free(m->sublayers);
     free_packing_space();
 }
 
-// The branch f of a sublayer, attention (s = 0) or feed-forward (s = 1): a->branch = f(a->normed).
-// N rows, the first being row `from` of its sequence.
-static void branch_forward(const Model *m, Sublayer *a, LayerParameters w, int s, int B, int T, int from) {
-    int C = m->o->channels, H = m->o->hidden, NH = m->o->heads, N = B * T - from;
-    size_t skip = from;
+// The branch f of sublayer s (0 attention, 1 feed-forward): a->branch = f(a->normed).
+static void branch_forward(const Model *m, Sublayer *a, LayerParameters w, int s, int B, int T) {
+    int C = m->o->channels, H = m->o->hidden, NH = m->o->heads, N = B * T;
     if (s == 0) {
-        float *qkv = a->qkv + skip * 3 * C;
-        matmul_forward(qkv, a->normed + skip * C, w.wqkv, N, C, 3 * C);
-        rope_forward(qkv, m->rope_table, N, T, from, C, C / NH);
-        attention_forward(a->inner, a->lse, a->qkv, B, T, from, C, NH);
-        matmul_forward(a->branch + skip * C, a->inner + skip * C, w.wo, N, C, C);
+        matmul_forward(a->qkv, a->normed, w.wqkv, N, C, 3 * C);
+        rope_forward(a->qkv, m->rope_table, B, T, C, C / NH);
+        attention_forward(a->inner, a->lse, a->qkv, B, T, C, NH);
+        matmul_forward(a->branch, a->inner, w.wo, N, C, C);
     } else {
-        float *pre_act = a->pre_act + skip * 2 * H, *inner = a->inner + skip * H;
-        matmul_forward(pre_act, a->normed + skip * C, w.w13, N, C, 2 * H);
-        swiglu_forward(inner, pre_act, N, H);
-        matmul_forward(a->branch + skip * C, inner, w.w2, N, H, C);
+        matmul_forward(a->pre_act, a->normed, w.w13, N, C, 2 * H);
+        swiglu_forward(a->inner, a->pre_act, N, H);
+        matmul_forward(a->branch, a->inner, w.w2, N, H, C);
     }
 }
 
-// Given the gradient of the branch's output in m->dbranch, leaves that of its input in m->dinp.
-static void branch_backward(const Model *m, const Sublayer *a, LayerParameters w, LayerParameters d, int s,
-                            int B, int T) {
+// Given dout (B,T,C), the gradient of the branch's output, leaves that of its input in m->dinp.
+static void branch_backward(const Model *m, const float *dout, const Sublayer *a, LayerParameters w,
+                            LayerParameters d, int s, int B, int T) {
     int C = m->o->channels, H = m->o->hidden, NH = m->o->heads, N = B * T;
     if (s == 0) {
-        matmul_backward(m->dinner, d.wo, m->dbranch, a->inner, w.wo, N, C, C);
+        matmul_backward(m->dinner, d.wo, dout, a->inner, w.wo, N, C, C);
         attention_backward(m->dwide, m->dinner, a->inner, a->lse, a->qkv, B, T, C, NH);
-        rope_backward(m->dwide, m->rope_table, N, T, C, C / NH);
+        rope_backward(m->dwide, m->rope_table, B, T, C, C / NH);
         matmul_backward(m->dinp, d.wqkv, m->dwide, a->normed, w.wqkv, N, C, 3 * C);
     } else {
-        matmul_backward(m->dinner, d.w2, m->dbranch, a->inner, w.w2, N, H, C);
+        matmul_backward(m->dinner, d.w2, dout, a->inner, w.w2, N, H, C);
         swiglu_backward(m->dwide, m->dinner, a->pre_act, N, H);
         matmul_backward(m->dinp, d.w13, m->dwide, a->normed, w.w13, N, C, 2 * H);
     }
 }
 
 /*
-One sublayer of any of the twelve networks. [G] is GPAS when it is on, f the branch, N a norm:
+One sublayer of any of the twelve networks. [G] is GPAS when it is on, f the branch, N the norm:
 
     pre, lns    x = [G](x + f(N x))
     sandwich    x = [G](x + N' f(N x))         N' is branch_norm
-    post        x = N([G] x + f(x))
-    deepnorm    x = N(A [G] x + f(x))
+    post        x = N([G]x + f(x))
+    deepnorm    x = N(A [G]x + f(x))
     mix         the first L/4 layers are post, the others pre
 
-So there are two orders, norm first and norm last, and everything else is a step that may be absent.
+So there are two orders, norm first and norm last; the rest are steps that may be absent.
 */
-static void sublayer_forward(const Model *m, int l, int s, int B, int T, int from) {
+static void sublayer_forward(const Model *m, int l, int s, int B, int T) {
     const Options *o = m->o;
     LayerParameters w = layer_parameters(m, m->parameters, l);
     Sublayer *a = &m->sublayers[2 * l + s];
-    int C = o->channels, N = B * T - from;
-    size_t skip = (size_t)from * C, n = (size_t)N * C;
-    float *x = a->inp + skip, *branch = a->branch + skip, *sum = a->sum + skip, *out = a->out + skip;
-    float *scratch = m->dbranch + skip, *rstd = a->rstd + from;
+    int C = o->channels, N = B * T;
+    size_t n = (size_t)N * C;
+    const float *branch = a->branch, *shortcut = a->inp;
 
     if (!norm_comes_last(o, l)) {
-        rmsnorm_forward(a->normed + skip, rstd, x, w.norm[s], N, C);
-        branch_forward(m, a, w, s, B, T, from);
+        rmsnorm_forward(a->normed, a->rstd, a->inp, w.norm[s], N, C);
+        branch_forward(m, a, w, s, B, T);
         if (has_branch_norm(o)) {
-            rmsnorm_forward(scratch, a->branch_rstd + from, branch, w.branch_norm[s], N, C);
-            branch = scratch;
+            rmsnorm_forward(m->scratch, a->branch_rstd, a->branch, w.branch_norm[s], N, C);
+            branch = m->scratch;
         }
-        residual_forward(sum, x, branch, 1, n);
-        if (o->gpas) gpas_forward(out, sum, *w.gate, o->gate_act, n);
+        residual_forward(a->sum, shortcut, branch, 1, n);
+        if (o->gpas) gpas_forward(a->out, a->sum, *w.gate, o->gate_act, n);
     } else {
-        branch_forward(m, a, w, s, B, T, from);
-        if (o->gpas) gpas_forward(scratch, x, *w.gate, o->gate_act, n);
-        residual_forward(sum, o->gpas ? scratch : x, branch, shortcut_scale(o), n);
-        rmsnorm_forward(out, rstd, sum, w.norm[s], N, C);
+        branch_forward(m, a, w, s, B, T);
+        if (o->gpas) {
+            gpas_forward(m->scratch, a->inp, *w.gate, o->gate_act, n);
+            shortcut = m->scratch;
+        }
+        residual_forward(a->sum, shortcut, branch, shortcut_scale(o), n);
+        rmsnorm_forward(a->out, a->rstd, a->sum, w.norm[s], N, C);
     }
 }
 
 // The same steps backwards. m->dx holds the gradient of the sublayer's output on entry, that of its
-// input on return. x goes two ways, into the shortcut and into the branch: its gradients are added.
+// input on return. x went two ways, into the shortcut and into the branch: its gradients are added.
 static void sublayer_backward(const Model *m, int l, int s, int B, int T) {
     const Options *o = m->o;
     LayerParameters w = layer_parameters(m, m->parameters, l);
@@ -1208,57 +1129,55 @@ static void sublayer_backward(const Model *m, int l, int s, int B, int T) {
     const Sublayer *a = &m->sublayers[2 * l + s];
     int C = o->channels, N = B * T;
     size_t n = (size_t)N * C;
-    float *dgate = o->gate_train ? d.gate : NULL, *dx = m->dx, *dbranch = m->dbranch;
+    float *dgate = o->gate_train ? d.gate : NULL, *dx = m->dx, *scratch = m->scratch, *dbranch = dx;
 
     if (!norm_comes_last(o, l)) {
         if (o->gpas) gpas_backward(dx, dgate, dx, a->sum, *w.gate, o->gate_act, o->stop_grad, n);
-        if (has_branch_norm(o))
-            rmsnorm_backward(dbranch, d.branch_norm[s], dx, a->branch, w.branch_norm[s], a->branch_rstd, N, C);
-        else
-            memcpy(dbranch, dx, n * sizeof(float));
-        branch_backward(m, a, w, d, s, B, T);
-        rmsnorm_backward(dbranch, d.norm[s], m->dinp, a->inp, w.norm[s], a->rstd, N, C);
+        if (has_branch_norm(o)) {
+            dbranch = scratch;
+            rmsnorm_backward(dbranch, d.branch_norm[s], dx, a->branch, w.branch_norm[s],
+                             a->branch_rstd, N, C);
+        }
+        branch_backward(m, dbranch, a, w, d, s, B, T);
+        rmsnorm_backward(scratch, d.norm[s], m->dinp, a->inp, w.norm[s], a->rstd, N, C);
         residual_backward(dx, dx, 1, n);
-        residual_forward(dx, dx, dbranch, 1, n);
+        residual_forward(dx, dx, scratch, 1, n);
     } else {
+        dbranch = scratch;
         rmsnorm_backward(dbranch, d.norm[s], dx, a->sum, w.norm[s], a->rstd, N, C);
         residual_backward(dx, dbranch, shortcut_scale(o), n);
         if (o->gpas) gpas_backward(dx, dgate, dx, a->inp, *w.gate, o->gate_act, o->stop_grad, n);
-        branch_backward(m, a, w, d, s, B, T);
+        branch_backward(m, dbranch, a, w, d, s, B, T);
         residual_forward(dx, dx, m->dinp, 1, n);
     }
 }
 
-// Logits of tokens (B,T), and with targets (B,T) the mean loss in nats. With from > 0, for B = 1, only
-// rows from, from + 1, ... are computed: the others are still there from the last call.
-static double model_forward(Model *m, const int *tokens, const int *targets, int B, int T, int from) {
-    int C = m->o->channels, V = m->o->vocab_size, L = m->o->layers, N = B * T - from;
-    size_t skip = (size_t)from * C;
-    double sum = 0;
-    embedding_forward(m->embedded + skip, tokens + from, m->parameters, N, C);
-    for (int l = 0; l < L; l++)
-        for (int s = 0; s < 2; s++) sublayer_forward(m, l, s, B, T, from);
-    const float *norm = m->parameters + m->tensors[m->num_tensors - 2].offset, *output = norm + C;
-    float *x = m->sublayers[2 * L - 1].out + skip;
-    rmsnorm_forward(m->final_normed + skip, m->final_rstd + from, x, norm, N, C);
-    matmul_forward(m->logits + (size_t)from * V, m->final_normed + skip, output, N, C, V);
+// Logits of tokens (B,T), into m->logits; with targets (B,T) also the mean loss in nats, returned.
+static double model_forward(Model *m, const int *tokens, const int *targets, int B, int T) {
+    int C = m->o->channels, V = m->o->vocab_size, L = m->o->layers, N = B * T;
+    const float *output = m->parameters + m->tensors[m->num_tensors - 1].offset, *norm = output - C;
+    embedding_forward(m->embedded, tokens, m->parameters, N, C);
+    for (int s = 0; s < 2 * L; s++) sublayer_forward(m, s / 2, s % 2, B, T);
+    rmsnorm_forward(m->final_normed, m->final_rstd, m->sublayers[2 * L - 1].out, norm, N, C);
+    matmul_forward(m->logits, m->final_normed, output, N, C, V);
     if (!targets) return 0;
     crossentropy_forward(m->losses, m->logits_lse, m->logits, targets, N, V);
-    for (int n = 0; n < N; n++) sum += m->losses[n];
-    return sum / N;
+    return dot(m->losses, NULL, N) / N;
 }
 
-// Adds to m->gradients those of scale times the sum of the losses of the last model_forward().
-static void model_backward(Model *m, const int *tokens, const int *targets, int B, int T, double scale) {
+// Adds to m->gradients those of scale times the sum of the losses of the last model_forward(). The
+// logits become their gradients.
+static void model_backward(Model *m, const int *tokens, const int *targets, int B, int T,
+                           double scale) {
     int C = m->o->channels, V = m->o->vocab_size, L = m->o->layers, N = B * T;
-    size_t norm = m->tensors[m->num_tensors - 2].offset, output = norm + C;
+    size_t output = m->tensors[m->num_tensors - 1].offset, norm = output - C;
+    const float *w = m->parameters, *x = m->sublayers[2 * L - 1].out;
+    float *d = m->gradients;
     crossentropy_backward(m->logits, m->logits_lse, targets, (float)scale, N, V);
-    matmul_backward(m->dinp, m->gradients + output, m->logits, m->final_normed, m->parameters + output, N, C, V);
-    rmsnorm_backward(m->dx, m->gradients + norm, m->dinp, m->sublayers[2 * L - 1].out, m->parameters + norm,
-                     m->final_rstd, N, C);
-    for (int l = L - 1; l >= 0; l--)
-        for (int s = 1; s >= 0; s--) sublayer_backward(m, l, s, B, T);
-    embedding_backward(m->gradients, m->dx, tokens, N, C);
+    matmul_backward(m->dinp, d + output, m->logits, m->final_normed, w + output, N, C, V);
+    rmsnorm_backward(m->dx, d + norm, m->dinp, x, w + norm, m->final_rstd, N, C);
+    for (int s = 2 * L - 1; s >= 0; s--) sublayer_backward(m, s / 2, s % 2, B, T);
+    embedding_backward(d, m->dx, tokens, N, C);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -1268,9 +1187,10 @@ static void model_backward(Model *m, const int *tokens, const int *targets, int 
 // AdamW (arXiv 1711.05101), step t = 1, 2, ...: with g the gradient times grad_scale (clipping),
 //   m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
 //   p -= lr (mhat / (sqrt(vhat) + eps) + weight_decay p)
-// mhat = m / (1 - beta1^t) and vhat likewise undo that m and v started at 0. All arrays (n).
-static void adamw_update(float *p, const float *grad, float *m, float *v, size_t n, float lr, float beta1,
-                         float beta2, float eps, float weight_decay, float grad_scale, int t) {
+// where mhat = m / (1 - beta1^t), and vhat likewise, undo that m and v started at 0. Arrays (n).
+static void adamw_update(float *p, const float *grad, float *m, float *v, size_t n, float lr,
+                         float beta1, float beta2, float eps, float weight_decay, float grad_scale,
+                         int t) {
     float unbias_m = (float)(1 / (1 - pow(beta1, t))), unbias_v = (float)(1 / (1 - pow(beta2, t)));
     #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) {
@@ -1284,368 +1204,289 @@ static void adamw_update(float *p, const float *grad, float *m, float *v, size_t
 // Step t = 0, 1, ...: linear warm-up to the peak, then a cosine down to a tenth of it.
 static double learning_rate(const Options *o, int t) {
     if (t < o->warmup) return o->lr * (t + 1) / o->warmup;
-    double progress = o->steps > o->warmup ? (double)(t - o->warmup) / (o->steps - o->warmup) : 1;
-    return o->lr * (0.1 + 0.9 * 0.5 * (1 + cos(3.14159265358979 * progress)));
+    double progress = (t - o->warmup) / (double)imax(1, o->steps - o->warmup);
+    return o->lr * (0.1 + 0.9 * 0.5 * (1 + cos(3.14159265358979323846 * progress)));
 }
 
-// Norms of the gradient: returns that of the whole, layers (L) gets each layer's, *gates that of all gates.
+// Norms of the gradient: returns the whole's; layers (L) gets each layer's, *gates the gates'.
 static double gradient_norms(const Model *m, double *layers, double *gates) {
     const Options *o = m->o;
-    size_t embedding = (size_t)o->vocab_size * o->channels, rest = embedding + m->layer_size * o->layers;
-    const float *g = m->gradients;
-    double sum = dot(g, g, embedding) + dot(g + rest, g + rest, m->num_parameters - rest);
-    *gates = 0;
+    size_t begin = (size_t)o->vocab_size * o->channels, end = begin + m->layer_size * o->layers;
+    const float *d = m->gradients;
+    double sum = dot(d, d, begin) + dot(d + end, d + end, m->num_parameters - end), gate_sum = 0;
     for (int l = 0; l < o->layers; l++) {
-        LayerParameters d = layer_parameters(m, m->gradients, l);
-        double square = dot(d.wqkv, d.wqkv, m->layer_size);
-        if (d.gate) *gates += (double)*d.gate * *d.gate;
+        LayerParameters layer = layer_parameters(m, m->gradients, l);
+        double square = dot(layer.wqkv, layer.wqkv, m->layer_size);  // wqkv is where the layer begins
+        if (layer.gate) gate_sum += (double)*layer.gate * *layer.gate;
         layers[l] = sqrt(square);
         sum += square;
     }
-    *gates = sqrt(*gates);
+    *gates = sqrt(gate_sum);
     return sqrt(sum);
 }
 
-// One step of AdamW at step t = 0, 1, ... First the global clip, gates included, then the gates' own.
+// One AdamW step, t = 0, 1, ...: first the global clip, gates included, then the gates' own.
 static void model_update(Model *m, int t, double norm, double gate_norm) {
     const Options *o = m->o;
     double clip = o->grad_clip > 0 && norm > o->grad_clip ? o->grad_clip / norm : 1;
-    double gate_clip = o->gate_clip > 0 && gate_norm * clip > o->gate_clip ? o->gate_clip / gate_norm : clip;
-    for (int i = 0; i < m->num_tensors; i++) {
-        const Tensor *w = &m->tensors[i];
-        int gate = w->rows == 1 && w->cols == 0 && o->gpas;
-        size_t n = (size_t)w->rows * (w->cols ? w->cols : 1), at = w->offset;
+    double gate_clip = clip, lr = learning_rate(o, t);
+    if (o->gate_clip > 0 && gate_norm * clip > o->gate_clip) gate_clip = o->gate_clip / gate_norm;
+    for (const Tensor *w = m->tensors; w < m->tensors + m->num_tensors; w++) {
+        int gate = w->size == 1;
         if (gate && !o->gate_train) continue;
-        adamw_update(m->parameters + at, m->gradients + at, m->adam_m + at, m->adam_v + at, n,
-                     (float)learning_rate(o, t), 0.9f, 0.999f, 1e-8f, w->cols ? (float)o->weight_decay : 0,
-                     (float)(gate ? gate_clip : clip), t + 1);
+        adamw_update(m->parameters + w->offset, m->gradients + w->offset, m->adam_m + w->offset,
+                     m->adam_v + w->offset, w->size, (float)lr, 0.9f, 0.999f, 1e-8f,
+                     w->cols ? (float)o->weight_decay : 0, (float)(gate ? gate_clip : clip), t + 1);
     }
 }
 
 /* ------------------------------------------------------------------------------------------------
 6. Data
 
-Token files are llm.c's: 256 int32 (magic 20240520, version 1, number of tokens), then uint16 tokens.
-They are mapped into memory, not read. The tokenizer file is llama2.c's.
+Token files are llm.c's: 256 int32 (magic 20240520, version 1, number of tokens), then uint16
+tokens. They are mapped into memory, not read. The tokenizer file is llama2.c's.
 */
 
-typedef struct { const uint16_t *tokens; void *map; size_t bytes, windows; } Shard;
-
-// The files of one split as windows of T + 1 tokens that do not overlap: T inputs, and as targets the
-// same shifted by one. order: the epoch's permutation of the windows, NULL for file order.
+// One split as windows of T + 1 tokens that do not overlap: T inputs, and as targets the same shifted
+// by one. random: the state of the shuffling; a split that is not shuffled has 0 there.
 typedef struct {
-    Shard *shards;
-    int num_shards, T, V;
-    size_t windows;
-    uint32_t *order;
+    const char *split;
+    const uint16_t **windows;
+    size_t num_windows;
+    int T, V;
     int64_t epoch;
-    uint64_t seed;
-    char name[16];
+    uint64_t random;
 } Loader;
 
-static Shard open_shard(const char *path, int T) {
-    Shard s;
+// Adds the windows of one token file. Its memory stays mapped until the program ends.
+static void loader_add(Loader *loader, const char *path) {
     struct stat info;
     int file = open(path, O_RDONLY);
     if (file < 0 || fstat(file, &info) != 0) die("cannot open %s: %s", path, strerror(errno));
-    s.bytes = (size_t)info.st_size;
-    if (s.bytes < 1024) die("%s is no token file: it is shorter than the header", path);
-    s.map = mmap(NULL, s.bytes, PROT_READ, MAP_PRIVATE, file, 0);
-    if (s.map == MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
+    size_t bytes = (size_t)info.st_size, stride = loader->T + 1, old = loader->num_windows;
+    if (bytes < 1024) die("%s is no token file: it is shorter than a header", path);
+    const int32_t *header = (const int32_t *)mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, file, 0);
+    if (header == MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
     close(file);
-    const int32_t *header = (const int32_t *)s.map;
     if (header[0] != 20240520 || header[1] != 1)
         die("%s is no token file of version 1 (magic %d, version %d)", path, header[0], header[1]);
-    if (header[2] < 0 || s.bytes != 1024 + 2 * (size_t)header[2])
-        die("%s should hold %d tokens but is %zu bytes long", path, header[2], s.bytes);
-    s.tokens = (const uint16_t *)(header + 256);
-    s.windows = (size_t)header[2] / (T + 1);
-    return s;
+    if (header[2] < 0 || bytes != 1024 + 2 * (size_t)header[2])
+        die("%s should hold %d tokens but is %zu bytes long", path, header[2], bytes);
+    loader->num_windows += header[2] / stride;
+    size_t room = loader->num_windows * sizeof *loader->windows;
+    loader->windows = (const uint16_t **)realloc(loader->windows, room + 1);
+    if (!loader->windows) die("not enough memory for the index of %s", path);
+    for (size_t i = old; i < loader->num_windows; i++)
+        loader->windows[i] = (const uint16_t *)(header + 256) + (i - old) * stride;
 }
 
-// Opens all files DIR/*split*.bin in the order of their names.
-static void loader_open(Loader *loader, const char *dir, const char *split, int T, int V, int shuffle,
-                        int seed) {
-    struct dirent **names;
-    int n = scandir(dir, &names, NULL, alphasort);
-    if (n < 0) die("cannot open the folder %s: %s; run: python3 prepro_tinystories.py --out %s", dir,
-                   strerror(errno), dir);
+// Opens DIR/SPLIT.bin, or DIR/SPLIT_000.bin and on to the first that is missing. random 0: no shuffle.
+static void loader_open(Loader *loader, const char *dir, const char *split, int T, int V,
+                        uint64_t random) {
+    char path[2048];
     memset(loader, 0, sizeof *loader);
-    loader->shards = (Shard *)allocate(n, sizeof(Shard));
-    loader->T = T, loader->V = V, loader->seed = seed, loader->epoch = -1;
-    snprintf(loader->name, sizeof loader->name, "%s", split);
-    for (int i = 0; i < n; i++) {
-        const char *name = names[i]->d_name, *end = strrchr(name, '.');
-        char path[2048];
-        if (strstr(name, split) && end && strcmp(end, ".bin") == 0) {
-            snprintf(path, sizeof path, "%s/%s", dir, name);
-            Shard s = loader->shards[loader->num_shards++] = open_shard(path, T);
-            loader->windows += s.windows;
-        }
-        free(names[i]);
+    loader->split = split, loader->T = T, loader->V = V, loader->random = random;
+    snprintf(path, sizeof path, "%s/%s.bin", dir, split);
+    if (access(path, F_OK) == 0) loader_add(loader, path);
+    for (int i = 0; i < 1000; i++) {
+        snprintf(path, sizeof path, "%s/%s_%03d.bin", dir, split, i);
+        if (access(path, F_OK) != 0) break;
+        loader_add(loader, path);
     }
-    free(names);
-    if (!loader->num_shards) die("%s has no file %s*.bin", dir, split);
-    if (!loader->windows) die("the %s files in %s have no sequence of %d tokens", split, dir, T + 1);
-    if (loader->windows > UINT32_MAX) die("the %s files in %s have too many tokens", split, dir);
-    if (shuffle) loader->order = (uint32_t *)allocate(loader->windows, sizeof(uint32_t));
+    if (!loader->num_windows)
+        die("%s has no %s.bin of %d tokens or more; prepro_tinystories.py --out %s writes one", dir, split,
+            T + 1, dir);
 }
 
-static void loader_close(Loader *loader) {
-    for (int i = 0; i < loader->num_shards; i++) munmap(loader->shards[i].map, loader->shards[i].bytes);
-    free(loader->shards);
-    free(loader->order);
-}
-
-// A new epoch, a new order: Fisher and Yates' shuffle, drawn from the seed and the epoch's number only.
-static void loader_shuffle(Loader *loader, int64_t epoch) {
-    uint64_t state = loader->seed * 1000003 + epoch;
-    for (size_t i = 0; i < loader->windows; i++) loader->order[i] = (uint32_t)i;
-    for (size_t i = loader->windows - 1; i > 0; i--) {
-        size_t j = (size_t)(random_uniform(&state) * (i + 1));
-        uint32_t swap = loader->order[i];
-        loader->order[i] = loader->order[j], loader->order[j] = swap;
-    }
-    loader->epoch = epoch;
-}
-
-// Sequences position, position + 1, ... of the endless stream of epochs: tokens, targets (B,T).
+// Sequences position, position + 1, ... of the endless stream of epochs: tokens, targets (B,T). A new
+// epoch shuffles the order of the one before (Fisher and Yates).
 static void loader_batch(Loader *loader, int64_t position, int B, int *tokens, int *targets) {
-    int T = loader->T;
-    for (int b = 0; b < B; b++, position++) {
-        size_t window = position % loader->windows;
-        int64_t epoch = position / loader->windows;
-        if (loader->order && loader->epoch != epoch) loader_shuffle(loader, epoch);
-        if (loader->order) window = loader->order[window];
-        const Shard *s = loader->shards;
-        while (window >= s->windows) window -= s++->windows;
-        for (int t = 0; t <= T; t++) {
-            int token = s->tokens[window * (T + 1) + t];
-            if (token >= loader->V)
-                die("the %s files hold token %d, but the vocabulary has %d", loader->name, token, loader->V);
-            if (t < T) tokens[b * T + t] = token;
-            if (t > 0) targets[b * T + t - 1] = token;
-        }
+    int T = loader->T, n = B * T;
+    for (int64_t i = 0; i < B; i++) {
+        int64_t epoch = (position + i) / (int64_t)loader->num_windows;
+        for (; loader->epoch < epoch; loader->epoch++)
+            for (size_t a = loader->num_windows - 1; loader->random && a > 0; a--) {
+                size_t b = (size_t)(random_uniform(&loader->random) * (a + 1));
+                const uint16_t *swap = loader->windows[a];
+                loader->windows[a] = loader->windows[b], loader->windows[b] = swap;
+            }
+        const uint16_t *window = loader->windows[(position + i) % loader->num_windows];
+        for (int t = 0; t < T; t++) tokens[i * T + t] = window[t], targets[i * T + t] = window[t + 1];
     }
+    for (int i = 0; i < n; i++)
+        if (imax(tokens[i], targets[i]) >= loader->V)
+            die("%s.bin holds token %d, but the vocabulary has only %d", loader->split,
+                imax(tokens[i], targets[i]), loader->V);
 }
 
-enum { TOKEN_BOS = 1, TOKEN_EOS = 2, TOKEN_BYTE = 3 };  // byte b is token TOKEN_BYTE + b
+enum { TOKEN_BOS = 1, TOKEN_EOS = 2, TOKEN_BYTE = 3, TOKEN_PIECE = 259 };  // byte b: TOKEN_BYTE + b
 
-typedef struct {
-    char *text;     // the file, to which the pieces point
-    const char **pieces;
-    int *lengths, *sorted;
-    float *scores;
-    int V;
-} Tokenizer;
+// Every array (V); the pieces are not ended by zeros.
+typedef struct { char *file; const char **pieces; int *lengths, V; float *scores; } Tokenizer;
 
-static int compare_pieces(const char *a, int a_length, const char *b, int b_length) {
-    int order = memcmp(a, b, imin(a_length, b_length));
-    return order ? order : a_length - b_length;
-}
-
-static const Tokenizer *sorting;  // qsort passes no argument through
-static int compare_ids(const void *a, const void *b) {
-    int i = *(const int *)a, j = *(const int *)b;
-    int order = compare_pieces(sorting->pieces[i], sorting->lengths[i], sorting->pieces[j], sorting->lengths[j]);
-    return order ? order : i - j;
-}
-
-// A whole file as one block of memory, ended by a zero byte. Ends the program when it cannot be read.
-static char *read_file(const char *path, size_t *size) {
-    FILE *file = fopen(path, "rb");
-    struct stat info;
-    if (!file || fstat(fileno(file), &info) != 0) die("cannot open %s: %s", path, strerror(errno));
-    *size = (size_t)info.st_size;
-    char *text = (char *)allocate(*size + 1, 1);
-    if (fread(text, 1, *size, file) != *size) die("cannot read %s: %s", path, strerror(errno));
-    fclose(file);
-    return text;
-}
-
-// Reads DIR/tokenizer.bin: the longest piece's length, then for each id its score, length and bytes.
-// Returns 0 when there is no such file.
+// Reads DIR/tokenizer.bin: the longest piece's length, then each id's score, length and bytes.
+// Returns 0 when there is no such file, ends the program when it is damaged.
 static int tokenizer_open(Tokenizer *k, const char *dir) {
     char path[2048];
-    size_t size, at = 4;
+    struct stat info;
     memset(k, 0, sizeof *k);
     snprintf(path, sizeof path, "%s/tokenizer.bin", dir);
-    if (access(path, F_OK) != 0) return 0;
-    k->text = read_file(path, &size);
-    k->pieces = (const char **)allocate(size / 8, sizeof *k->pieces);
-    k->lengths = (int *)allocate(size / 8, sizeof(int));
-    k->sorted = (int *)allocate(size / 8, sizeof(int));
-    k->scores = (float *)allocate(size / 8, sizeof(float));
-    while (at < size) {
-        int32_t length = -1;
-        if (size - at >= 8) memcpy(&k->scores[k->V], k->text + at, 4), memcpy(&length, k->text + at + 4, 4);
-        at += 8;
-        if (length < 0 || (size_t)length > size - at) die("%s is damaged at piece %d", path, k->V);
-        k->pieces[k->V] = k->text + at;
-        k->lengths[k->V] = length;
-        k->sorted[k->V] = k->V;
-        at += length, k->V++;
+    FILE *file = fopen(path, "rb");
+    if (!file && errno == ENOENT) return 0;
+    if (!file || fstat(fileno(file), &info) != 0) die("cannot open %s: %s", path, strerror(errno));
+    size_t size = (size_t)info.st_size, at = 4;
+    k->file = (char *)allocate(size, 1);
+    if (fread(k->file, 1, size, file) != size) die("cannot read %s: %s", path, strerror(errno));
+    fclose(file);
+    k->pieces = (const char **)allocate(size / 8 + 1, sizeof *k->pieces);
+    k->lengths = (int *)allocate(size / 8 + 1, sizeof(int));
+    k->scores = (float *)allocate(size / 8 + 1, sizeof(float));
+    for (; at < size; k->V++) {
+        int *length = &k->lengths[k->V];
+        if (size - at < 8) die("%s: piece %d is damaged", path, k->V);
+        memcpy(&k->scores[k->V], k->file + at, 4), memcpy(length, k->file + at + 4, 4);
+        k->pieces[k->V] = k->file + (at += 8);
+        if (*length < 0 || (size_t)*length > size - at) die("%s: piece %d is damaged", path, k->V);
+        at += *length;
     }
-    if (k->V < TOKEN_BYTE + 256 || k->V > 65536)
-        die("%s has %d pieces, not 259 to 65536: is it a tokenizer.bin of llama2.c's kind?", path, k->V);
-    sorting = k;
-    qsort(k->sorted, k->V, sizeof(int), compare_ids);
+    if (k->V < TOKEN_PIECE || k->V > 65536)
+        die("%s has %d pieces, not 259 to 65536: is it llama2.c's format?", path, k->V);
     return 1;
 }
 
 static void tokenizer_close(Tokenizer *k) {
-    free(k->text), free(k->pieces), free(k->lengths), free(k->sorted), free(k->scores);
+    free(k->file), free(k->pieces), free(k->lengths), free(k->scores);
 }
 
-// The id of a piece, the smallest if several are spelled alike, or -1.
-static int tokenizer_find(const Tokenizer *k, const char *piece, int length) {
-    int low = 0, high = k->V;
-    while (low < high) {
-        int middle = (low + high) / 2, id = k->sorted[middle];
-        if (compare_pieces(k->pieces[id], k->lengths[id], piece, length) < 0) low = middle + 1;
-        else high = middle;
-    }
-    if (low == k->V) return -1;
-    int id = k->sorted[low];
-    return compare_pieces(k->pieces[id], k->lengths[id], piece, length) == 0 ? id : -1;
+// The id of the piece that is spelled a then b, or -1.
+static int tokenizer_find(const Tokenizer *k, const char *a, int a_size, const char *b, int b_size) {
+    for (int id = TOKEN_PIECE; id < k->V; id++)
+        if (k->lengths[id] == a_size + b_size && memcmp(k->pieces[id], a, a_size) == 0 &&
+            memcmp(k->pieces[id] + a_size, b, b_size) == 0) return id;
+    return -1;
 }
 
-// BOS, a space, the text, as sentencepiece does it: each character is its piece, or else its bytes; then
-// the neighbours whose joint piece has the best score are joined, until no joint piece exists.
-// tokens has room for strlen(text) + 2; returns how many were written. No text: BOS alone.
+static int tokenizer_join(const Tokenizer *k, int a, int b) {
+    if (a < TOKEN_PIECE || b < TOKEN_PIECE) return -1;
+    return tokenizer_find(k, k->pieces[a], k->lengths[a], k->pieces[b], k->lengths[b]);
+}
+
+// One character of `bytes` bytes becomes its piece, or else its bytes. Returns how many tokens.
+static int encode_character(const Tokenizer *k, const char *c, int bytes, int *tokens) {
+    int id = tokenizer_find(k, c, bytes, "", 0);
+    if (id >= 0) return *tokens = id, 1;
+    for (int i = 0; i < bytes; i++) tokens[i] = TOKEN_BYTE + (unsigned char)c[i];
+    return bytes;
+}
+
+// BOS, a space, the text, as sentencepiece does it: characters first; then the neighbours whose joint
+// piece has the best score are joined, until no two can be. No text: BOS alone.
+// tokens has room for strlen(text) + 2; returns how many were written.
 static int tokenizer_encode(const Tokenizer *k, const char *text, int *tokens) {
-    size_t length = strlen(text), n = 0;
-    char *spaced = (char *)allocate(length + 2, 1), *join = (char *)allocate(k->text ? length + 2 : 2, 1);
-    tokens[n++] = TOKEN_BOS;
-    if (length) spaced[0] = ' ', memcpy(spaced + 1, text, length);
-    for (const char *c = spaced; *c;) {
-        int bytes = 1;
-        while (((unsigned char)c[bytes] & 0xC0) == 0x80 && bytes < 4) bytes++;
-        int id = tokenizer_find(k, c, bytes);
-        if (id >= 0) tokens[n++] = id;
-        else for (int i = 0; i < bytes; i++) tokens[n++] = TOKEN_BYTE + (unsigned char)c[i];
-        c += bytes;
+    int n = 1, best, bytes;
+    int *joint = (int *)allocate(strlen(text) + 2, sizeof(int));  // piece of tokens i and i + 1, or -1
+    tokens[0] = TOKEN_BOS;
+    if (*text) n += encode_character(k, " ", 1, tokens + n);
+    for (; *text; text += bytes) {
+        for (bytes = 1; ((unsigned char)text[bytes] & 0xC0) == 0x80 && bytes < 4;) bytes++;  // UTF-8
+        n += encode_character(k, text, bytes, tokens + n);
     }
+    for (int i = 0; i + 1 < n; i++) joint[i] = tokenizer_join(k, tokens[i], tokens[i + 1]);
     for (;;) {
-        float best = -1e30f;
-        int best_id = -1;
-        size_t best_at = 0;
-        for (size_t i = 1; i + 1 < n; i++) {
-            int a = tokens[i], b = tokens[i + 1], sum = k->lengths[a] + k->lengths[b];
-            if ((size_t)sum > length + 1) continue;
-            memcpy(join, k->pieces[a], k->lengths[a]);
-            memcpy(join + k->lengths[a], k->pieces[b], k->lengths[b]);
-            int id = tokenizer_find(k, join, sum);
-            if (id >= 0 && k->scores[id] > best) best = k->scores[id], best_id = id, best_at = i;
-        }
-        if (best_id < 0) break;
-        tokens[best_at] = best_id;
-        memmove(tokens + best_at + 1, tokens + best_at + 2, (n - best_at - 2) * sizeof(int));
+        best = -1;
+        for (int i = 0; i + 1 < n; i++)
+            if (joint[i] >= 0 && (best < 0 || k->scores[joint[i]] > k->scores[joint[best]]))
+                best = i;
+        if (best < 0) break;
+        tokens[best] = joint[best];
         n--;
+        memmove(tokens + best + 1, tokens + best + 2, (n - best - 1) * sizeof(int));
+        memmove(joint + best, joint + best + 1, (n - best - 1) * sizeof(int));
+        joint[best - 1] = tokenizer_join(k, tokens[best - 1], tokens[best]);
+        if (best + 1 < n) joint[best] = tokenizer_join(k, tokens[best], tokens[best + 1]);
     }
-    free(spaced), free(join);
-    return (int)n;
+    free(joint);
+    return n;
 }
 
-// Writes a token's text. The space that begins every story is left out; bytes that would steer a
-// terminal are too.
+// Writes a token's text, without the space that begins a story and without terminal control bytes.
 static void tokenizer_print(const Tokenizer *k, int previous, int token, FILE *file) {
-    const char *piece = k->pieces[token];
-    int length = k->lengths[token];
     char byte = (char)(token - TOKEN_BYTE);
-    if (token < TOKEN_BYTE) return;
-    if (token < TOKEN_BYTE + 256) piece = &byte, length = 1;
+    const char *piece = token < TOKEN_PIECE ? &byte : k->pieces[token];
+    int length = token < TOKEN_BYTE ? 0 : token < TOKEN_PIECE ? 1 : k->lengths[token];
     if (previous == TOKEN_BOS && length && *piece == ' ') piece++, length--;
     for (int i = 0; i < length; i++)
-        if ((unsigned char)piece[i] >= ' ' ? piece[i] != 127 : piece[i] == '\n' || piece[i] == '\t')
+        if (piece[i] == '\n' || ((unsigned char)piece[i] >= ' ' && piece[i] != 127))
             fputc(piece[i], file);
 }
 
 /* ------------------------------------------------------------------------------------------------
 7. Checkpoints
 
-safetensors: the header's length as 8 bytes, the header as JSON, the numbers as they lie in memory. The
-header is a function of the configuration alone. So the reader needs no JSON parser: it reads the options
-from the beginning of the header, builds the header that they must give, and compares the bytes.
+safetensors: the header's length in 8 bytes, the header as JSON, then the numbers as they lie in
+memory. The tensors in the header are a function of the options. So the reader needs no JSON parser:
+it reads the options at the header's beginning, writes the header that they must have, and compares.
 */
 
-// What a run is besides its network.
+// What a run has besides its network.
 typedef struct {
     int step;          // updates done
     int64_t position;  // sequences trained on
-    uint64_t random;   // generator of the stories
+    uint64_t random;   // state of the stories' generator
 } Progress;
 
-typedef struct { char *text; size_t length, room; } String;
-
-__attribute__((format(printf, 2, 3)))
-static void append(String *s, const char *format, ...) {
-    va_list args;
-    if (s->room - s->length < 8192) {
-        s->room = 2 * s->room + 16384;
-        s->text = (char *)realloc(s->text, s->room);
-        if (!s->text) die("not enough memory for a header");
-    }
-    va_start(args, format);
-    s->length += vsnprintf(s->text + s->length, 8192, format, args);
-    va_end(args);
+static void print_tensor(FILE *file, const char *prefix, const char *name, const char *type, int rows,
+                         int cols, size_t *offset) {
+    size_t begin = *offset;
+    *offset += 4 * (size_t)rows * imax(cols, 1);
+    fprintf(file, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":[%d", prefix, name, type, rows);
+    if (cols) fprintf(file, ",%d", cols);
+    fprintf(file, "],\"data_offsets\":[%zu,%zu]}", begin, *offset);
 }
 
-enum { HOLDS_WEIGHTS, HOLDS_ADAM, HOLDS_GRADIENTS };
-static const char *const contents_names[] = {"weights", "adam", "gradients"};
-#define METADATA "{\"__metadata__\":{\"format\":\"pt\",\"contents\":\"%s\",\"step\":\"%d\"," \
-                 "\"position\":\"%" PRId64 "\",\"random\":\"%" PRIu64 "\""
-#define METADATA_SCAN "{\"__metadata__\":{\"format\":\"pt\",\"contents\":\"%15[a-z]\",\"step\":\"%d\"," \
-                      "\"position\":\"%" SCNd64 "\",\"random\":\"%" SCNu64 "\"%n"
-
-static void append_tensor(String *s, const char *prefix, const char *name, const char *type, int rows, int cols,
-                          size_t *offset) {
-    size_t bytes = 4 * (size_t)rows * (cols ? cols : 1);
-    append(s, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":[%d", prefix, name, type, rows);
-    if (cols) append(s, ",%d", cols);
-    append(s, "],\"data_offsets\":[%zu,%zu]}", *offset, *offset + bytes);
-    *offset += bytes;
-}
-
-// The whole header; *bytes gets the size of the numbers that follow it.
-static String checkpoint_header(const Model *m, const Progress *p, int contents, size_t *bytes) {
-    const char *prefixes[3][3] = {{""}, {"", "adam_m.", "adam_v."}, {"", "grad."}};
-    String s = {NULL, 0, 0};
-    char value[4096];
-    *bytes = 0;
-    append(&s, METADATA, contents_names[contents], p->step, p->position, p->random);
+// The header of a checkpoint, which holds the parameters and Adam's moments, or of a file of
+// gradients. *bytes gets the size of the numbers that follow it. The caller frees it.
+static char *make_header(const Model *m, const Progress *p, int gradients, size_t *bytes) {
+    const char *prefixes[] = {"", gradients ? "grad." : "adam_m.", gradients ? NULL : "adam_v.", NULL};
+    char *text, value[TEXT_SIZE];
+    size_t length;
+    FILE *file = open_memstream(&text, &length);
+    fprintf(file, "{\"__metadata__\":{\"format\":\"pt\",\"kind\":\"%s\",\"step\":\"%d\"",
+            gradients ? "gradients" : "checkpoint", p->step);
+    fprintf(file, ",\"position\":\"%" PRId64 "\",\"random\":\"%" PRIu64 "\"", p->position, p->random);
     for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++) {
-        if (!row->name || !(row->stored & STORED)) continue;
-        option_text(m->o, row, value, sizeof value);
-        append(&s, ",\"%s\":\"%s\"", row->name, value);
+        if (row->group == NOT_STORED) continue;
+        option_text(m->o, row, value);
+        fprintf(file, ",\"%s\":\"%s\"", row->name, value);
     }
-    append(&s, "}");
-    for (int k = 0; k < 3 && prefixes[contents][k]; k++)
+    fputs("}", file);
+    *bytes = 0;
+    for (const char **prefix = prefixes; *prefix; prefix++)
         for (const Tensor *t = m->tensors; t < m->tensors + m->num_tensors; t++)
-            append_tensor(&s, prefixes[contents][k], t->name, "F32", t->rows, t->cols, bytes);
-    if (contents == HOLDS_GRADIENTS) {
-        append_tensor(&s, "", "tokens", "I32", m->o->batch, m->o->seq_len, bytes);
-        append_tensor(&s, "", "targets", "I32", m->o->batch, m->o->seq_len, bytes);
-        append_tensor(&s, "", "loss", "F32", 1, 0, bytes);
+            print_tensor(file, *prefix, t->name, "F32", t->rows, t->cols, bytes);
+    if (gradients) {
+        print_tensor(file, "", "tokens", "I32", m->o->batch, m->o->seq_len, bytes);
+        print_tensor(file, "", "targets", "I32", m->o->batch, m->o->seq_len, bytes);
+        print_tensor(file, "", "loss", "F32", 1, 0, bytes);
     }
-    append(&s, "}");
-    while (s.length % 8) append(&s, " ");
-    return s;
+    fprintf(file, "}%*s", (int)(7 - ftell(file) % 8), "");  // a multiple of eight
+    fclose(file);
+    return text;
 }
 
 typedef struct { const void *data; size_t bytes; } Part;
 
-// Writes header and parts under a temporary name, waits until they are on the disk, then renames: at
-// any moment the file is either the old one or the new one, whole.
-static void write_safetensors(const char *path, String header, const Part *parts, int num_parts) {
+// Writes header and parts under a temporary name, waits until they are on the disk, then renames:
+// at any moment the file is the old one or the new one, whole. Frees the header.
+static void write_safetensors(const char *path, char *header, const Part *parts, int num_parts) {
     char temporary[2100];
-    uint64_t length = header.length;
+    uint64_t length = strlen(header);
     snprintf(temporary, sizeof temporary, "%s.tmp", path);
     FILE *file = fopen(temporary, "wb");
     if (!file) die("cannot write %s: %s", temporary, strerror(errno));
-    int good = fwrite(&length, 8, 1, file) == 1 && fwrite(header.text, 1, length, file) == length;
+    int good = fwrite(&length, 8, 1, file) == 1 && fwrite(header, length, 1, file) == 1;
     for (int i = 0; i < num_parts; i++)
-        good = good && fwrite(parts[i].data, 1, parts[i].bytes, file) == parts[i].bytes;
+        good = good && fwrite(parts[i].data, parts[i].bytes, 1, file) == 1;
     good = good && fflush(file) == 0 && fsync(fileno(file)) == 0;
     good = fclose(file) == 0 && good;
     if (!good || rename(temporary, path) != 0) {
@@ -1653,144 +1494,139 @@ static void write_safetensors(const char *path, String header, const Part *parts
         unlink(temporary);
         die("cannot write %s: %s", path, strerror(error));
     }
-    free(header.text);
+    free(header);
 }
 
 static void checkpoint_write(const char *path, const Model *m, const Progress *p) {
     size_t bytes, n = m->num_parameters * sizeof(float);
     Part parts[] = {{m->parameters, n}, {m->adam_m, n}, {m->adam_v, n}};
-    write_safetensors(path, checkpoint_header(m, p, HOLDS_ADAM, &bytes), parts, 3);
+    write_safetensors(path, make_header(m, p, 0, &bytes), parts, 3);
 }
 
-// Opens a checkpoint and reads its header, ended by a zero byte, and the beginning of its metadata.
-// *rest gets the metadata that follows.
-static FILE *checkpoint_open(const char *path, String *header, char **rest, Progress *p, int *contents) {
+// Opens a checkpoint, reads its header and from that the progress; *options is where the options
+// begin, *bytes how long the numbers are. The caller closes the file and frees the header.
+static FILE *checkpoint_open(const char *path, char **header, char **options, Progress *p,
+                             uint64_t *bytes) {
     struct stat info;
     uint64_t length;
-    char name[16];
     int used = 0;
     FILE *file = fopen(path, "rb");
     if (!file || fstat(fileno(file), &info) != 0) die("cannot open %s: %s", path, strerror(errno));
-    if (fread(&length, 8, 1, file) != 1 || length > (uint64_t)info.st_size - 8 || length > 100000000)
-        die("%s is no checkpoint: no safetensors header at its beginning", path);
-    header->length = header->room = (size_t)length;
-    header->text = (char *)allocate(length + 1, 1);
-    if (fread(header->text, 1, length, file) != length) die("cannot read %s: %s", path, strerror(errno));
-    if (sscanf(header->text, METADATA_SCAN, name, &p->step, &p->position, &p->random, &used) != 4 || !used)
-        die("%s is no checkpoint of this program: it lacks the program's metadata", path);
-    for (*contents = 0; *contents < 3 && strcmp(name, contents_names[*contents]); ++*contents) {}
-    if (*contents == HOLDS_GRADIENTS || *contents == 3)
-        die("%s holds %s: not a checkpoint to go on from", path, name);
-    *rest = header->text + used;
+    if (fread(&length, 8, 1, file) != 1 || length > 100000000 || length + 8 > (uint64_t)info.st_size)
+        die("%s is no checkpoint: it does not begin with a safetensors header", path);
+    *bytes = info.st_size - 8 - length;
+    *header = (char *)allocate(length + 1, 1);
+    if (fread(*header, 1, length, file) != length) die("cannot read %s: %s", path, strerror(errno));
+    sscanf(*header, "{\"__metadata__\":{\"format\":\"pt\",\"kind\":\"checkpoint\",\"step\":\"%d\","
+           "\"position\":\"%" SCNd64 "\",\"random\":\"%" SCNu64 "\"%n", &p->step, &p->position,
+           &p->random, &used);
+    if (!used || p->step < 0 || p->position < 0)
+        die("%s is no checkpoint of this program: it lacks the metadata of one", path);
+    *options = *header + used;
     return file;
 }
 
-static void checkpoint_options(const char *path, Options *o, int kept, int fixed, const char **given) {
-    String header;
-    Progress p;
-    Options read = *o;
-    int contents;
-    char *rest, pattern[64], value[1024], name[1024];
-    FILE *file = checkpoint_open(path, &header, &rest, &p, &contents);
-    fclose(file);
+static void checkpoint_options(const char *path, Options *o, int resume, const char *const given[]) {
+    Options stored = *o;
+    Progress progress;
+    uint64_t bytes;
+    char *header, *rest, *end, key[64], theirs[TEXT_SIZE], ours[TEXT_SIZE];
+    fclose(checkpoint_open(path, &header, &rest, &progress, &bytes));
     for (int r = 0; r < NUM_ROWS; r++) {
         const OptionRow *row = &option_rows[r];
-        if (!row->name || !(row->stored & STORED)) continue;
-        snprintf(pattern, sizeof pattern, ",\"%s\":\"", row->name);
-        char *end = NULL, *start = rest + strlen(pattern);
-        if (strncmp(rest, pattern, strlen(pattern)) == 0) end = strchr(start, '"');
-        if (!end) die("%s is no checkpoint of this version: it lacks the option %s", path, row->name);
+        if (row->group == NOT_STORED) continue;
+        int n = snprintf(key, sizeof key, ",\"%s\":\"", row->name);
+        if (strncmp(rest, key, n) != 0 || !(end = strchr(rest + n, '"')))
+            die("%s is no checkpoint of this version: it lacks --%s", path, row->name);
         *end = 0;
+        if (set_option(&stored, row, rest + n))
+            die("%s is damaged: its --%s is %s", path, row->name, rest + n);
+        option_text(&stored, row, theirs), option_text(o, row, ours);
+        if (given[r] && row->group == NETWORK && strcmp(theirs, ours) != 0)
+            die("--%s %s contradicts %s, which has %s", row->name, ours, path, theirs);
+        if (resume || row->group <= NETWORK_DATA) set_option(o, row, rest + n);
         rest = end + 1;
-        if (!(row->stored & (kept | fixed))) continue;
-        const char *problem = set_option(&read, row, start);
-        if (problem) die("%s is damaged: its %s is %s", path, row->name, start);
-        option_text(&read, row, value, sizeof value);
-        option_text(o, row, name, sizeof name);
-        if (given[r] && (row->stored & fixed) && strcmp(value, name))
-            die("--%s %s contradicts %s, which has %s", row->name, name, path, value);
-        set_option(o, row, start);
     }
-    free(header.text);
+    free(header);
 }
 
-// Fills the model from a checkpoint whose options it already has, and the progress; with `resume` also
-// Adam's moments, which must be there.
+// Fills a model that already has the checkpoint's options; with `resume` also Adam's moments and the
+// progress.
 static void checkpoint_read(const char *path, Model *m, Progress *p, int resume) {
-    String header, expected;
-    Progress q;
-    int contents;
-    char *rest;
-    size_t bytes, n = m->num_parameters;
-    struct stat info;
-    FILE *file = checkpoint_open(path, &header, &rest, &q, &contents);
-    if (resume && contents != HOLDS_ADAM) die("%s has no Adam moments to resume from; use --load", path);
-    expected = checkpoint_header(m, &q, contents, &bytes);
-    const char *ours = strstr(expected.text, "},\""), *theirs = strstr(rest, "},\"");
-    if (!theirs || strcmp(ours, theirs)) die("%s is damaged: its header is not that of its options", path);
-    if (fstat(fileno(file), &info) != 0 || (size_t)info.st_size != 8 + header.length + bytes)
-        die("%s is damaged: %lld bytes instead of %zu", path, (long long)info.st_size, 8 + header.length + bytes);
-    if (fread(m->parameters, sizeof(float), n, file) != n ||
-        (resume && (fread(m->adam_m, sizeof(float), n, file) != n || fread(m->adam_v, sizeof(float), n, file) != n)))
-        die("cannot read %s: %s", path, strerror(errno));
-    if (resume) *p = q;
-    fclose(file);
-    free(header.text), free(expected.text);
+    Progress progress;
+    char *header, *rest, *expected;
+    uint64_t bytes;
+    size_t right_bytes, n = m->num_parameters;
+    FILE *file = checkpoint_open(path, &header, &rest, &progress, &bytes);
+    expected = make_header(m, &progress, 0, &right_bytes);
+    const char *theirs = strstr(rest, "\"},\""), *ours = strstr(expected, "\"},\"");
+    if (!theirs || strncmp(ours, theirs, strcspn(ours, " ")) != 0)
+        die("%s is damaged: its tensors are not those of its options", path);
+    if (bytes != right_bytes)
+        die("%s is damaged: %zu bytes of numbers, not %zu", path, (size_t)bytes, right_bytes);
+    float *blocks[] = {m->parameters, m->adam_m, m->adam_v};
+    for (int i = 0; i < (resume ? 3 : 1); i++)
+        if (fread(blocks[i], sizeof(float), n, file) != n)
+            die("cannot read %s: %s", path, strerror(errno));
+    if (resume) *p = progress;
+    fclose(file), free(header), free(expected);
 }
 
 /* ------------------------------------------------------------------------------------------------
 8. Sampling
 */
 
-typedef struct { float probability; int id; } Choice;
+typedef struct { float probability; int id; } Candidate;
 
-static int compare_choices(const void *a, const void *b) {
-    const Choice *x = (const Choice *)a, *y = (const Choice *)b;
-    return x->probability != y->probability ? (x->probability < y->probability ? 1 : -1) : x->id - y->id;
+static int compare_candidates(const void *a, const void *b) {
+    const Candidate *x = (const Candidate *)a, *y = (const Candidate *)b;
+    if (x->probability != y->probability) return x->probability < y->probability ? 1 : -1;
+    return x->id - y->id;
 }
 
-// Draws the next token from logits (V). Temperature divides the logits: below 1 the likely tokens gain, at
-// 0 the likeliest is taken. Top-p (arXiv 1904.09751) keeps the likeliest tokens that together reach top_p.
-static int sample_token(const float *logits, int V, double temperature, double top_p, uint64_t *random,
-                        Choice *choices) {
+// Draws the next token from logits (V). Temperature divides the logits: below 1 the likely tokens
+// gain, at 0 the likeliest is taken. Top-p (arXiv 1904.09751) keeps the likeliest tokens that together
+// reach the probability top_p. candidates (V) is scratch.
+static int sample_token(const float *logits, int V, double temperature, double top_p,
+                        uint64_t *random, Candidate *candidates) {
     int likeliest = 0, kept = 0;
+    double total = 0, sum = 0;
     for (int v = 1; v < V; v++)
         if (logits[v] > logits[likeliest]) likeliest = v;
     if (temperature == 0) return likeliest;
-    double total = 0, sum = 0;
     for (int v = 0; v < V; v++) {
-        choices[v].id = v;
-        choices[v].probability = (float)exp((logits[v] - logits[likeliest]) / temperature);
-        total += choices[v].probability;
+        candidates[v].id = v;
+        candidates[v].probability = (float)exp((logits[v] - logits[likeliest]) / temperature);
+        total += candidates[v].probability;
     }
-    qsort(choices, V, sizeof *choices, compare_choices);
-    while (kept < V && sum < top_p * total) sum += choices[kept++].probability;
+    qsort(candidates, V, sizeof *candidates, compare_candidates);
+    while (kept < V && sum < top_p * total) sum += candidates[kept++].probability;
     double draw = random_uniform(random) * sum;
-    for (int i = 0; i < kept; i++)
-        if ((draw -= choices[i].probability) < 0) return choices[i].id;
-    return choices[kept - 1].id;
+    for (int i = 0; i < kept - 1; i++)
+        if ((draw -= candidates[i].probability) < 0) return candidates[i].id;
+    return candidates[kept - 1].id;
 }
 
-// Tells a story that begins with the prompt, of at most `length` tokens, into the file. What has been
-// computed for earlier tokens is still in the activations, so each token costs one row. When the network's
-// T positions are full, the story goes on with its last T/2 tokens as the new beginning.
-static void tell_story(Model *m, const Tokenizer *k, const Options *o, uint64_t *random, FILE *file) {
-    int T = o->seq_len, V = o->vocab_size, filled = 0;
+// Writes a story of at most --length tokens that begins with the prompt. Each token takes a forward
+// pass over all before it; when all T positions are taken, the last T/2 become the new beginning.
+static void tell_story(Model *m, const Tokenizer *k, uint64_t *random, FILE *file) {
+    const Options *o = m->o;
+    int T = o->seq_len, V = o->vocab_size, start = 0;
     int *tokens = (int *)allocate(strlen(o->prompt) + 2 + o->length, sizeof(int));
-    Choice *choices = (Choice *)allocate(V, sizeof(Choice));
-    int n = tokenizer_encode(k, o->prompt, tokens), start = 0, end = n + o->length;
+    Candidate *candidates = (Candidate *)allocate(V, sizeof(Candidate));
+    int n = tokenizer_encode(k, o->prompt, tokens), end = n + o->length;
     for (int i = 1; i < n; i++) tokenizer_print(k, tokens[i - 1], tokens[i], file);
     for (; n < end; n++) {
-        if (n - start > T) start = n - imax(1, T / 2), filled = 0;
-        model_forward(m, tokens + start, NULL, 1, n - start, filled);
-        filled = n - start;
-        tokens[n] = sample_token(m->logits + (size_t)(filled - 1) * V, V, o->temperature, o->top_p, random, choices);
+        if (n - start > T) start = n - imax(1, T / 2);
+        model_forward(m, tokens + start, NULL, 1, n - start);
+        const float *logits = m->logits + (size_t)(n - start - 1) * V;
+        tokens[n] = sample_token(logits, V, o->temperature, o->top_p, random, candidates);
         if (tokens[n] == TOKEN_BOS || tokens[n] == TOKEN_EOS) break;
         tokenizer_print(k, tokens[n - 1], tokens[n], file);
         fflush(file);
     }
     fputc('\n', file);
-    free(tokens), free(choices);
+    free(tokens), free(candidates);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -1799,71 +1635,35 @@ static void tell_story(Model *m, const Tokenizer *k, const Options *o, uint64_t 
 
 typedef struct {
     Model model;
-    Loader train, val;
     Tokenizer tokenizer;
+    Loader train, val;
     Progress progress;
-    int *tokens, *targets;        // (B,T)
-    double *layer_norms;          // (L) of the last gradient
+    int *tokens, *targets;  // (B,T)
+    double *layer_norms;    // (L) of the last gradient
     FILE *log, *layers;
+    int start_step, val_windows, on_terminal;
     double start_time;
-    int start_step, on_terminal;
 } Run;
 
-// Population variance of x (n).
-static double variance(const float *x, size_t n) {
-    double mean = dot(x, NULL, n) / n;
-    return dot(x, x, n) / n - mean * mean;
-}
-
-// Mean loss over the validation windows in file order, at most --val-batches batches of them.
-static double validate(Run *run) {
+// Opens OUT/name. A resumed run goes on after the line of its step, a new one begins with the header.
+static FILE *open_log(const Run *run, const char *name, const char *header) {
     const Options *o = run->model.o;
-    int64_t windows = run->val.windows, limit = (int64_t)o->val_batches * o->batch;
-    double sum = 0;
-    if (o->val_batches && windows > limit) windows = limit;
-    for (int64_t w = 0; w < windows; w += o->batch) {
-        int B = windows - w < o->batch ? (int)(windows - w) : o->batch;
-        loader_batch(&run->val, w, B, run->tokens, run->targets);
-        sum += B * model_forward(&run->model, run->tokens, run->targets, B, o->seq_len, 0);
-    }
-    return sum / windows;
-}
-
-// A line per layer in layers.csv. The activations are those of the last validation batch.
-static void log_layers(Run *run) {
-    const Model *m = &run->model;
-    int64_t windows = run->val.windows, limit = (int64_t)m->o->val_batches * m->o->batch;
-    if (limit && windows > limit) windows = limit;
-    size_t n = ((windows - 1) % m->o->batch + 1) * m->o->seq_len * m->o->channels;
-    for (int l = 0; l < m->o->layers; l++) {
-        LayerParameters w = layer_parameters(m, m->parameters, l);
-        fprintf(run->layers, "%d,%d,%.6g,%.6g,", run->progress.step, l + 1,
-                variance(m->sublayers[2 * l].out, n), variance(m->sublayers[2 * l + 1].out, n));
-        if (w.gate) fprintf(run->layers, "%.6g", *w.gate);
-        if (run->progress.step > run->start_step) fprintf(run->layers, ",%.6g\n", run->layer_norms[l]);
-        else fprintf(run->layers, ",\n");
-    }
-    fflush(run->layers);
-}
-
-// Opens OUT/name for appending. A resumed run's file loses the lines of later steps first.
-static FILE *open_log(const Options *o, const char *name, const char *header, int step) {
     char path[2048], line[1024];
-    snprintf(path, sizeof path, "%s/%s", o->out, name);
-    FILE *file = fopen(path, *o->resume ? "r+" : "w");
-    if (!file && *o->resume) file = fopen(path, "w");
-    if (!file) die("cannot write %s: %s", path, strerror(errno));
     long keep = 0;
-    while (*o->resume && fgets(line, sizeof line, file) && strchr(line, '\n') && atoi(line) <= step)
+    snprintf(path, sizeof path, "%s/%s", o->out, name);
+    FILE *file = *o->resume ? fopen(path, "r+") : NULL;
+    while (file && fgets(line, sizeof line, file) && strchr(line, '\n') && atoi(line) <= run->start_step)
         keep = ftell(file);
-    if (fseek(file, keep, SEEK_SET) != 0 || ftruncate(fileno(file), keep) != 0)
+    if (!file) file = fopen(path, "w");
+    if (!file || fseek(file, keep, SEEK_SET) != 0 || ftruncate(fileno(file), keep) != 0)
         die("cannot write %s: %s", path, strerror(errno));
     if (keep == 0) fprintf(file, "%s\n", header);
     return file;
 }
 
+// Makes the folder and those above it.
 static void make_folder(const char *path) {
-    char part[4096];
+    char part[TEXT_SIZE];
     for (size_t i = 1; i <= strlen(path); i++)
         if (path[i] == '/' || path[i] == 0) {
             snprintf(part, sizeof part, "%.*s", (int)i, path);
@@ -1872,72 +1672,160 @@ static void make_folder(const char *path) {
         }
 }
 
-static void checkpoint_path(const Options *o, int step, char *path, size_t size) {
-    snprintf(path, size, "%s/ckpt_%06d.safetensors", o->out, step);
+// Prepares everything that the options ask for; sets --vocab-size from the tokenizer.
+static void open_run(Run *run, Options *o) {
+    int training = o->steps > 0;
+    size_t N = (size_t)o->batch * o->seq_len;
+    memset(run, 0, sizeof *run);
+    if (tokenizer_open(&run->tokenizer, o->data)) {
+        if (o->vocab_size && o->vocab_size != run->tokenizer.V)
+            die("--vocab-size is %d, but %s/tokenizer.bin has %d pieces", o->vocab_size, o->data,
+                run->tokenizer.V);
+        o->vocab_size = run->tokenizer.V;
+    } else if (!training || !o->vocab_size)
+        die("%s/tokenizer.bin is missing; prepro_tinystories.py --out %s writes it", o->data, o->data);
+    if (training) {
+        loader_open(&run->train, o->data, "train", o->seq_len, o->vocab_size, o->seed + 1);
+        loader_open(&run->val, o->data, "val", o->seq_len, o->vocab_size, 0);
+        int64_t windows = run->val.num_windows, limit = (int64_t)o->val_batches * o->batch;
+        run->val_windows = (int)(limit && windows > limit ? limit : windows);
+    }
+    model_create(&run->model, o, training ? o->batch : 1, training);
+    run->progress.random = o->seed;
+    if (*o->load) checkpoint_read(o->load, &run->model, &run->progress, 0);
+    if (*o->resume) checkpoint_read(o->resume, &run->model, &run->progress, training);
+    run->start_step = run->progress.step;
+    run->tokens = (int *)allocate(N, sizeof(int)), run->targets = (int *)allocate(N, sizeof(int));
+    run->layer_norms = (double *)allocate(o->layers, sizeof(double));
+    run->on_terminal = isatty(1);
+    if (!training || *o->dump_grads) return;
+    make_folder(o->out);
+    run->log = open_log(run, "log.csv", "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s");
+    run->layers = open_log(run, "layers.csv",
+                           "step,layer,attention_variance,mlp_variance,gate,grad_norm");
 }
 
-// Saves OUT/ckpt_STEP.safetensors and removes the one that is --keep saves older.
-static void save(Run *run) {
+static void close_run(Run *run) {
+    model_free(&run->model);
+    tokenizer_close(&run->tokenizer);
+    if (run->log) fclose(run->log), fclose(run->layers);
+    free(run->train.windows), free(run->val.windows);
+    free(run->tokens), free(run->targets), free(run->layer_norms);
+}
+
+// Mean loss over the first val_windows validation windows.
+static double validate(Run *run) {
+    int B = run->model.o->batch, T = run->model.o->seq_len;
+    double sum = 0;
+    for (int w = 0; w < run->val_windows; w += B) {
+        int b = imin(B, run->val_windows - w);
+        loader_batch(&run->val, w, b, run->tokens, run->targets);
+        sum += b * model_forward(&run->model, run->tokens, run->targets, b, T);
+    }
+    return sum / run->val_windows;
+}
+
+// Population variance of x (n).
+static double variance(const float *x, size_t n) {
+    double mean = dot(x, NULL, n) / n;
+    return dot(x, x, n) / n - mean * mean;
+}
+
+// A line of layers.csv per layer, after validate(): the activations are those of its last batch.
+static void log_layers(Run *run) {
+    const Model *m = &run->model;
+    int B = (run->val_windows - 1) % m->o->batch + 1, step = run->progress.step;
+    size_t n = (size_t)B * m->o->seq_len * m->o->channels;
+    for (int l = 0; l < m->o->layers; l++) {
+        const float *gate = layer_parameters(m, m->parameters, l).gate;
+        fprintf(run->layers, "%d,%d,%.6g,%.6g,", step, l + 1, variance(m->sublayers[2 * l].out, n),
+                variance(m->sublayers[2 * l + 1].out, n));
+        if (gate) fprintf(run->layers, "%.6g", *gate);
+        if (step > run->start_step) fprintf(run->layers, ",%.6g\n", run->layer_norms[l]);
+        else fprintf(run->layers, ",\n");
+    }
+    fflush(run->layers);
+}
+
+// Saves OUT/ckpt_STEP.safetensors; of those from --save-every the last --keep stay.
+static void save(const Run *run) {
     const Options *o = run->model.o;
     char path[2048];
     int step = run->progress.step;
-    checkpoint_path(o, step, path, sizeof path);
+    int64_t old = step - (int64_t)o->keep * o->save_every;
+    snprintf(path, sizeof path, "%s/ckpt_%06d.safetensors", o->out, step);
     checkpoint_write(path, &run->model, &run->progress);
-    if (!o->save_every || step % o->save_every) return;
-    checkpoint_path(o, step - o->keep * o->save_every, path, sizeof path);
-    if (step > o->keep * o->save_every) unlink(path);
+    if (!o->save_every || step % o->save_every || old <= 0) return;
+    snprintf(path, sizeof path, "%s/ckpt_%06d.safetensors", o->out, (int)old);
+    unlink(path);
 }
 
+// Adds a story to OUT/samples.txt, if there is a tokenizer to spell it.
 static void sample(Run *run) {
-    if (!run->tokenizer.V) return;
     char path[2048];
     snprintf(path, sizeof path, "%s/samples.txt", run->model.o->out);
-    FILE *file = fopen(path, "a");
+    FILE *file = run->tokenizer.V ? fopen(path, "a") : NULL;
+    if (!run->tokenizer.V) return;
     if (!file) die("cannot write %s: %s", path, strerror(errno));
     fprintf(file, "--- step %d ---\n", run->progress.step);
-    tell_story(&run->model, &run->tokenizer, run->model.o, &run->progress.random, file);
+    tell_story(&run->model, &run->tokenizer, &run->progress.random, file);
     fclose(file);
 }
 
-// The batch, its loss and its gradients, before any clipping, with the weights they belong to.
+// Writes the first batch, its loss and gradients before any clipping, and the weights they are of.
 static void dump_gradients(Run *run) {
     Model *m = &run->model;
-    const Options *o = m->o;
-    size_t N = (size_t)o->batch * o->seq_len, n = m->num_parameters * sizeof(float), bytes;
-    loader_batch(&run->train, 0, o->batch, run->tokens, run->targets);
-    float loss = (float)model_forward(m, run->tokens, run->targets, o->batch, o->seq_len, 0);
-    model_backward(m, run->tokens, run->targets, o->batch, o->seq_len, 1.0 / N);
-    Part parts[] = {{m->parameters, n}, {m->gradients, n}, {run->tokens, N * sizeof(int)},
-                    {run->targets, N * sizeof(int)}, {&loss, sizeof loss}};
-    write_safetensors(o->dump_grads, checkpoint_header(m, &run->progress, HOLDS_GRADIENTS, &bytes), parts, 5);
-    printf("loss %.6f; wrote %s\n", loss, o->dump_grads);
+    int B = m->o->batch, T = m->o->seq_len, *tokens = run->tokens, *targets = run->targets;
+    size_t N = (size_t)B * T, n = m->num_parameters * sizeof(float), bytes;
+    loader_batch(&run->train, 0, B, tokens, targets);
+    float loss = (float)model_forward(m, tokens, targets, B, T);
+    model_backward(m, tokens, targets, B, T, 1.0 / N);
+    Part parts[] = {{m->parameters, n}, {m->gradients, n},
+                    {tokens, 4 * N}, {targets, 4 * N}, {&loss, 4}};
+    write_safetensors(m->o->dump_grads, make_header(m, &run->progress, 1, &bytes), parts, 5);
+    printf("loss %.6f; wrote %s\n", loss, m->o->dump_grads);
 }
 
-// One training step: the gradient of the mean loss over --total-batch sequences, then AdamW.
-// Returns that loss; *norm gets the gradient's norm before clipping.
+// One step: the gradient of the mean loss over --total-batch sequences, micro-batch by micro-batch,
+// then AdamW. Returns the loss; *norm gets the gradient's norm before clipping.
 static double train_step(Run *run, double *norm) {
     Model *m = &run->model;
-    const Options *o = m->o;
-    int B = o->batch, T = o->seq_len, micro_batches = o->total_batch / B;
+    int B = m->o->batch, T = m->o->seq_len, micro_batches = m->o->total_batch / B;
     double loss = 0, gate_norm;
     memset(m->gradients, 0, m->num_parameters * sizeof(float));
     for (int i = 0; i < micro_batches; i++, run->progress.position += B) {
         loader_batch(&run->train, run->progress.position, B, run->tokens, run->targets);
-        loss += model_forward(m, run->tokens, run->targets, B, T, 0) / micro_batches;
-        model_backward(m, run->tokens, run->targets, B, T, 1.0 / ((double)o->total_batch * T));
+        loss += model_forward(m, run->tokens, run->targets, B, T) / micro_batches;
+        model_backward(m, run->tokens, run->targets, B, T, 1.0 / ((double)m->o->total_batch * T));
     }
     *norm = gradient_norms(m, run->layer_norms, &gate_norm);
     model_update(m, run->progress.step++, *norm, gate_norm);
     return loss;
 }
 
-// A step's line: on a terminal it is overwritten by the next, in a pipe it comes every --print-every steps.
+// Once: what is trained, on what, how.
+static void print_configuration(const Run *run) {
+    const Options *o = run->model.o;
+    char value[TEXT_SIZE];
+    int column = 0;
+    for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++) {
+        if (row->group == NOT_STORED) continue;
+        option_text(o, row, value);
+        column += printf("%s %s  ", row->name, value);
+        if (column > 75) column = 0 * printf("\n");
+    }
+    printf("\n%zu parameters, %zu training and %zu validation sequences, %d threads\n",
+           run->model.num_parameters, run->train.num_windows, run->val.num_windows,
+           omp_get_max_threads());
+}
+
+// A step's line. On a terminal the next one overwrites it; in a pipe one comes every --print-every.
 static void report(const Run *run, double loss, double val, double lr, double norm, double ms) {
     const Options *o = run->model.o;
     int step = run->progress.step;
+    double elapsed = omp_get_wtime() - run->start_time;
+    int left = (int)(elapsed / (step - run->start_step) * (o->steps - step) + 0.5);
     if (!run->on_terminal && isnan(val) && step % o->print_every) return;
-    double per_step = (seconds_now() - run->start_time) / (step - run->start_step);
-    int left = (int)(per_step * (o->steps - step) + 0.5);
     printf("%sstep %d/%d  train %.4f", run->on_terminal ? "\r\033[K" : "", step, o->steps, loss);
     if (!isnan(val)) printf("  val %.4f", val);
     printf("  lr %.2e  norm %.2f  %.0f ms  %.0f tok/s  %d:%02d left", lr, norm, ms,
@@ -1947,18 +1835,18 @@ static void report(const Run *run, double loss, double val, double lr, double no
 }
 
 static void train(Run *run) {
-    Model *m = &run->model;
-    const Options *o = m->o;
-    run->start_time = seconds_now();
+    const Options *o = run->model.o;
+    print_configuration(run);
     if (run->progress.step == 0) {
         double val = validate(run);
+        printf("step 0/%d  val %.4f\n", o->steps, val);
         fprintf(run->log, "0,,%.6f,,,,\n", val);
         log_layers(run);
-        printf("step 0/%d  val %.4f\n", o->steps, val);
     }
+    run->start_time = omp_get_wtime();
     while (run->progress.step < o->steps) {
-        double norm, val = NAN, lr = learning_rate(o, run->progress.step), start = seconds_now();
-        double loss = train_step(run, &norm), ms = 1000 * (seconds_now() - start);
+        double norm, val = NAN, lr = learning_rate(o, run->progress.step), start = omp_get_wtime();
+        double loss = train_step(run, &norm), ms = 1000 * (omp_get_wtime() - start);
         int step = run->progress.step, last = step == o->steps;
         fprintf(run->log, "%d,%.6f,", step, loss);
         if (last || (o->val_every && step % o->val_every == 0)) {
@@ -1966,85 +1854,25 @@ static void train(Run *run) {
             fprintf(run->log, "%.6f", val);
             log_layers(run);
         }
-        fprintf(run->log, ",%.6g,%.6g,%.2f,%.0f\n", lr, norm, ms, 1000.0 * o->total_batch * o->seq_len / ms);
+        fprintf(run->log, ",%.6g,%.6g,%.2f,%.0f\n", lr, norm, ms,
+                1000.0 * o->total_batch * o->seq_len / ms);
         fflush(run->log);
         report(run, loss, val, lr, norm, ms);
         if (last || (o->sample_every && step % o->sample_every == 0)) sample(run);
         if (last || (o->save_every && step % o->save_every == 0)) save(run);
     }
-}
-
-static void print_configuration(const Run *run, Options *o) {
-    static const char *const keys[] = {"norm", "gpas", "gate-act", "gate-init", "gate-train", "stop-grad",
-        "layers", "channels", "hidden", "heads", "vocab-size", "seq-len", "batch", "total-batch", "steps",
-        "lr", "warmup", "grad-clip", "gate-clip", "seed", "data", "out"};
-    char value[4096];
-    int threads = 1, column = 0;
-    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
-        for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++)
-            if (row->name && strcmp(row->name, keys[i]) == 0) {
-                option_text(o, row, value, sizeof value);
-                column += printf("%s %s  ", row->name, value);
-                if (column > 80) printf("\n"), column = 0;
-            }
-    #ifdef _OPENMP
-    threads = omp_get_max_threads();
-    #endif
-    printf("\n%zu parameters, %zu training and %zu validation sequences, %d threads\n",
-           run->model.num_parameters, run->train.windows, run->val.windows, threads);
-}
-
-static void open_run(Run *run, Options *o) {
-    memset(run, 0, sizeof *run);
-    int has_tokenizer = tokenizer_open(&run->tokenizer, o->data), V = run->tokenizer.V;
-    if (has_tokenizer && o->vocab_size && o->vocab_size != V)
-        die("the vocabulary is %d, but %s/tokenizer.bin has %d pieces", o->vocab_size, o->data, V);
-    if (has_tokenizer) o->vocab_size = V;
-    if (!o->vocab_size)
-        die("%s has no tokenizer.bin; run: python3 prepro_tinystories.py --out %s (or give --vocab-size)",
-            o->data, o->data);
-    int training = o->steps > 0 || *o->dump_grads;
-    if (!training && !has_tokenizer) die("telling a story needs %s/tokenizer.bin", o->data);
-    model_create(&run->model, o, training ? o->batch : 1, training);
-    run->progress.random = o->seed;
-    if (*o->load) checkpoint_read(o->load, &run->model, &run->progress, 0);
-    if (*o->resume) checkpoint_read(o->resume, &run->model, &run->progress, 1);
-    if (!training) return;
-    loader_open(&run->train, o->data, "train", o->seq_len, o->vocab_size, 1, o->seed);
-    loader_open(&run->val, o->data, "val", o->seq_len, o->vocab_size, 0, 0);
-    size_t N = (size_t)o->batch * o->seq_len;
-    run->tokens = (int *)allocate(N, sizeof(int));
-    run->targets = (int *)allocate(N, sizeof(int));
-    run->layer_norms = (double *)allocate(o->layers, sizeof(double));
-    run->on_terminal = isatty(1);
-    run->start_step = run->progress.step;
-}
-
-static void close_run(Run *run) {
-    model_free(&run->model);
-    tokenizer_close(&run->tokenizer);
-    if (run->train.shards) loader_close(&run->train), loader_close(&run->val);
-    if (run->log) fclose(run->log), fclose(run->layers);
-    free(run->tokens), free(run->targets), free(run->layer_norms);
+    printf("Logs, stories and checkpoints are in %s.\n", o->out);
 }
 
 #ifndef TRAIN_GPAS_NO_MAIN
 int main(int argc, char **argv) {
-    Options o;
-    Run run;
-    parse_options(&o, argc, argv);
-    open_run(&run, &o);
-    if (*o.dump_grads) dump_gradients(&run);
-    else if (o.steps == 0) tell_story(&run.model, &run.tokenizer, &o, &run.progress.random, stdout);
-    else {
-        make_folder(o.out);
-        run.log = open_log(&o, "log.csv", "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s", run.start_step);
-        run.layers = open_log(&o, "layers.csv", "step,layer,attention_variance,mlp_variance,gate,grad_norm",
-                              run.start_step);
-        print_configuration(&run, &o);
-        train(&run);
-        printf("\nLogs, stories and checkpoints are in %s.\n", o.out);
-    }
+    static Options options;
+    static Run run;
+    parse_options(&options, argc, argv);
+    open_run(&run, &options);
+    if (options.steps == 0) tell_story(&run.model, &run.tokenizer, &run.progress.random, stdout);
+    else if (*options.dump_grads) dump_gradients(&run);
+    else train(&run);
     close_run(&run);
     return 0;
 }
