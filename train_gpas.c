@@ -106,6 +106,18 @@ static double dot(const float *a, const float *b, size_t n) {
     return sum;
 }
 
+// The largest of x (n) and `largest`. Sixteen running maxima: the compiler makes them one vector.
+static float largest_of(const float *x, int n, float largest) {
+    float lane[16];
+    int i = 0;
+    for (int k = 0; k < 16; k++) lane[k] = largest;
+    for (; i + 16 <= n; i += 16)
+        for (int k = 0; k < 16; k++) lane[k] = x[i + k] > lane[k] ? x[i + k] : lane[k];
+    for (; i < n; i++) lane[0] = x[i] > lane[0] ? x[i] : lane[0];
+    for (int k = 0; k < 16; k++) largest = lane[k] > largest ? lane[k] : largest;
+    return largest;
+}
+
 // e^x to about 1e-7 relative, written so that the compiler turns a loop over it into vector code:
 // x = n ln2 + r with |r| <= ln2 / 2, e^r by its series, 2^n by writing n into the exponent's bits.
 // x is held to [-87, 88]. (The tests' finite differences build this file with float as double.)
@@ -581,6 +593,7 @@ enum { VECTOR_BYTES = 16, MR = 6 };   // 12 of 16
 enum { LANES = VECTOR_BYTES / sizeof(float), NR = 2 * LANES };
 enum { KC = 512, MC = 8 * MR, NC = 4096, AC = 340 * MR };
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(float)), may_alias));
+typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 // Memory for packed panels, one pair per thread that calls gemm(), kept from call to call.
 static float *packed[2];
@@ -605,17 +618,28 @@ static void free_packing_space(void) {
 }
 
 // One panel: for each k the `lines` numbers src[line * line_step + k * k_step], filled up with zeros
-// to `width`. dst (depth,width). Sixteen k at a time: a cache line that is touched is used up.
+// to `width`. dst (depth,width). Where k is the step that lies close, most goes by squares of 4 x 4.
 static void pack(float *dst, const float *src, size_t line_step, size_t k_step, int lines, int width,
                  int depth) {
+    int square_lines = k_step == 1 ? lines / 4 * 4 : 0, square_depth = depth / 4 * 4;
     if (line_step == 1 && lines == width) {
-        for (int k = 0; k < depth; k++) memcpy(dst + k * width, src + k * k_step, width * sizeof(float));
+        for (int k = 0; k < depth; k++)
+            memcpy(dst + k * width, src + k * k_step, width * sizeof(float));
         return;
     }
-    for (int k0 = 0; k0 < depth; k0 += 16)
-        for (int line = 0; line < width; line++)
-            for (int k = k0; k < imin(depth, k0 + 16); k++)
-                dst[k * width + line] = line < lines ? src[line * line_step + k * k_step] : 0;
+    for (int k = 0; k < square_depth; k += 4)
+        for (int line = 0; line < square_lines; line += 4) {
+            const float *from = src + line * line_step + k;
+            Four a = *(const Four *)from, b = *(const Four *)(from + line_step);
+            Four c = *(const Four *)(from + 2 * line_step), d = *(const Four *)(from + 3 * line_step);
+            for (int i = 0; i < 4; i++) {
+                Four column = {a[i], b[i], c[i], d[i]};
+                *(Four *)(dst + (k + i) * width + line) = column;
+            }
+        }
+    for (int k = 0; k < depth; k++)
+        for (int line = k < square_depth ? square_lines : 0; line < width; line++)
+            dst[k * width + line] = line < lines ? src[line * line_step + k * k_step] : 0;
 }
 
 // C (rows,columns), with rows <= MR and columns <= NR, = or += a panel of A times a panel of B.
@@ -649,6 +673,7 @@ static void multiply_block(float *c, size_t ldc, const float *a, size_t a_row, s
                            const float *b, size_t b_column, size_t b_k, int M, int N, int depth,
                            int accumulate) {
     int panels_a = (M + MR - 1) / MR, panels_b = (N + NR - 1) / NR;
+    int step = imin(MC, (M / (4 * omp_get_max_threads()) / MR + 1) * MR);  // rows in a thread's portion
     float *pa = packing_space(0, (size_t)panels_a * MR * depth);
     float *pb = packing_space(1, (size_t)panels_b * NR * depth);
     #pragma omp parallel if ((double)M * N * depth > 1e5)
@@ -662,9 +687,9 @@ static void multiply_block(float *c, size_t ldc, const float *a, size_t a_row, s
             pack(pa + (size_t)p * MR * depth, a + p * MR * a_row, a_row, a_k,
                  imin(MR, M - p * MR), MR, depth);
         #pragma omp for schedule(dynamic)
-        for (int i0 = 0; i0 < M; i0 += MC)
+        for (int i0 = 0; i0 < M; i0 += step)
             for (int j = 0; j < N; j += NR)
-                for (int i = i0; i < imin(M, i0 + MC); i += MR)
+                for (int i = i0; i < imin(M, i0 + step); i += MR)
                     multiply_tile(c + i * ldc + j, ldc, pa + (size_t)i * depth, pb + (size_t)j * depth,
                                   depth, imin(MR, M - i), imin(NR, N - j), accumulate);
     }
@@ -719,9 +744,7 @@ static void softmax_block(float *score, float *m, float *sum, float *out, int qu
                           int s0, float scale, int hs, int C) {
     for (int i = 0; i < queries; i++, score += KEYS, out += C) {
         int seen = imax(0, imin(keys, t0 + i - s0 + 1));  // keys at or before the query
-        float largest = m[i], block = 0;
-        #pragma omp simd reduction(max : largest)
-        for (int j = 0; j < seen; j++) largest = score[j] * scale > largest ? score[j] * scale : largest;
+        float largest = scale * largest_of(score, seen, m[i] / scale), block = 0;
         #pragma omp simd reduction(+ : block)
         for (int j = 0; j < seen; j++) {
             score[j] = exp_fast(score[j] * scale - largest);
@@ -826,9 +849,7 @@ static void crossentropy_forward(float *losses, float *lse, const float *logits,
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float *x = logits + (size_t)n * V;
-        float largest = x[0], sum = 0;
-        #pragma omp simd reduction(max : largest)
-        for (int v = 0; v < V; v++) largest = x[v] > largest ? x[v] : largest;
+        float largest = largest_of(x, V, x[0]), sum = 0;
         #pragma omp simd reduction(+ : sum)
         for (int v = 0; v < V; v++) sum += exp_fast(x[v] - largest);
         lse[n] = largest + logf(sum);
@@ -1192,7 +1213,7 @@ static void adamw_update(float *p, const float *grad, float *m, float *v, size_t
                          float beta1, float beta2, float eps, float weight_decay, float grad_scale,
                          int t) {
     float unbias_m = (float)(1 / (1 - pow(beta1, t))), unbias_v = (float)(1 / (1 - pow(beta2, t)));
-    #pragma omp parallel for simd
+    #pragma omp parallel for
     for (size_t i = 0; i < n; i++) {
         float g = grad[i] * grad_scale;
         m[i] = beta1 * m[i] + (1 - beta1) * g;
@@ -1286,6 +1307,7 @@ static void loader_open(Loader *loader, const char *dir, const char *split, int 
     char path[2048];
     memset(loader, 0, sizeof *loader);
     loader->split = split, loader->T = T, loader->V = V, loader->random = random;
+    loader->epoch = -1;
     snprintf(path, sizeof path, "%s/%s.bin", dir, split);
     if (access(path, F_OK) == 0) loader_add(loader, path);
     for (int i = 0; i < 1000; i++) {

@@ -1,0 +1,27 @@
+# Runs the test commands given as arguments and adds up their closing lines `N passed, N failed`.
+# A command without such a line is one check: its exit status. One that ends badly counts as failed.
+total_passed=0
+total_failed=0
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+for command in "$@"; do
+    $command > "$log" 2>&1
+    status=$?
+    line=$(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$log" | tail -n 1)
+    grep -v -x -F -- "${line:-no line}" "$log"
+    if [ -n "$line" ]; then
+        total_passed=$((total_passed + ${line%% *}))
+        failed=${line#*, }
+        failed=${failed%% *}
+        [ "$status" -ne 0 ] && [ "$failed" -eq 0 ] && failed=1
+        total_failed=$((total_failed + failed))
+    elif [ "$status" -eq 0 ]; then
+        echo "ok   $command"
+        total_passed=$((total_passed + 1))
+    else
+        echo "FAIL $command: ended with status $status"
+        total_failed=$((total_failed + 1))
+    fi
+done
+echo "$total_passed passed, $total_failed failed"
+[ "$total_failed" -eq 0 ]
