@@ -159,8 +159,8 @@ def download(url, path):
                 file.write(chunk)
                 progress.add(len(chunk))
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise Error(f"cannot download {url}: {reason} (the same command again resumes it)")
+        raise Error(f"cannot download {url}: {str(error).strip('<>')} "
+                    "(the same command again resumes it)")
     progress.show()
     if progress.done != total:
         raise Error(f"{url}: {progress.done:,} bytes came instead of {total:,} "
@@ -200,9 +200,10 @@ class BpeVocabulary:
                 add_dummy_prefix=True, allow_whitespace_only_pieces=True,
                 max_sentence_length=2 * LONGEST, self_test_sample_size=0, minloglevel=2,
                 unk_id=UNK, bos_id=BOS, eos_id=EOS)
-        except RuntimeError as error:
+        except RuntimeError as error:           # "INTERNAL: file.cc(744) [condition] Reason."
+            reason = str(error).split("] ")[-1].strip() or "there is none"
             raise Error(f"this text gives no BPE vocabulary of {size:,} pieces, take another "
-                        f"--vocab-size or more text ({str(error).split('] ')[-1].strip()})")
+                        f"--vocab-size or more text ({reason})")
         self.model, self.damaged = writer.getvalue(), False
         self.processor = spm.SentencePieceProcessor(model_proto=self.model)
         self.pieces = [(self.processor.id_to_piece(i).replace("\u2581", " ").encode(),
@@ -452,7 +453,7 @@ CALLED = {"elder": "{his} {elder}", "rescue": "the {rescue}"}      # of the spea
 
 
 def sections(text):
-    """The (name, words, body) of each "== name: words" and the body that follows it."""
+    """The (name, line, body) of each "== name: line" and of the lines that follow it."""
     return re.findall(r"== (\w+): *(.*)\n([^=]*)", text)
 
 
@@ -471,7 +472,8 @@ class Teller:
         self.random = random.Random(seed).random
         self.tables = {name: read_table(columns, body) for name, columns, body in sections(TABLES)}
         self.plots = [(roles.split(), body) for _, roles, body in sections(PLOTS)]
-        self.phrases = {name: f"[{body.strip()}]" for name, _, body in sections(PHRASES)}
+        self.phrases = {name: "[" + f"{line} {body}".strip() + "]"
+                        for name, line, body in sections(PHRASES)}
 
     def choose(self, options):
         return options[int(self.random() * len(options))]
@@ -542,40 +544,29 @@ def toy_stories(seed):
 
 
 PHRASES = """
-== intro:
-[Once upon a time, there was|Once there was|There once was|Long ago, in a {home}, there lived|In a
-{home}, there lived|Once upon a time, in a {home}, there lived] a [[little|young] {hero.kind}
-[named|called] {hero}. {He} was [very|always|often] {hero.trait} and [loved|liked] to
+== intro: [Once upon a time, there was|Once there was|There once was|Long ago, in a {home}, there
+lived|In a {home}, there lived|Once upon a time, in a {home}, there lived] a [[little|young]
+{hero.kind} [named|called] {hero}. {He} was [very|always|often] {hero.trait} and [loved|liked] to
 {hero.hobby}.|{hero.trait} [little|young] {hero.kind} [named|called] {hero}, who [loved|liked] to
 {hero.hobby}.]|{hero} was a {hero.trait} [little|young] {hero.kind} who lived in a {home}. [More
 than anything,|Above all,|Every day,|Whenever {he} could,] {he} [loved|liked] to {hero.hobby}.
-== day:
-One [day|morning|afternoon|quiet day|quiet morning]|[One|On a]
+== day: One [day|morning|afternoon|quiet day|quiet morning]|[One|On a]
 [Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday][| morning| afternoon]|[Early|Late] one
 morning
-== pal:
-{friend}, {his} [best |good |old |]friend,|{friend} from [next door|across the street|down the
-road]|{His} [best |good |old |]friend {friend}|{friend}, the {friend.trait} {friend.kind} [next
+== pal: {friend}, {his} [best |good |old |]friend,|{friend} from [next door|across the street|down
+the road]|{His} [best |good |old |]friend {friend}|{friend}, the {friend.trait} {friend.kind} [next
 door|across the street|down the road],
-== happy:
-happy|glad|very happy|so happy|full of joy|very glad|happy and proud
-== sad:
-sad|very sad|upset|unhappy|close to tears|so sad|in a bad mood
-== soon:
-Soon|After a while|Before long|A little later|Not much later|After an hour|A bit later
-== learned:
-{hero} [learned|never forgot|understood now|saw now] that|From that day on, {hero} knew that|That
-[day|is how] {hero} learned that|[So|Now] {hero} knew that
-== good:
-good|wise|best|right|nice
-== went:
-ran|went|walked|hurried|rushed
-== aside:
-[Far away|Nearby|Somewhere|In the distance|Not far away], [a dog barked|a bell rang|a bird
+== happy: happy|glad|very happy|so happy|full of joy|very glad|happy and proud
+== sad: sad|very sad|upset|unhappy|close to tears|so sad|in a bad mood
+== soon: Soon|After a while|Before long|A little later|Not much later|After an hour|A bit later
+== learned: {hero} [learned|never forgot|understood now|saw now] that|From that day on, {hero} knew
+that|That [day|is how] {hero} learned that|[So|Now] {hero} knew that
+== good: good|wise|best|right|nice
+== went: ran|went|walked|hurried|rushed
+== aside: [Far away|Nearby|Somewhere|In the distance|Not far away], [a dog barked|a bell rang|a bird
 sang|somebody laughed|somebody whistled|a cart rolled by|children sang|a rooster crowed].|
-== close:
-[That [night|evening]|In the evening|Before going to bed|Back home], {hero} {hero.recall}.|{hero}
-was <happy> [all day long|for the rest of the day|when {he} went to bed].|
+== close: [That [night|evening]|In the evening|Before going to bed|Back home], {hero}
+{hero.recall}.|{hero} was <happy> [all day long|for the rest of the day|when {he} went to bed].|
 """
 
 TABLES = """
@@ -605,7 +596,6 @@ build towers / built a tower as high as [the bed|the table|a chair]
 talk to the birds / told the birds [all about it|everything]
 pick flowers / put fresh flowers [by the window|on the table]
 fold paper boats / folded [two|three|four|a dozen] paper boats
-make up rhymes / made up a [funny|little|new] rhyme about it
 == home: name
 [small|little|quiet|pretty] [village|town|house] [by the sea|near a river|on a hill]
 [small|cozy|white| yellow] [house|cottage] [with a round door|with a red roof|behind the mill]
