@@ -8,7 +8,7 @@ CFLAGS = -O3 -march=native
 FLAGS = -std=c11 -Wall -Wextra -Wpedantic -fopenmp -ffp-contract=fast -fno-math-errno $(CFLAGS)
 PYTHON = python3
 
-train_gpas: train_gpas.c
+train_gpas: train_gpas.c dev/plumbing.h
 	$(CC) $(FLAGS) $< -o $@ -lm
 
 data/toy/tokenizer.bin:
@@ -19,10 +19,10 @@ run: train_gpas data/toy/tokenizer.bin
 	./train_gpas --norm pre --gpas on --out out/pre_gpas
 	@$(PYTHON) dev/compare.py out/pre out/pre_gpas
 
-test_gpas: test_gpas.c train_gpas.c
+test_gpas: test_gpas.c train_gpas.c dev/plumbing.h
 	$(CC) $(FLAGS) $< -o $@ -lm
 
-test_gpas_double: test_gpas.c train_gpas.c
+test_gpas_double: test_gpas.c train_gpas.c dev/plumbing.h
 	$(CC) $(FLAGS) -DDOUBLE $< -o $@ -lm
 
 test: train_gpas test_gpas test_gpas_double

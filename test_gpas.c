@@ -1,10 +1,11 @@
 /*
 test_gpas.c: is train_gpas.c right? One line per check, `N passed, N failed` at the end.
 
-    ./test_gpas           every layer and all twelve networks against dev/reference.safetensors, which
-                          dev/reference.py computed without knowing any derivative; then threads, data,
-                          tokenizer, sampling; then the program ./train_gpas itself: training, resuming,
-                          and what it says to broken files and senseless options
+    ./test_gpas           every layer and all twelve networks against dev/reference.safetensors,
+    which
+                          dev/reference.py computed without knowing any derivative; then threads,
+                          data, tokenizer, sampling; then the program ./train_gpas itself: training,
+                          resuming, and what it says to broken files and senseless options
     ./test_gpas_double    (compiled with -DDOUBLE) the same layers with every float a double, where
                           finite differences are exact enough to check each gradient by themselves
 */
@@ -896,9 +897,10 @@ int main(void) {
 /* ------------------------------------------------------------------------------------------------
 Finite differences
 
-A function f of many numbers, its gradient g, any direction v: the slope of f(x + h v) at h = 0 should be
-g . v. It is measured from h = +-1e-4 and +-2e-4, with an error of order h^4. For a layer f is sum(out * dout) with a random dout. Each element is a direction of its own where
-that is cheap, else random directions must do.
+A function f of many numbers, its gradient g, any direction v: the slope of f(x + h v) at h = 0
+should be g . v. It is measured from h = +-1e-4 and +-2e-4, with an error of order h^4. For a layer
+f is sum(out * dout) with a random dout. Each element is a direction of its own where that is cheap,
+else random directions must do.
 */
 
 typedef double (*Function)(void *);

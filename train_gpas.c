@@ -11,16 +11,17 @@ stop-gradient lets the gradient through as if nothing had been scaled: the early
 
 The file is a lesson, to be read from top to bottom:
 
-    1  Tools          errors, memory, random numbers, a reproducible sum, exp
-    2  Options        what can be chosen, and the presets
-    3  Layers         gpas, residual, embedding, rmsnorm, rope, swiglu, matmul, attention,
+    1  Tools          random numbers, a reproducible sum, exp
+    2  Layers         gpas, residual, embedding, rmsnorm, rope, swiglu, matmul, attention,
                       crossentropy: each a forward and a backward pass with its derivation
-    4  Model          parameters, activations, and one block that is all twelve networks
-    5  Optimizer      AdamW, clipping, the learning rate
-    6  Data           token files and the tokenizer
-    7  Checkpoints    safetensors
-    8  Sampling       telling a story
-    9  Training       validation, logs, the loop, main
+    3  Model          parameters, activations, and one block that is all twelve networks
+    4  Optimizer      AdamW, clipping, the learning rate
+    5  Data           token files
+    6  Sampling       telling a story
+    7  Training       validation, logs, the loop, main
+
+What teaches nothing about GPAS stands in dev/plumbing.h: options (o->batch is --batch), the
+tokenizer, checkpoint files.
 
 Conventions. B batch, T sequence length, C channels, H feed-forward width, L layers, NH heads,
 hs = C/NH, V vocabulary. Matrices are row-major; a pointer's shape stands in its comment: (B,T,C).
@@ -29,52 +30,11 @@ the gradients of its parameters, because those are summed over micro-batches.
 No sum depends on how many threads compute it: the results are the same bit for bit.
 Everything is common to C11 and C++17, so that train_gpas.cu can include this file.
 */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
-#include <errno.h>
-#include <fcntl.h>
-#include <inttypes.h>
-#include <limits.h>
-#include <math.h>
-#include <omp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
+#include "dev/plumbing.h"
 
 /* ------------------------------------------------------------------------------------------------
 1. Tools
 */
-
-// Ends the program with one line on stderr and exit status 1.
-__attribute__((noreturn, format(printf, 1, 2)))
-static void die(const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    fflush(stdout);
-    fputs("train_gpas: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    exit(1);
-}
-
-// count elements of size bytes, zeroed, aligned for vectors. Ends the program if there is no room.
-static void *allocate(size_t count, size_t size) {
-    size_t bytes = (count * size / 64 + 1) * 64;
-    void *p = count > SIZE_MAX / 2 / size ? NULL : aligned_alloc(64, bytes);
-    if (!p)
-        die("not enough memory for %.0f MiB; lower --batch, --seq-len or the network's size",
-            (double)count * size / (1 << 20));
-    return memset(p, 0, bytes);
-}
-
-static int imin(int a, int b) { return a < b ? a : b; }
-static int imax(int a, int b) { return a > b ? a : b; }
 
 // SplitMix64 (Steele, Lea, Flood 2014): the next 64 random bits. The state only counts, so number
 // i of a stream can be had without the numbers before it: threads can share one stream.
@@ -142,236 +102,10 @@ static inline float exp_fast(float x) {
 static inline float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
 
 /* ------------------------------------------------------------------------------------------------
-2. Options
+2. Layers
 
-One table says everything about every option: its name, the default, where its value lives, what is
-allowed, the help text, and what becomes of it when a checkpoint is read. A checkpoint stores the
-options as text under the same names.
-*/
-
-enum { NORM_PRE, NORM_LNS, NORM_SANDWICH, NORM_POST, NORM_DEEPNORM, NORM_MIX };
-enum { GATE_SILU, GATE_IDENTITY, GATE_RELU, GATE_LEAKY_RELU, GATE_TANH };
-enum { TEXT_SIZE = 1024 };
-
-typedef struct {
-    int norm, gpas, gate_act, gate_train, stop_grad;
-    double gate_init;
-    int vocab_size, layers, channels, hidden, heads, seq_len;
-    int preset, batch, total_batch, steps, warmup, seed;
-    double lr, weight_decay, grad_clip, gate_clip;
-    int val_every, val_batches, sample_every, save_every, keep, print_every, length;
-    double temperature, top_p;
-    char data[TEXT_SIZE], out[TEXT_SIZE], resume[TEXT_SIZE], load[TEXT_SIZE], prompt[TEXT_SIZE];
-    char dump_grads[TEXT_SIZE];
-} Options;
-
-// What an option in a checkpoint is to --load and --resume: NETWORK the law for both, NETWORK_DATA the
-// default for both, RUN the default for --resume. NOT_STORED is not in it.
-enum { NETWORK, NETWORK_DATA, RUN, NOT_STORED };
-enum { INTEGER, REAL, CHOICE, TEXT };
-
-typedef struct {
-    const char *name, *value;  // value: the default, as text
-    int type;
-    size_t offset;             // in Options
-    double low, high;          // smallest and largest number allowed
-    int group;
-    const char *help;          // of a CHOICE it begins with what can be chosen
-} OptionRow;
-
-#define INT(field) INTEGER, offsetof(Options, field)
-#define NUMBER(field) REAL, offsetof(Options, field)
-#define ONE_OF(field) CHOICE, offsetof(Options, field), 0, 0
-#define STRING(field) TEXT, offsetof(Options, field), 0, 0
-#define HEADING(text) {NULL, text, 0, 0, 0, 0, NOT_STORED, NULL}
-static const OptionRow option_rows[] = {
-    HEADING("The network"),
-    {"norm", "pre", ONE_OF(norm), NETWORK, "pre|lns|sandwich|post|deepnorm|mix: where norms stand"},
-    {"gpas", "on", ONE_OF(gpas), NETWORK, "off|on: scale the residual stream by gates"},
-    {"gate-act", "silu", ONE_OF(gate_act), NETWORK, "silu|identity|relu|leaky_relu|tanh: a of a(g)"},
-    {"gate-init", "0", NUMBER(gate_init), -100, 100, NETWORK, "the gates' initial value"},
-    {"gate-train", "on", ONE_OF(gate_train), NETWORK_DATA, "off|on: train the gates"},
-    {"stop-grad", "on", ONE_OF(stop_grad), NETWORK_DATA, "off|on: off is a plain scale, not GPAS"},
-    {"vocab-size", "0", INT(vocab_size), 0, 65536, NETWORK, "V, where DATA has no tokenizer.bin"},
-    {"layers", "12", INT(layers), 1, 1000, NETWORK, "L"},
-    {"channels", "96", INT(channels), 2, 65536, NETWORK, "C, width of the residual stream"},
-    {"hidden", "256", INT(hidden), 1, 262144, NETWORK, "H, width of the feed-forward network"},
-    {"heads", "4", INT(heads), 1, 4096, NETWORK, "NH; C/NH must be even"},
-    {"seq-len", "128", INT(seq_len), 1, 65536, NETWORK_DATA, "T, tokens in a sequence"},
-    HEADING("Training"),
-    {"preset", "toy", ONE_OF(preset), NOT_STORED, "toy|71m|130m|250m|350m|1b: sizes, steps, rate"},
-    {"batch", "8", INT(batch), 1, 65536, RUN, "B, sequences computed at once"},
-    {"total-batch", "0", INT(total_batch), 0, 1e6, RUN, "sequences in a step, multiple of B; 0: B"},
-    {"steps", "800", INT(steps), 0, 1e9, RUN, "0: train nothing, tell a story"},
-    {"lr", "0.001", NUMBER(lr), 0, 100, RUN, "peak learning rate"},
-    {"warmup", "-1", INT(warmup), -1, 1e9, RUN, "steps to the peak; -1: a tenth of all"},
-    {"weight-decay", "0", NUMBER(weight_decay), 0, 100, RUN, "AdamW's, of the matrices"},
-    {"grad-clip", "0", NUMBER(grad_clip), 0, 1e9, RUN, "limit of the gradient's norm; 0: none"},
-    {"gate-clip", "0", NUMBER(gate_clip), 0, 1e9, RUN, "the same for the gates alone; 0: none"},
-    {"seed", "1", INT(seed), 0, INT_MAX, RUN, "of the weights, the shuffling, the stories"},
-    HEADING("Files"),
-    {"data", "data/toy", STRING(data), NETWORK_DATA, "folder of train.bin, val.bin, tokenizer.bin"},
-    {"out", "out", STRING(out), RUN, "folder for logs, stories and checkpoints"},
-    {"val-every", "50", INT(val_every), 0, 1e9, RUN, "steps between validations; 0: at the end"},
-    {"val-batches", "20", INT(val_batches), 0, 1e9, RUN, "batches in a validation; 0: all"},
-    {"sample-every", "0", INT(sample_every), 0, 1e9, RUN, "steps between stories; 0: at the end"},
-    {"save-every", "0", INT(save_every), 0, 1e9, RUN, "steps between checkpoints; 0: at the end"},
-    {"keep", "2", INT(keep), 1, 1e6, RUN, "how many of those checkpoints stay"},
-    {"print-every", "10", INT(print_every), 1, 1e9, RUN, "steps between lines, but on a terminal"},
-    {"resume", "", STRING(resume), NOT_STORED, "go on with the run that wrote this checkpoint"},
-    {"load", "", STRING(load), NOT_STORED, "start from the weights in this checkpoint"},
-    {"dump-grads", "", STRING(dump_grads), NOT_STORED, "write a batch and its gradients here, end"},
-    HEADING("Stories"),
-    {"prompt", "", STRING(prompt), NOT_STORED, "how the story begins"},
-    {"length", "512", INT(length), 1, 1e6, RUN, "most tokens in a story"},
-    {"temperature", "0.8", NUMBER(temperature), 0, 100, RUN, "0: always the likeliest token"},
-    {"top-p", "0.95", NUMBER(top_p), 0.001, 1, RUN, "draw from the likeliest of this probability"},
-};
-enum { NUM_ROWS = sizeof option_rows / sizeof *option_rows };
-
-// The paper's networks, and toy for `make run`.
-static void apply_preset(Options *o, int number) {
-    static const struct { int C, H, L, NH, T, batch, total_batch, steps; double lr; } presets[] = {
-        {96, 256, 12, 4, 128, 8, 0, 800, 1e-3},
-        {512, 1368, 12, 8, 256, 16, 512, 10000, 1e-3},
-        {768, 2048, 12, 12, 256, 16, 512, 20000, 1e-3},
-        {768, 2560, 24, 16, 256, 8, 512, 40000, 1e-3},
-        {1024, 2736, 24, 16, 256, 8, 512, 60000, 5e-4},
-        {2048, 5461, 24, 32, 256, 4, 512, 100000, 5e-4},
-    };
-    o->channels = presets[number].C, o->hidden = presets[number].H, o->layers = presets[number].L;
-    o->heads = presets[number].NH, o->seq_len = presets[number].T, o->batch = presets[number].batch;
-    o->total_batch = presets[number].total_batch, o->steps = presets[number].steps;
-    o->lr = presets[number].lr;
-}
-
-// Copies choice number `index` of "a|b|c: help" to word (32); returns 0 when there are fewer.
-static int nth_choice(const char *help, int index, char *word) {
-    for (; index > 0; index--, help++)
-        if (*(help += strcspn(help, "|:")) != '|') return 0;
-    return snprintf(word, 32, "%.*s", (int)strcspn(help, "|:"), help) > 0;
-}
-
-// Reads the text as the row's value into o. Returns NULL, or what is wrong with it.
-static const char *set_option(Options *o, const OptionRow *row, const char *text) {
-    static char problem[100];
-    void *place = (char *)o + row->offset;
-    char *end, word[32];
-    if (row->type == TEXT) {
-        for (const char *p = text; row->group != NOT_STORED && *p; p++)
-            if (*p == '"' || *p == '\\' || (unsigned char)*p < ' ')
-                return "must hold no quotation mark, backslash or control character";
-        return snprintf((char *)place, TEXT_SIZE, "%s", text) < TEXT_SIZE ? NULL : "is too long";
-    }
-    if (row->type == CHOICE) {
-        for (int i = 0; nth_choice(row->help, i, word); i++)
-            if (strcmp(word, text) == 0) return *(int *)place = i, (const char *)NULL;
-        int n = (int)strcspn(row->help, ":");
-        snprintf(problem, sizeof problem, "must be one of %.*s", n, row->help);
-        return problem;
-    }
-    double number = strtod(text, &end);
-    int whole = row->type == INTEGER;
-    if (end == text || *end || !(number >= row->low && number <= row->high) ||
-        (whole && number != floor(number))) {
-        snprintf(problem, sizeof problem, "must be a %snumber from %.10g to %.10g",
-                 whole ? "whole " : "", row->low, row->high);
-        return problem;
-    }
-    if (whole) *(int *)place = (int)number;
-    else *(double *)place = number;
-    return NULL;
-}
-
-// The row's value as text (TEXT_SIZE); of a number the shortest that reads back as the same number.
-static void option_text(const Options *o, const OptionRow *row, char *text) {
-    const void *place = (const char *)o + row->offset;
-    if (row->type == TEXT) snprintf(text, TEXT_SIZE, "%s", (const char *)place);
-    if (row->type == CHOICE) nth_choice(row->help, *(const int *)place, text);
-    if (row->type == INTEGER) snprintf(text, TEXT_SIZE, "%d", *(const int *)place);
-    if (row->type != REAL) return;
-    int digits = 1;
-    do snprintf(text, TEXT_SIZE, "%.*g", digits++, *(const double *)place);
-    while (strtod(text, NULL) != *(const double *)place);
-}
-
-static void print_help(void) {
-    printf("Trains a small LLaMA with GPAS (arXiv 2506.22049) and tells stories with it.\n"
-           "usage: ./train_gpas [--option value]...       in brackets: the default\n");
-    for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++)
-        if (!row->name) printf("\n%s\n", row->value);
-        else printf("  --%-13s %s%s%s%s\n", row->name, row->help, *row->value ? " [" : "", row->value,
-                    *row->value ? "]" : "");
-    printf("\nExamples\n"
-           "  ./train_gpas --norm pre --gpas on --out out/pre_gpas\n"
-           "  ./train_gpas --resume out/pre_gpas/ckpt_000800.safetensors --steps 1600\n"
-           "  ./train_gpas --steps 0 --load out/pre_gpas/ckpt_000800.safetensors --prompt \"Lily\"\n"
-           "OMP_NUM_THREADS sets the number of threads.\n");
-}
-
-// Ends the program when options, each allowed by itself, cannot mean anything together.
-static void check_options(const Options *o, const char *const given[NUM_ROWS]) {
-    for (int r = 0; r < NUM_ROWS; r++) {
-        const char *name = option_rows[r].name;
-        if (given[r] && !o->gpas && (!strncmp(name, "gate-", 5) || !strcmp(name, "stop-grad")))
-            die("--%s needs --gpas on", name);
-    }
-    if (o->channels % o->heads || o->channels / o->heads % 2)
-        die("--channels %d over --heads %d must be an even whole number", o->channels, o->heads);
-    if ((double)o->batch * o->seq_len > 1 << 24)
-        die("--batch %d times --seq-len %d is over 16777216 tokens", o->batch, o->seq_len);
-    if (o->total_batch % o->batch)
-        die("--total-batch %d is no multiple of --batch %d", o->total_batch, o->batch);
-    if (o->warmup > o->steps) die("--warmup %d is more than --steps %d", o->warmup, o->steps);
-    if (o->gpas && o->gate_train && o->gate_act == GATE_RELU && o->gate_init <= 0)
-        die("a relu gate that starts at %g never moves; give a positive --gate-init", o->gate_init);
-    if (!o->gate_train && o->gate_clip > 0) die("--gate-clip needs --gate-train on");
-    if (*o->dump_grads && (*o->resume || o->total_batch != o->batch || o->steps == 0))
-        die("--dump-grads takes one batch; it excludes --resume, --total-batch and --steps 0");
-}
-
-// Reads the options stored in a checkpoint into o; stands with the checkpoints below.
-static void checkpoint_options(const char *path, Options *o, int resume, const char *const given[]);
-
-// The options of a command line: defaults, over them a preset or a checkpoint, over all what is given.
-static void parse_options(Options *o, int argc, char **argv) {
-    const char *given[NUM_ROWS] = {NULL};
-    int preset = 0;
-    memset(o, 0, sizeof *o);
-    for (int i = 1; i < argc; i++) {
-        int r = 0;
-        if (strcmp(argv[i], "--help") == 0) print_help(), exit(0);
-        while (r < NUM_ROWS && !(option_rows[r].name && strncmp(argv[i], "--", 2) == 0 &&
-                                 strcmp(argv[i] + 2, option_rows[r].name) == 0)) r++;
-        if (r == NUM_ROWS) die("unknown option %s; --help lists them all", argv[i]);
-        if (i + 1 == argc) die("%s needs a value", argv[i]);
-        if (given[r]) die("%s is given twice", argv[i]);
-        given[r] = argv[++i];
-    }
-    for (int pass = 0; pass < 3; pass++) {  // the defaults; what is given; the same over what it named
-        for (int r = 0; r < NUM_ROWS; r++) {
-            const OptionRow *row = &option_rows[r];
-            const char *text = pass ? given[r] : row->value, *problem;
-            if (!row->name || !text) continue;
-            if ((problem = set_option(o, row, text))) die("--%s %s: %s", row->name, text, problem);
-            if (pass == 1 && row->offset == offsetof(Options, preset)) apply_preset(o, o->preset), preset = 1;
-        }
-        if (pass != 1) continue;
-        if (*o->load && *o->resume) die("--load and --resume exclude each other");
-        if (preset && (*o->load || *o->resume)) die("--preset: the checkpoint has its own sizes");
-        if (*o->load) checkpoint_options(o->load, o, 0, given);
-        if (*o->resume) checkpoint_options(o->resume, o, 1, given);
-    }
-    if (o->total_batch == 0) o->total_batch = o->batch;
-    if (o->warmup < 0) o->warmup = o->steps / 10;
-    check_options(o, given);
-}
-
-/* ------------------------------------------------------------------------------------------------
-3. Layers
-
-GPAS first. The layers are plain loops; whatever is a product of matrices goes to gemm(), the one place
-that is written for speed.
+GPAS first. The layers are plain loops; whatever is a product of matrices goes to gemm(), the one
+place that is written for speed.
 */
 
 // The gate's activation a(g) and its slope a'(g). SiLU: a = g s with s = sigmoid(g), so that
@@ -406,8 +140,8 @@ static void gpas_forward(float *out, const float *inp, float gate, int act, size
 //       and after L layers of shrinking little of it would be left: this is the whole idea.
 //   dg: dy_i/dg = -a'(g) x_i for each element i, therefore      dg = -a'(g) sum_i x_i dy_i
 // dinp, dout, inp (n), dinp may be dout; dgate: one number, added to, or NULL if the gate is fixed.
-static void gpas_backward(float *dinp, float *dgate, const float *dout, const float *inp, float gate,
-                          int act, int stop_grad, size_t n) {
+static void gpas_backward(float *dinp, float *dgate, const float *dout, const float *inp,
+                          float gate, int act, int stop_grad, size_t n) {
     if (dgate) *dgate -= gate_slope(gate, act) * (float)dot(inp, dout, n);
     if (stop_grad && dinp == dout) return;
     float scale = stop_grad ? 1 : 1 - gate_value(gate, act);
@@ -422,15 +156,16 @@ static void residual_forward(float *out, const float *shortcut, const float *bra
     for (size_t i = 0; i < n; i++) out[i] = alpha * shortcut[i] + branch[i];
 }
 
-// d(out)/d(shortcut) = alpha and d(out)/d(branch) = 1: dshortcut = alpha dout, and the gradient of the
-// branch is dout itself, the same array. dshortcut, dout (n), dshortcut may be dout.
+// d(out)/d(shortcut) = alpha and d(out)/d(branch) = 1: dshortcut = alpha dout, and the gradient of
+// the branch is dout itself, the same array. dshortcut, dout (n), dshortcut may be dout.
 static void residual_backward(float *dshortcut, const float *dout, float alpha, size_t n) {
     if (alpha == 1 && dshortcut == dout) return;
     #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) dshortcut[i] = alpha * dout[i];
 }
 
-// Each token's row of the table: out[n,:] = weight[tokens[n],:]. out (N,C), weight (V,C), tokens (N).
+// Each token's row of the table: out[n,:] = weight[tokens[n],:]. out (N,C), weight (V,C), tokens
+// (N).
 static void embedding_forward(float *out, const int *tokens, const float *weight, int N, int C) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++)
@@ -451,8 +186,9 @@ static void embedding_backward(float *dweight, const float *dout, const int *tok
         }
 }
 
-// RMSNorm (arXiv 1910.07467): y = w x r with r = 1 / sqrt(mean(x^2) + 1e-6), over each row's channels.
-// out, inp (N,C); weight (C); rstd (N) keeps r for the backward pass. eps is the design's 1e-6.
+// RMSNorm (arXiv 1910.07467): y = w x r with r = 1 / sqrt(mean(x^2) + 1e-6), over each row's
+// channels. out, inp (N,C); weight (C); rstd (N) keeps r for the backward pass. eps is the design's
+// 1e-6.
 static void rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int N,
                             int C) {
     #pragma omp parallel for
@@ -468,7 +204,8 @@ static void rmsnorm_forward(float *out, float *rstd, const float *inp, const flo
     }
 }
 
-// Given dy, wanted dx and dw. Row by row, with u = w dy (the gradient of x r) and m = mean(x^2) + eps:
+// Given dy, wanted dx and dw. Row by row, with u = w dy (the gradient of x r) and m = mean(x^2) +
+// eps:
 //   y_c = w_c x_c r,  and r = m^(-1/2) depends on every x_c:  dr/dx_c = -1/2 m^(-3/2) 2 x_c / C
 //                                                                     = -r^3 x_c / C
 //   dx_c = u_c r + (sum_k u_k x_k) dr/dx_c = r (u_c - x_c r^2 mean_k(u_k x_k))
@@ -489,15 +226,15 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
         for (int c = 0; c < C; c++) dx[c] = r * (weight[c] * dy[c] - x[c] * pull);
     }
     #pragma omp parallel for
-    for (int c0 = 0; c0 < C; c0 += BLOCK)  // each thread owns some channels, as in embedding_backward
+    for (int c0 = 0; c0 < C; c0 += BLOCK)  // as in embedding_backward
         for (int n = 0; n < N; n++) {
             const float *x = inp + (size_t)n * C, *dy = dout + (size_t)n * C;
             for (int c = c0; c < imin(C, c0 + BLOCK); c++) dweight[c] += dy[c] * x[c] * rstd[n];
         }
 }
 
-// The angles of RoPE (arXiv 2104.09864): pair j of a head turns by t * 10000^(-2j/hs) at position t.
-// table (T,hs/2,2): the cosine and sine.
+// The angles of RoPE (arXiv 2104.09864): pair j of a head turns by t * 10000^(-2j/hs) at position
+// t. table (T,hs/2,2): the cosine and sine.
 static void rope_angles(float *table, int T, int hs) {
     for (int t = 0; t < T; t++)
         for (int j = 0; j < hs / 2; j++) {
@@ -507,9 +244,10 @@ static void rope_angles(float *table, int T, int hs) {
         }
 }
 
-// RoPE, in place: turns the pairs (x0, x1) of adjacent channels of every query and key by the angle of
-// their position: (x0 cos - x1 sin, x0 sin + x1 cos). The product of a query and a key then depends on
-// how far apart they stand. Values are left alone. qkv (B,T,3C). direction 1 turns forward, -1 back.
+// RoPE, in place: turns the pairs (x0, x1) of adjacent channels of every query and key by the angle
+// of their position: (x0 cos - x1 sin, x0 sin + x1 cos). The product of a query and a key then
+// depends on how far apart they stand. Values are left alone. qkv (B,T,3C). direction 1 turns
+// forward, -1 back.
 static void rope_turn(float *qkv, const float *table, int B, int T, int C, int hs, int direction) {
     #pragma omp parallel for
     for (int n = 0; n < B * T; n++) {
@@ -565,19 +303,20 @@ static void swiglu_backward(float *dinp, const float *dout, const float *inp, in
 }
 
 /*
-Matrix multiplication. Nine tenths of a training step are spent here, so this is the one place that is
-written for the machine. A core can do 16 multiply-adds an instruction (AVX-512), but only if its
-operands are in registers; memory is a hundred times too slow. Each level below makes one move of data
-serve many multiply-adds:
+Matrix multiplication. Nine tenths of a training step are spent here, so this is the one place that
+is written for the machine. A core can do 16 multiply-adds an instruction (AVX-512), but only if its
+operands are in registers; memory is a hundred times too slow. Each level below makes one move of
+data serve many multiply-adds:
 
-  registers  multiply_tile() keeps a tile of MR x NR results in registers over the whole depth k. Each
+  registers  multiply_tile() keeps a tile of MR x NR results in registers over the whole depth k.
+  Each
              step loads NR numbers of B and MR of A and does MR * NR multiply-adds.
-  L1, L2     pack() copies A and B into panels that lie in memory in the very order in which the tile
-             reads them, so every load is the next one. Depth is cut to KC: an MC x KC block of A stays
-             in the L2 cache while all panels of B pass by it.
+  L1, L2     pack() copies A and B into panels that lie in memory in the very order in which the
+             tile reads them, so every load is the next one. Depth is cut to KC: an MC x KC block of
+             A stays in the L2 cache while all panels of B pass by it.
   L3         B is cut to NC columns, A to AC rows, so that the packed copies stay in the L3 cache.
-  cores      panels and blocks are shared out. Every result is summed by one thread, in the order of k:
-             who computes it changes nothing.
+  cores      panels and blocks are shared out. Every result is summed by one thread, in the order of
+             k: who computes it changes nothing.
 
 The vectors are the compiler's own extension: the same lines become AVX-512, AVX2, SSE or NEON.
 */
@@ -617,10 +356,11 @@ static void free_packing_space(void) {
     }
 }
 
-// One panel: for each k the `lines` numbers src[line * line_step + k * k_step], filled up with zeros
-// to `width`. dst (depth,width). Where k is the step that lies close, most goes by squares of 4 x 4.
-static void pack(float *dst, const float *src, size_t line_step, size_t k_step, int lines, int width,
-                 int depth) {
+// One panel: for each k the `lines` numbers src[line * line_step + k * k_step], filled up with
+// zeros to `width`. dst (depth,width). Where k is the step that lies close, most goes by squares of
+// 4 x 4.
+static void pack(float *dst, const float *src, size_t line_step, size_t k_step, int lines,
+                 int width, int depth) {
     int square_lines = k_step == 1 ? lines / 4 * 4 : 0, square_depth = depth / 4 * 4;
     if (line_step == 1 && lines == width) {
         for (int k = 0; k < depth; k++)
@@ -673,7 +413,7 @@ static void multiply_block(float *c, size_t ldc, const float *a, size_t a_row, s
                            const float *b, size_t b_column, size_t b_k, int M, int N, int depth,
                            int accumulate) {
     int panels_a = (M + MR - 1) / MR, panels_b = (N + NR - 1) / NR;
-    int step = imin(MC, (M / (4 * omp_get_max_threads()) / MR + 1) * MR);  // rows in a thread's portion
+    int step = imin(MC, (M / (4 * omp_get_max_threads()) / MR + 1) * MR);  // rows shared out at once
     float *pa = packing_space(0, (size_t)panels_a * MR * depth);
     float *pb = packing_space(1, (size_t)panels_b * NR * depth);
     #pragma omp parallel if ((double)M * N * depth > 1e5)
@@ -690,14 +430,15 @@ static void multiply_block(float *c, size_t ldc, const float *a, size_t a_row, s
         for (int i0 = 0; i0 < M; i0 += step)
             for (int j = 0; j < N; j += NR)
                 for (int i = i0; i < imin(M, i0 + step); i += MR)
-                    multiply_tile(c + i * ldc + j, ldc, pa + (size_t)i * depth, pb + (size_t)j * depth,
-                                  depth, imin(MR, M - i), imin(NR, N - j), accumulate);
+                    multiply_tile(c + i * ldc + j, ldc, pa + (size_t)i * depth,
+                                  pb + (size_t)j * depth, depth, imin(MR, M - i), imin(NR, N - j),
+                                  accumulate);
     }
 }
 
 // C = A B, or C += A B with accumulate. C (M,N) with rows ldc apart; A (M,K): element (i,k) is
-// a[i * a_row + k * a_k]; B (K,N): element (k,j) is b[j * b_column + k * b_k]. So a transposed matrix
-// is only a change of strides. M, N and K at least 1.
+// a[i * a_row + k * a_k]; B (K,N): element (k,j) is b[j * b_column + k * b_k]. So a transposed
+// matrix is only a change of strides. M, N and K at least 1.
 static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k, const float *b,
                  size_t b_column, size_t b_k, int M, int N, int K, int accumulate) {
     int depth = (K - 1) / ((K + KC - 1) / KC) + 1;  // equal parts of at most KC
@@ -710,7 +451,8 @@ static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k,
 }
 
 // A linear layer without bias: out = inp weight^T. out (N,OC), inp (N,C), weight (OC,C).
-static void matmul_forward(float *out, const float *inp, const float *weight, int N, int C, int OC) {
+static void matmul_forward(float *out, const float *inp, const float *weight, int N, int C,
+                           int OC) {
     gemm(out, OC, inp, C, 1, weight, C, 1, N, OC, C, 0);
 }
 
@@ -727,21 +469,23 @@ static void matmul_backward(float *dinp, float *dweight, const float *dout, cons
 /*
 Causal attention, each head by itself. With q_t, k_s, v_s (hs numbers each) of one head:
 
-    S_ts = q_t . k_s / sqrt(hs)  for s <= t        P_t = softmax over s of S_t        o_t = sum_s P_ts v_s
+    S_ts = q_t . k_s / sqrt(hs) for s <= t      P_t = softmax over s of S_t      o_t = sum_s P_ts
+    v_s
 
-P has T x T numbers per head: too many to keep. As in FlashAttention (arXiv 2205.14135) it exists only
-in blocks of QUERIES x KEYS. The softmax is carried along: after each block of keys a row knows the
-largest score so far, m, and the sum of e^(S - m). When a larger score turns up, what has been summed is
-corrected by e^(m_old - m_new). At the end only lse_t = m + log(sum) is kept, one number per row, from
-which the backward pass gets any P_ts = e^(S_ts - lse_t) again.
+P has T x T numbers per head: too many to keep. As in FlashAttention (arXiv 2205.14135) it exists
+only in blocks of QUERIES x KEYS. The softmax is carried along: after each block of keys a row knows
+the largest score so far, m, and the sum of e^(S - m). When a larger score turns up, what has been
+summed is corrected by e^(m_old - m_new). At the end only lse_t = m + log(sum) is kept, one number
+per row, from which the backward pass gets any P_ts = e^(S_ts - lse_t) again.
 */
 enum { QUERIES = 96, KEYS = 256 };
 
-// The scores of a block become P times its rows' sums: masks, exponentiates, and carries along m and
-// sum. score (queries,keys) with rows KEYS apart; query i stands at position t0 + i, key j at s0 + j;
-// m, sum (queries); out (queries,hs) with rows C apart: what has been summed so far, corrected here.
-static void softmax_block(float *score, float *m, float *sum, float *out, int queries, int keys, int t0,
-                          int s0, float scale, int hs, int C) {
+// The scores of a block become P times its rows' sums: masks, exponentiates, and carries along m
+// and sum. score (queries,keys) with rows KEYS apart; query i stands at position t0 + i, key j at
+// s0 + j; m, sum (queries); out (queries,hs) with rows C apart: what has been summed so far,
+// corrected here.
+static void softmax_block(float *score, float *m, float *sum, float *out, int queries, int keys,
+                          int t0, int s0, float scale, int hs, int C) {
     for (int i = 0; i < queries; i++, score += KEYS, out += C) {
         int seen = imax(0, imin(keys, t0 + i - s0 + 1));  // keys at or before the query
         float largest = scale * largest_of(score, seen, m[i] / scale), block = 0;
@@ -759,7 +503,8 @@ static void softmax_block(float *score, float *m, float *sum, float *out, int qu
 }
 
 // out (B,T,C); lse (B,NH,T); qkv (B,T,3C): a row holds the queries of all heads, then keys, values.
-static void attention_forward(float *out, float *lse, const float *qkv, int B, int T, int C, int NH) {
+static void attention_forward(float *out, float *lse, const float *qkv, int B, int T, int C,
+                              int NH) {
     int hs = C / NH, row = 3 * C, blocks = (T + QUERIES - 1) / QUERIES;
     float scale = 1 / sqrtf((float)hs);
     #pragma omp parallel for schedule(dynamic)
@@ -787,8 +532,8 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 // From the scores S of a block, without their scale, and the gradient dP of P:
 //   P_ts = e^(scale S_ts - lse_t), 0 for a key after the query
 //   dS_ts = scale P_ts (dP_ts - sum_r P_tr dP_tr)       (the derivative of softmax)
-// and that last sum needs no row of P: dP_tr = do_t . v_r, so it is do_t . sum_r P_tr v_r = do_t . o_t,
-// called delta_t. p: S in, P out; ds: dP in, dS out, both (queries,keys) with rows KEYS apart;
+// and that last sum needs no row of P: dP_tr = do_t . v_r, so it is do_t . sum_r P_tr v_r = do_t .
+// o_t, called delta_t. p: S in, P out; ds: dP in, dS out, both (queries,keys) with rows KEYS apart;
 // lse, delta (queries).
 static void softmax_block_backward(float *p, float *ds, const float *lse, const float *delta,
                                    int queries, int keys, int t0, int s0, float scale) {
@@ -803,7 +548,8 @@ static void softmax_block_backward(float *p, float *ds, const float *lse, const 
     }
 }
 
-// Given do, wanted dq, dk, dv, by the chain rule backwards through o = P v and S = q k^T / sqrt(hs):
+// Given do, wanted dq, dk, dv, by the chain rule backwards through o = P v and S = q k^T /
+// sqrt(hs):
 //   dv_s = sum_t P_ts do_t      dP_ts = do_t . v_s      dS as above
 //   dq_t = sum_s dS_ts k_s      dk_s = sum_t dS_ts q_t
 // dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T). Every block of P is computed again.
@@ -824,7 +570,8 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
             float *dq = dqkv + here * row + h * hs;
             memset(delta, 0, sizeof delta);
             for (int i = 0; i < queries; i++)
-                for (int c = 0; c < hs; c++) delta[i] += o[(size_t)i * C + c] * dy[(size_t)i * C + c];
+                for (int c = 0; c < hs; c++)
+                    delta[i] += o[(size_t)i * C + c] * dy[(size_t)i * C + c];
             for (int s0 = 0; s0 < t0 + queries; s0 += KEYS) {
                 int keys = imin(KEYS, t0 + queries - s0);
                 size_t there = ((size_t)b * T + s0) * row + C + h * hs;
@@ -832,8 +579,8 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
                 float *dk = dqkv + there, *dv = dk + C;
                 gemm(p, KEYS, q, row, 1, k, row, 1, queries, keys, hs, 0);
                 gemm(ds, KEYS, dy, C, 1, v, row, 1, queries, keys, hs, 0);
-                softmax_block_backward(p, ds, lse + ((size_t)b * NH + h) * T + t0, delta, queries, keys,
-                                       t0, s0, scale);
+                softmax_block_backward(p, ds, lse + ((size_t)b * NH + h) * T + t0, delta, queries,
+                                       keys, t0, s0, scale);
                 gemm(dv, row, p, 1, KEYS, dy, 1, C, keys, hs, queries, 1);
                 gemm(dq, row, ds, KEYS, 1, k, 1, row, queries, hs, keys, 1);
                 gemm(dk, row, ds, 1, KEYS, q, 1, row, keys, hs, queries, 1);
@@ -842,8 +589,9 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
     }
 }
 
-// Softmax and cross-entropy in one: loss_n = -log softmax(logits_n)[target_n] = lse_n - logit_target
-// with lse_n = log sum_v e^logit_v. In nats. losses, lse (N); logits (N,V), only read; targets (N).
+// Softmax and cross-entropy in one: loss_n = -log softmax(logits_n)[target_n] = lse_n -
+// logit_target with lse_n = log sum_v e^logit_v. In nats. losses, lse (N); logits (N,V), only read;
+// targets (N).
 static void crossentropy_forward(float *losses, float *lse, const float *logits, const int *targets,
                                  int N, int V) {
     #pragma omp parallel for
@@ -873,18 +621,11 @@ static void crossentropy_backward(float *logits, const float *lse, const int *ta
 }
 
 /* ------------------------------------------------------------------------------------------------
-4. Model
+3. Model
 
 All parameters lie in one block of memory, their gradients in a second one of the same layout,
 Adam's moments in two more. Every layer takes the same room: its parameters are found by arithmetic.
 */
-
-typedef struct {
-    char name[56];       // as in the checkpoint
-    int rows, cols;      // of a matrix; a vector has cols 0
-    size_t offset, size; // in floats
-    float mean, spread;  // initial values are normal
-} Tensor;
 
 // Where the parameters of one layer, or their gradients, lie. Index 0: attention, 1: feed-forward.
 typedef struct {
@@ -1065,6 +806,12 @@ static void model_create(Model *m, const Options *o, int B, int training) {
     m->dwide = take(m, N * (3 * C > 2 * H ? 3 * C : 2 * H));
 }
 
+static Holdings holdings(const Model *m) {
+    Holdings h = {m->o, m->tensors, m->num_tensors, m->num_parameters,
+                  m->parameters, m->gradients, m->adam_m, m->adam_v};
+    return h;
+}
+
 static void model_free(Model *m) {
     while (m->num_blocks) free(m->blocks[--m->num_blocks]);
     free(m->blocks), free(m->tensors), free(m->sublayers);
@@ -1202,7 +949,7 @@ static void model_backward(Model *m, const int *tokens, const int *targets, int 
 }
 
 /* ------------------------------------------------------------------------------------------------
-5. Optimizer
+4. Optimizer
 */
 
 // AdamW (arXiv 1711.05101), step t = 1, 2, ...: with g the gradient times grad_scale (clipping),
@@ -1237,7 +984,7 @@ static double gradient_norms(const Model *m, double *layers, double *gates) {
     double sum = dot(d, d, begin) + dot(d + end, d + end, m->num_parameters - end), gate_sum = 0;
     for (int l = 0; l < o->layers; l++) {
         LayerParameters layer = layer_parameters(m, m->gradients, l);
-        double square = dot(layer.wqkv, layer.wqkv, m->layer_size);  // wqkv is where the layer begins
+        double square = dot(layer.wqkv, layer.wqkv, m->layer_size);  // from wqkv on
         if (layer.gate) gate_sum += (double)*layer.gate * *layer.gate;
         layers[l] = sqrt(square);
         sum += square;
@@ -1262,14 +1009,14 @@ static void model_update(Model *m, int t, double norm, double gate_norm) {
 }
 
 /* ------------------------------------------------------------------------------------------------
-6. Data
+5. Data
 
 Token files are llm.c's: 256 int32 (magic 20240520, version 1, number of tokens), then uint16
 tokens. They are mapped into memory, not read. The tokenizer file is llama2.c's.
 */
 
-// One split as windows of T + 1 tokens that do not overlap: T inputs, and as targets the same shifted
-// by one. random: the state of the shuffling; a split that is not shuffled has 0 there.
+// One split as windows of T + 1 tokens that do not overlap: T inputs, and as targets the same
+// shifted by one. random: the state of the shuffling; a split that is not shuffled has 0 there.
 typedef struct {
     const char *split;
     const uint16_t **windows;
@@ -1301,7 +1048,8 @@ static void loader_add(Loader *loader, const char *path) {
         loader->windows[i] = (const uint16_t *)(header + 256) + (i - old) * stride;
 }
 
-// Opens DIR/SPLIT.bin, or DIR/SPLIT_000.bin and on to the first that is missing. random 0: no shuffle.
+// Opens DIR/SPLIT.bin, or DIR/SPLIT_000.bin and on to the first that is missing. random 0: no
+// shuffle.
 static void loader_open(Loader *loader, const char *dir, const char *split, int T, int V,
                         uint64_t random) {
     char path[2048];
@@ -1316,12 +1064,12 @@ static void loader_open(Loader *loader, const char *dir, const char *split, int 
         loader_add(loader, path);
     }
     if (!loader->num_windows)
-        die("%s has no %s.bin of %d tokens or more; prepro_tinystories.py --out %s writes one", dir, split,
-            T + 1, dir);
+        die("%s has no %s.bin of %d tokens or more; prepro_tinystories.py --out %s writes one", dir,
+            split, T + 1, dir);
 }
 
-// Sequences position, position + 1, ... of the endless stream of epochs: tokens, targets (B,T). A new
-// epoch shuffles the order of the one before (Fisher and Yates).
+// Sequences position, position + 1, ... of the endless stream of epochs: tokens, targets (B,T). A
+// new epoch shuffles the order of the one before (Fisher and Yates).
 static void loader_batch(Loader *loader, int64_t position, int B, int *tokens, int *targets) {
     int T = loader->T, n = B * T;
     for (int64_t i = 0; i < B; i++) {
@@ -1333,7 +1081,8 @@ static void loader_batch(Loader *loader, int64_t position, int B, int *tokens, i
                 loader->windows[a] = loader->windows[b], loader->windows[b] = swap;
             }
         const uint16_t *window = loader->windows[(position + i) % loader->num_windows];
-        for (int t = 0; t < T; t++) tokens[i * T + t] = window[t], targets[i * T + t] = window[t + 1];
+        for (int t = 0; t < T; t++)
+            tokens[i * T + t] = window[t], targets[i * T + t] = window[t + 1];
     }
     for (int i = 0; i < n; i++)
         if (imax(tokens[i], targets[i]) >= loader->V)
@@ -1341,261 +1090,8 @@ static void loader_batch(Loader *loader, int64_t position, int B, int *tokens, i
                 imax(tokens[i], targets[i]), loader->V);
 }
 
-enum { TOKEN_BOS = 1, TOKEN_EOS = 2, TOKEN_BYTE = 3, TOKEN_PIECE = 259 };  // byte b: TOKEN_BYTE + b
-
-// Every array (V); the pieces are not ended by zeros.
-typedef struct { char *file; const char **pieces; int *lengths, V; float *scores; } Tokenizer;
-
-// Reads DIR/tokenizer.bin: the longest piece's length, then each id's score, length and bytes.
-// Returns 0 when there is no such file, ends the program when it is damaged.
-static int tokenizer_open(Tokenizer *k, const char *dir) {
-    char path[2048];
-    struct stat info;
-    memset(k, 0, sizeof *k);
-    snprintf(path, sizeof path, "%s/tokenizer.bin", dir);
-    FILE *file = fopen(path, "rb");
-    if (!file && errno == ENOENT) return 0;
-    if (!file || fstat(fileno(file), &info) != 0) die("cannot open %s: %s", path, strerror(errno));
-    size_t size = (size_t)info.st_size, at = 4;
-    k->file = (char *)allocate(size, 1);
-    if (fread(k->file, 1, size, file) != size) die("cannot read %s: %s", path, strerror(errno));
-    fclose(file);
-    k->pieces = (const char **)allocate(size / 8 + 1, sizeof *k->pieces);
-    k->lengths = (int *)allocate(size / 8 + 1, sizeof(int));
-    k->scores = (float *)allocate(size / 8 + 1, sizeof(float));
-    for (; at < size; k->V++) {
-        int *length = &k->lengths[k->V];
-        if (size - at < 8) die("%s: piece %d is damaged", path, k->V);
-        memcpy(&k->scores[k->V], k->file + at, 4), memcpy(length, k->file + at + 4, 4);
-        k->pieces[k->V] = k->file + (at += 8);
-        if (*length < 0 || (size_t)*length > size - at) die("%s: piece %d is damaged", path, k->V);
-        at += *length;
-    }
-    if (k->V < TOKEN_PIECE || k->V > 65536)
-        die("%s has %d pieces, not 259 to 65536: is it llama2.c's format?", path, k->V);
-    return 1;
-}
-
-static void tokenizer_close(Tokenizer *k) {
-    free(k->file), free(k->pieces), free(k->lengths), free(k->scores);
-}
-
-// The id of the piece that is spelled a then b, or -1.
-static int tokenizer_find(const Tokenizer *k, const char *a, int a_size, const char *b, int b_size) {
-    for (int id = TOKEN_PIECE; id < k->V; id++)
-        if (k->lengths[id] == a_size + b_size && memcmp(k->pieces[id], a, a_size) == 0 &&
-            memcmp(k->pieces[id] + a_size, b, b_size) == 0) return id;
-    return -1;
-}
-
-static int tokenizer_join(const Tokenizer *k, int a, int b) {
-    if (a < TOKEN_PIECE || b < TOKEN_PIECE) return -1;
-    return tokenizer_find(k, k->pieces[a], k->lengths[a], k->pieces[b], k->lengths[b]);
-}
-
-// One character of `bytes` bytes becomes its piece, or else its bytes. Returns how many tokens.
-static int encode_character(const Tokenizer *k, const char *c, int bytes, int *tokens) {
-    int id = tokenizer_find(k, c, bytes, "", 0);
-    if (id >= 0) return *tokens = id, 1;
-    for (int i = 0; i < bytes; i++) tokens[i] = TOKEN_BYTE + (unsigned char)c[i];
-    return bytes;
-}
-
-// BOS, a space, the text, as sentencepiece does it: characters first; then the neighbours whose joint
-// piece has the best score are joined, until no two can be. No text: BOS alone.
-// tokens has room for strlen(text) + 2; returns how many were written.
-static int tokenizer_encode(const Tokenizer *k, const char *text, int *tokens) {
-    int n = 1, best, bytes;
-    int *joint = (int *)allocate(strlen(text) + 2, sizeof(int));  // piece of tokens i and i + 1, or -1
-    tokens[0] = TOKEN_BOS;
-    if (*text) n += encode_character(k, " ", 1, tokens + n);
-    for (; *text; text += bytes) {
-        for (bytes = 1; ((unsigned char)text[bytes] & 0xC0) == 0x80 && bytes < 4;) bytes++;  // UTF-8
-        n += encode_character(k, text, bytes, tokens + n);
-    }
-    for (int i = 0; i + 1 < n; i++) joint[i] = tokenizer_join(k, tokens[i], tokens[i + 1]);
-    for (;;) {
-        best = -1;
-        for (int i = 0; i + 1 < n; i++)
-            if (joint[i] >= 0 && (best < 0 || k->scores[joint[i]] > k->scores[joint[best]]))
-                best = i;
-        if (best < 0) break;
-        tokens[best] = joint[best];
-        n--;
-        memmove(tokens + best + 1, tokens + best + 2, (n - best - 1) * sizeof(int));
-        memmove(joint + best, joint + best + 1, (n - best - 1) * sizeof(int));
-        joint[best - 1] = tokenizer_join(k, tokens[best - 1], tokens[best]);
-        if (best + 1 < n) joint[best] = tokenizer_join(k, tokens[best], tokens[best + 1]);
-    }
-    free(joint);
-    return n;
-}
-
-// Writes a token's text, without the space that begins a story and without terminal control bytes.
-static void tokenizer_print(const Tokenizer *k, int previous, int token, FILE *file) {
-    char byte = (char)(token - TOKEN_BYTE);
-    const char *piece = token < TOKEN_PIECE ? &byte : k->pieces[token];
-    int length = token < TOKEN_BYTE ? 0 : token < TOKEN_PIECE ? 1 : k->lengths[token];
-    if (previous == TOKEN_BOS && length && *piece == ' ') piece++, length--;
-    for (int i = 0; i < length; i++)
-        if (piece[i] == '\n' || ((unsigned char)piece[i] >= ' ' && piece[i] != 127))
-            fputc(piece[i], file);
-}
-
 /* ------------------------------------------------------------------------------------------------
-7. Checkpoints
-
-safetensors: the header's length in 8 bytes, the header as JSON, then the numbers as they lie in
-memory. The tensors in the header are a function of the options. So the reader needs no JSON parser:
-it reads the options at the header's beginning, writes the header that they must have, and compares.
-*/
-
-// What a run has besides its network.
-typedef struct {
-    int step;          // updates done
-    int64_t position;  // sequences trained on
-    uint64_t random;   // state of the stories' generator
-} Progress;
-
-static void print_tensor(FILE *file, const char *prefix, const char *name, const char *type, int rows,
-                         int cols, size_t *offset) {
-    size_t begin = *offset;
-    *offset += 4 * (size_t)rows * imax(cols, 1);
-    fprintf(file, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":[%d", prefix, name, type, rows);
-    if (cols) fprintf(file, ",%d", cols);
-    fprintf(file, "],\"data_offsets\":[%zu,%zu]}", begin, *offset);
-}
-
-// The header of a checkpoint, which holds the parameters and Adam's moments, or of a file of
-// gradients. *bytes gets the size of the numbers that follow it. The caller frees it.
-static char *make_header(const Model *m, const Progress *p, int gradients, size_t *bytes) {
-    const char *prefixes[] = {"", gradients ? "grad." : "adam_m.", gradients ? NULL : "adam_v.", NULL};
-    char *text, value[TEXT_SIZE];
-    size_t length;
-    FILE *file = open_memstream(&text, &length);
-    fprintf(file, "{\"__metadata__\":{\"format\":\"pt\",\"kind\":\"%s\",\"step\":\"%d\"",
-            gradients ? "gradients" : "checkpoint", p->step);
-    fprintf(file, ",\"position\":\"%" PRId64 "\",\"random\":\"%" PRIu64 "\"", p->position, p->random);
-    for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++) {
-        if (row->group == NOT_STORED) continue;
-        option_text(m->o, row, value);
-        fprintf(file, ",\"%s\":\"%s\"", row->name, value);
-    }
-    fputs("}", file);
-    *bytes = 0;
-    for (const char **prefix = prefixes; *prefix; prefix++)
-        for (const Tensor *t = m->tensors; t < m->tensors + m->num_tensors; t++)
-            print_tensor(file, *prefix, t->name, "F32", t->rows, t->cols, bytes);
-    if (gradients) {
-        print_tensor(file, "", "tokens", "I32", m->o->batch, m->o->seq_len, bytes);
-        print_tensor(file, "", "targets", "I32", m->o->batch, m->o->seq_len, bytes);
-        print_tensor(file, "", "loss", "F32", 1, 0, bytes);
-    }
-    fprintf(file, "}%*s", (int)(7 - ftell(file) % 8), "");  // a multiple of eight
-    fclose(file);
-    return text;
-}
-
-typedef struct { const void *data; size_t bytes; } Part;
-
-// Writes header and parts under a temporary name, waits until they are on the disk, then renames:
-// at any moment the file is the old one or the new one, whole. Frees the header.
-static void write_safetensors(const char *path, char *header, const Part *parts, int num_parts) {
-    char temporary[2100];
-    uint64_t length = strlen(header);
-    snprintf(temporary, sizeof temporary, "%s.tmp", path);
-    FILE *file = fopen(temporary, "wb");
-    if (!file) die("cannot write %s: %s", temporary, strerror(errno));
-    int good = fwrite(&length, 8, 1, file) == 1 && fwrite(header, length, 1, file) == 1;
-    for (int i = 0; i < num_parts; i++)
-        good = good && fwrite(parts[i].data, parts[i].bytes, 1, file) == 1;
-    good = good && fflush(file) == 0 && fsync(fileno(file)) == 0;
-    good = fclose(file) == 0 && good;
-    if (!good || rename(temporary, path) != 0) {
-        int error = errno;
-        unlink(temporary);
-        die("cannot write %s: %s", path, strerror(error));
-    }
-    free(header);
-}
-
-static void checkpoint_write(const char *path, const Model *m, const Progress *p) {
-    size_t bytes, n = m->num_parameters * sizeof(float);
-    Part parts[] = {{m->parameters, n}, {m->adam_m, n}, {m->adam_v, n}};
-    write_safetensors(path, make_header(m, p, 0, &bytes), parts, 3);
-}
-
-// Opens a checkpoint, reads its header and from that the progress; *options is where the options
-// begin, *bytes how long the numbers are. The caller closes the file and frees the header.
-static FILE *checkpoint_open(const char *path, char **header, char **options, Progress *p,
-                             uint64_t *bytes) {
-    struct stat info;
-    uint64_t length;
-    int used = 0;
-    FILE *file = fopen(path, "rb");
-    if (!file || fstat(fileno(file), &info) != 0) die("cannot open %s: %s", path, strerror(errno));
-    if (fread(&length, 8, 1, file) != 1 || length > 100000000 || length + 8 > (uint64_t)info.st_size)
-        die("%s is no checkpoint: it does not begin with a safetensors header", path);
-    *bytes = info.st_size - 8 - length;
-    *header = (char *)allocate(length + 1, 1);
-    if (fread(*header, 1, length, file) != length) die("cannot read %s: %s", path, strerror(errno));
-    sscanf(*header, "{\"__metadata__\":{\"format\":\"pt\",\"kind\":\"checkpoint\",\"step\":\"%d\","
-           "\"position\":\"%" SCNd64 "\",\"random\":\"%" SCNu64 "\"%n", &p->step, &p->position,
-           &p->random, &used);
-    if (!used || p->step < 0 || p->position < 0)
-        die("%s is no checkpoint of this program: it lacks the metadata of one", path);
-    *options = *header + used;
-    return file;
-}
-
-static void checkpoint_options(const char *path, Options *o, int resume, const char *const given[]) {
-    Options stored = *o;
-    Progress progress;
-    uint64_t bytes;
-    char *header, *rest, *end, key[64], theirs[TEXT_SIZE], ours[TEXT_SIZE];
-    fclose(checkpoint_open(path, &header, &rest, &progress, &bytes));
-    for (int r = 0; r < NUM_ROWS; r++) {
-        const OptionRow *row = &option_rows[r];
-        if (row->group == NOT_STORED) continue;
-        int n = snprintf(key, sizeof key, ",\"%s\":\"", row->name);
-        if (strncmp(rest, key, n) != 0 || !(end = strchr(rest + n, '"')))
-            die("%s is no checkpoint of this version: it lacks --%s", path, row->name);
-        *end = 0;
-        if (set_option(&stored, row, rest + n))
-            die("%s is damaged: its --%s is %s", path, row->name, rest + n);
-        option_text(&stored, row, theirs), option_text(o, row, ours);
-        if (given[r] && row->group == NETWORK && strcmp(theirs, ours) != 0)
-            die("--%s %s contradicts %s, which has %s", row->name, ours, path, theirs);
-        if (resume || row->group <= NETWORK_DATA) set_option(o, row, rest + n);
-        rest = end + 1;
-    }
-    free(header);
-}
-
-// Fills a model that already has the checkpoint's options; with `resume` also Adam's moments and the
-// progress.
-static void checkpoint_read(const char *path, Model *m, Progress *p, int resume) {
-    Progress progress;
-    char *header, *rest, *expected;
-    uint64_t bytes;
-    size_t right_bytes, n = m->num_parameters;
-    FILE *file = checkpoint_open(path, &header, &rest, &progress, &bytes);
-    expected = make_header(m, &progress, 0, &right_bytes);
-    const char *theirs = strstr(rest, "\"},\""), *ours = strstr(expected, "\"},\"");
-    if (!theirs || strncmp(ours, theirs, strcspn(ours, " ")) != 0)
-        die("%s is damaged: its tensors are not those of its options", path);
-    if (bytes != right_bytes)
-        die("%s is damaged: %zu bytes of numbers, not %zu", path, (size_t)bytes, right_bytes);
-    float *blocks[] = {m->parameters, m->adam_m, m->adam_v};
-    for (int i = 0; i < (resume ? 3 : 1); i++)
-        if (fread(blocks[i], sizeof(float), n, file) != n)
-            die("cannot read %s: %s", path, strerror(errno));
-    if (resume) *p = progress;
-    fclose(file), free(header), free(expected);
-}
-
-/* ------------------------------------------------------------------------------------------------
-8. Sampling
+6. Sampling
 */
 
 typedef struct { float probability; int id; } Candidate;
@@ -1607,8 +1103,8 @@ static int compare_candidates(const void *a, const void *b) {
 }
 
 // Draws the next token from logits (V). Temperature divides the logits: below 1 the likely tokens
-// gain, at 0 the likeliest is taken. Top-p (arXiv 1904.09751) keeps the likeliest tokens that together
-// reach the probability top_p. candidates (V) is scratch.
+// gain, at 0 the likeliest is taken. Top-p (arXiv 1904.09751) keeps the likeliest tokens that
+// together reach the probability top_p. candidates (V) is scratch.
 static int sample_token(const float *logits, int V, double temperature, double top_p,
                         uint64_t *random, Candidate *candidates) {
     int likeliest = 0, kept = 0;
@@ -1652,7 +1148,7 @@ static void tell_story(Model *m, const Tokenizer *k, uint64_t *random, FILE *fil
 }
 
 /* ------------------------------------------------------------------------------------------------
-9. Training
+7. Training
 */
 
 typedef struct {
@@ -1667,14 +1163,16 @@ typedef struct {
     double start_time;
 } Run;
 
-// Opens OUT/name. A resumed run goes on after the line of its step, a new one begins with the header.
+// Opens OUT/name. A resumed run goes on after the line of its step, a new one begins with the
+// header.
 static FILE *open_log(const Run *run, const char *name, const char *header) {
     const Options *o = run->model.o;
     char path[2048], line[1024];
     long keep = 0;
     snprintf(path, sizeof path, "%s/%s", o->out, name);
     FILE *file = *o->resume ? fopen(path, "r+") : NULL;
-    while (file && fgets(line, sizeof line, file) && strchr(line, '\n') && atoi(line) <= run->start_step)
+    while (file && fgets(line, sizeof line, file) && strchr(line, '\n') &&
+           atoi(line) <= run->start_step)
         keep = ftell(file);
     if (!file) file = fopen(path, "w");
     if (!file || fseek(file, keep, SEEK_SET) != 0 || ftruncate(fileno(file), keep) != 0)
@@ -1705,7 +1203,8 @@ static void open_run(Run *run, Options *o) {
                 run->tokenizer.V);
         o->vocab_size = run->tokenizer.V;
     } else if (!training || !o->vocab_size)
-        die("%s/tokenizer.bin is missing; prepro_tinystories.py --out %s writes it", o->data, o->data);
+        die("%s/tokenizer.bin is missing; prepro_tinystories.py --out %s writes it", o->data,
+            o->data);
     if (training) {
         loader_open(&run->train, o->data, "train", o->seq_len, o->vocab_size, o->seed + 1);
         loader_open(&run->val, o->data, "val", o->seq_len, o->vocab_size, 0);
@@ -1714,8 +1213,11 @@ static void open_run(Run *run, Options *o) {
     }
     model_create(&run->model, o, training ? o->batch : 1, training);
     run->progress.random = o->seed;
-    if (*o->load) checkpoint_read(o->load, &run->model, &run->progress, 0);
-    if (*o->resume) checkpoint_read(o->resume, &run->model, &run->progress, training);
+    Holdings h = holdings(&run->model);
+    if (*o->load) checkpoint_read(o->load, &h, &run->progress, 0);
+    if (*o->resume) checkpoint_read(o->resume, &h, &run->progress, training);
+    if (training && run->progress.step >= o->steps)
+        die("%s is at step %d; give more --steps to go on", o->resume, run->progress.step);
     run->start_step = run->progress.step;
     run->tokens = (int *)allocate(N, sizeof(int)), run->targets = (int *)allocate(N, sizeof(int));
     run->layer_norms = (double *)allocate(o->layers, sizeof(double));
@@ -1775,8 +1277,9 @@ static void save(const Run *run) {
     char path[2048];
     int step = run->progress.step;
     int64_t old = step - (int64_t)o->keep * o->save_every;
+    Holdings h = holdings(&run->model);
     snprintf(path, sizeof path, "%s/ckpt_%06d.safetensors", o->out, step);
-    checkpoint_write(path, &run->model, &run->progress);
+    checkpoint_write(path, &h, &run->progress);
     if (!o->save_every || step % o->save_every || old <= 0) return;
     snprintf(path, sizeof path, "%s/ckpt_%06d.safetensors", o->out, (int)old);
     unlink(path);
@@ -1798,13 +1301,11 @@ static void sample(Run *run) {
 static void dump_gradients(Run *run) {
     Model *m = &run->model;
     int B = m->o->batch, T = m->o->seq_len, *tokens = run->tokens, *targets = run->targets;
-    size_t N = (size_t)B * T, n = m->num_parameters * sizeof(float), bytes;
     loader_batch(&run->train, 0, B, tokens, targets);
     float loss = (float)model_forward(m, tokens, targets, B, T);
-    model_backward(m, tokens, targets, B, T, 1.0 / N);
-    Part parts[] = {{m->parameters, n}, {m->gradients, n},
-                    {tokens, 4 * N}, {targets, 4 * N}, {&loss, 4}};
-    write_safetensors(m->o->dump_grads, make_header(m, &run->progress, 1, &bytes), parts, 5);
+    model_backward(m, tokens, targets, B, T, 1.0 / ((double)B * T));
+    Holdings h = holdings(m);
+    gradients_write(m->o->dump_grads, &h, &run->progress, tokens, targets, loss);
     printf("loss %.6f; wrote %s\n", loss, m->o->dump_grads);
 }
 
