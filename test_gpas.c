@@ -32,23 +32,25 @@ test_gpas.c: is train_gpas.c right? One line per check, `N passed, N failed` at 
 #define logf log
 #define powf pow
 #endif
-#pragma GCC diagnostic ignored "-Wunused-function"  // the tests do not call all of the program
+#pragma GCC diagnostic ignored "-Wunused-function" // the tests do not call all of the program
 #define TRAIN_GPAS_NO_MAIN
 #include "train_gpas.c"
 
 static int passed, failed;
 
 // One check: its line, and for a failure what was seen.
-__attribute__((format(printf, 3, 4)))
-static void check(int good, const char *name, const char *format, ...) {
+__attribute__((format(printf, 3, 4))) static void check(int good, const char *name,
+                                                        const char *format, ...) {
     va_list args;
     va_start(args, format);
     printf("%s %s", good ? "ok  " : "FAIL", name);
     if (!good) printf(": "), vprintf(format, args);
     printf("\n");
     va_end(args);
-    if (good) passed++;
-    else failed++;
+    if (good)
+        passed++;
+    else
+        failed++;
 }
 
 // Is ||got - expected|| at most tolerance * scale? scale 0 stands for ||expected||.
@@ -59,11 +61,13 @@ static void check_close(const char *name, const float *got, const float *expecte
     for (size_t i = 0; i < n; i++) {
         double d = fabs((double)got[i] - expected[i]);
         difference += d * d, size += (double)expected[i] * expected[i];
-        if (!(d <= worst)) worst = d, at = i;  // also true of a nan
+        if (!(d <= worst)) worst = d, at = i; // also true of a nan
     }
     double error = sqrt(difference) / (scale ? scale : size ? sqrt(size) : 1);
-    check(error <= tolerance, name, "relative error %.2e over %.0e; worst element %zu: got %.9g, "
-          "expected %.9g", error, tolerance, at, (double)got[at], (double)expected[at]);
+    check(error <= tolerance, name,
+          "relative error %.2e over %.0e; worst element %zu: got %.9g, "
+          "expected %.9g",
+          error, tolerance, at, (double)got[at], (double)expected[at]);
 }
 
 static float *copy(const float *x, size_t n) {
@@ -101,7 +105,8 @@ static void open_dump(const char *path) {
     struct stat info;
     uint64_t length;
     FILE *file = fopen(path, "rb");
-    if (!file || fstat(fileno(file), &info)) die("cannot open %s: run the tests in the project's folder", path);
+    if (!file || fstat(fileno(file), &info))
+        die("cannot open %s: run the tests in the project's folder", path);
     dump = (char *)allocate(info.st_size + 1, 1);
     if (fread(dump, 1, info.st_size, file) != (size_t)info.st_size) die("cannot read %s", path);
     fclose(file);
@@ -133,20 +138,21 @@ static const float *part(const char *of, const char *name, int *shape, size_t *n
 }
 
 // Compares `got` with tensor CASE.NAME of the dump, by the tolerance of a forward or backward pass.
-static void against_dump(const char *layer, const char *of, const char *name, const float *got, int pass,
-                         double scale) {
+static void against_dump(const char *layer, const char *of, const char *name, const float *got,
+                         int pass, double scale) {
     char line[300];
     size_t n;
     const float *expected = part(of, name, NULL, &n);
-    snprintf(line, sizeof line, "%s%s %s: %s", layer, pass == FORWARD ? "_forward" : "_backward", of, name);
+    snprintf(line, sizeof line, "%s%s %s: %s", layer, pass == FORWARD ? "_forward" : "_backward",
+             of, name);
     check_close(line, got, expected, n, tolerances[pass], scale);
 }
 
 static void test_gpas(void) {
-    static const char *const cases[] = {"silu", "silu_neg", "identity", "relu", "leaky_relu",
-                                        "leaky_relu_neg", "tanh"};
-    static const int acts[] = {GATE_SILU, GATE_SILU, GATE_IDENTITY, GATE_RELU, GATE_LEAKY_RELU,
-                               GATE_LEAKY_RELU, GATE_TANH};
+    static const char *const cases[] = {"silu",       "silu_neg",       "identity", "relu",
+                                        "leaky_relu", "leaky_relu_neg", "tanh"};
+    static const int acts[] = {GATE_SILU,       GATE_SILU,       GATE_IDENTITY, GATE_RELU,
+                               GATE_LEAKY_RELU, GATE_LEAKY_RELU, GATE_TANH};
     for (int i = 0; i < 14; i++) {
         char of[64];
         size_t n;
@@ -189,7 +195,8 @@ static void test_rmsnorm(void) {
     for (int i = 0; i < 2; i++) {
         int shape[3];
         size_t n;
-        const float *inp = part(cases[i], "inp", shape, &n), *weight = part(cases[i], "weight", NULL, NULL);
+        const float *inp = part(cases[i], "inp", shape, &n),
+                    *weight = part(cases[i], "weight", NULL, NULL);
         int N = shape[0], C = shape[1];
         float *got = random_floats(n, 1, 1), *rstd = random_floats(N, 1, 1);
         float *dweight = (float *)allocate(C, sizeof(float));
@@ -225,7 +232,8 @@ static void test_attention(void) {
     for (int i = 0; i < 4; i++) {
         int shape[3], NH = *(const int *)part(cases[i], "heads", NULL, NULL);
         size_t n;
-        const float *qkv = part(cases[i], "qkv", shape, &n), *dout = part(cases[i], "dout", NULL, NULL);
+        const float *qkv = part(cases[i], "qkv", shape, &n),
+                    *dout = part(cases[i], "dout", NULL, NULL);
         int B = shape[0], T = shape[1], C = shape[2] / 3;
         float *out = random_floats(n / 3, 1, 1), *lse = random_floats((size_t)B * NH * T, 1, 1);
         float *dqkv = random_floats(n, 1, 1);
@@ -254,10 +262,12 @@ static void test_matmul(void) {
     static const char *const cases[] = {"matmul.a", "matmul.b"};
     for (int i = 0; i < 2; i++) {
         int shape[3], out_shape[3];
-        const float *inp = part(cases[i], "inp", shape, NULL), *weight = part(cases[i], "weight", NULL, NULL);
+        const float *inp = part(cases[i], "inp", shape, NULL),
+                    *weight = part(cases[i], "weight", NULL, NULL);
         const float *dout = part(cases[i], "dout", out_shape, NULL);
         int N = shape[0], C = shape[1], OC = out_shape[1];
-        float *out = random_floats((size_t)N * OC, 1, 1), *dinp = random_floats((size_t)N * C, 1, 1);
+        float *out = random_floats((size_t)N * OC, 1, 1),
+              *dinp = random_floats((size_t)N * C, 1, 1);
         float *dweight = (float *)allocate((size_t)OC * C, sizeof(float));
         matmul_forward(out, inp, weight, N, C, OC);
         against_dump("matmul", cases[i], "out", out, FORWARD, 0);
@@ -270,13 +280,15 @@ static void test_matmul(void) {
 
 static void test_residual(void) {
     size_t n;
-    const float *shortcut = tensor("residual.shortcut", NULL, &n), alpha = *tensor("residual.alpha", NULL, NULL);
+    const float *shortcut = tensor("residual.shortcut", NULL, &n),
+                alpha = *tensor("residual.alpha", NULL, NULL);
     float *got = random_floats(n, 1, 1);
     residual_forward(got, shortcut, tensor("residual.branch", NULL, NULL), alpha, n);
     against_dump("residual", "residual", "out", got, FORWARD, 0);
     residual_backward(got, tensor("residual.dout", NULL, NULL), alpha, n);
     against_dump("residual", "residual", "dshortcut", got, BACKWARD, 0);
-    against_dump("residual", "residual", "dbranch", tensor("residual.dout", NULL, NULL), BACKWARD, 0);
+    against_dump("residual", "residual", "dbranch", tensor("residual.dout", NULL, NULL), BACKWARD,
+                 0);
     free(got);
 }
 
@@ -305,8 +317,8 @@ static void test_adamw(void) {
     for (int t = 1; t <= 3; t++) {
         char grad[8] = "grad1", param[8] = "param1";
         grad[4] = param[5] = (char)('0' + t);
-        adamw_update(p, part("adamw", grad, NULL, NULL), m, v, n, hyper[0], hyper[1], hyper[2], hyper[3],
-                     hyper[4], 1, t);
+        adamw_update(p, part("adamw", grad, NULL, NULL), m, v, n, hyper[0], hyper[1], hyper[2],
+                     hyper[3], hyper[4], 1, t);
         against_dump("adamw_update: step", "adamw", param, p, FORWARD, 0);
     }
     against_dump("adamw_update:", "adamw", "m3", m, FORWARD, 0);
@@ -340,8 +352,10 @@ static void test_network(const char *scheme, const char *kind, const char *optio
     double norms[4], gate_norm;
     const int *tokens = (const int *)tensor("tokens", NULL, NULL);
     const int *targets = (const int *)tensor("targets", NULL, NULL);
-    snprintf(line, sizeof line, "--norm %s %s --layers 4 --channels 16 --hidden 21 --heads 2 --seq-len 6 "
-             "--vocab-size 19 --batch 2 --lr 0.01 --warmup 0 --steps 1000000000", scheme, options);
+    snprintf(line, sizeof line,
+             "--norm %s %s --layers 4 --channels 16 --hidden 21 --heads 2 --seq-len 6 "
+             "--vocab-size 19 --batch 2 --lr 0.01 --warmup 0 --steps 1000000000",
+             scheme, options);
     snprintf(of, sizeof of, "net.%s.%s", scheme, kind);
     options_from(&o, line);
     model_create(&m, &o, B, 1);
@@ -354,7 +368,8 @@ static void test_network(const char *scheme, const char *kind, const char *optio
         for (const Tensor *w = m.tensors; t == 0 && w < m.tensors + m.num_tensors; w++) {
             int layer = 0;
             double scale = w->size == 1 && sscanf(w->name, "layers.%d", &layer) == 1
-                ? part(of, "gate_scale", NULL, NULL)[layer] : 0;
+                               ? part(of, "gate_scale", NULL, NULL)[layer]
+                               : 0;
             snprintf(name, sizeof name, "grad.%s", w->name);
             against_dump("model", of, name, m.gradients + w->offset, BACKWARD, scale);
         }
@@ -384,7 +399,8 @@ static void test_learning(void) {
         Model m;
         char line[512], name[100];
         double loss = 0, norms[4], gate_norm;
-        snprintf(line, sizeof line, "--norm %s --gpas %s --layers 4 --channels 32 --hidden 48 --heads 4 "
+        snprintf(line, sizeof line,
+                 "--norm %s --gpas %s --layers 4 --channels 32 --hidden 48 --heads 4 "
                  "--seq-len 12 --vocab-size 13 --batch 1 --lr 0.01 --warmup 20 --steps 200",
                  schemes[i / 2], i % 2 ? "on" : "off");
         options_from(&o, line);
@@ -395,8 +411,8 @@ static void test_learning(void) {
             model_backward(&m, tokens, tokens + 1, 1, 12, 1.0 / 12);
             model_update(&m, t, gradient_norms(&m, norms, &gate_norm), gate_norm);
         }
-        snprintf(name, sizeof name, "learning: %s, gpas %s, is below 0.05 after 200 steps", schemes[i / 2],
-                 i % 2 ? "on" : "off");
+        snprintf(name, sizeof name, "learning: %s, gpas %s, is below 0.05 after 200 steps",
+                 schemes[i / 2], i % 2 ? "on" : "off");
         check(loss < 0.05, name, "the loss is %.4f", loss);
         model_free(&m);
     }
@@ -410,13 +426,16 @@ static void test_initial_values(void) {
     for (int i = 0; i < 20; i++) tokens[i] = i * 7 % 50;
     for (int i = 0; i < 6; i++) {
         char line[512], name[100];
-        snprintf(line, sizeof line, "--norm %s --layers 4 --channels 64 --hidden 96 --heads 4 --seq-len 20 "
-                 "--vocab-size 50 --batch 1", schemes[i]);
+        snprintf(line, sizeof line,
+                 "--norm %s --layers 4 --channels 64 --hidden 96 --heads 4 --seq-len 20 "
+                 "--vocab-size 50 --batch 1",
+                 schemes[i]);
         options_from(&o, line);
         base = o, base.gpas = 0;
         model_create(&m, &o, 1, 0), model_create(&b, &base, 1, 0);
         model_forward(&m, tokens, NULL, 1, 20), model_forward(&b, tokens, NULL, 1, 20);
-        snprintf(name, sizeof name, "initial values: %s with gates of 0 is its baseline, bit for bit", schemes[i]);
+        snprintf(name, sizeof name,
+                 "initial values: %s with gates of 0 is its baseline, bit for bit", schemes[i]);
         check(memcmp(m.logits, b.logits, 20 * 50 * sizeof(float)) == 0, name, "the logits differ");
         int good = 1;
         for (const Tensor *t = m.tensors; t < m.tensors + m.num_tensors; t++) {
@@ -426,10 +445,13 @@ static void test_initial_values(void) {
                 want = sqrt(2.0 / (t->rows + t->cols)) *
                        (strstr(t->name, "wq") || strstr(t->name, "wk") ? 1 : gain);
             if (!t->cols) want = 0, mean = t->size > 1 ? 1 : 0;
-            if (i == NORM_LNS && inner && t->size > 1 && !t->cols) mean = 1 / sqrt(atoi(t->name + 7) + 1.0);
-            double spread = sqrt(dot(m.parameters + t->offset, m.parameters + t->offset, t->size) / t->size -
-                                 (t->cols ? 0 : mean * mean));
-            if (t->cols ? fabs(spread / want - 1) > 0.06 : fabs(m.parameters[t->offset] - mean) > 1e-6) {
+            if (i == NORM_LNS && inner && t->size > 1 && !t->cols)
+                mean = 1 / sqrt(atoi(t->name + 7) + 1.0);
+            double spread =
+                sqrt(dot(m.parameters + t->offset, m.parameters + t->offset, t->size) / t->size -
+                     (t->cols ? 0 : mean * mean));
+            if (t->cols ? fabs(spread / want - 1) > 0.06
+                        : fabs(m.parameters[t->offset] - mean) > 1e-6) {
                 good = 0;
                 snprintf(name, sizeof name, "initial values: %s, %s", schemes[i], t->name);
                 check(0, name, "spread %.4f, expected %.4f", spread, want);
@@ -455,8 +477,10 @@ static void test_threads(void) {
             Options o;
             Model m;
             omp_set_num_threads(k + 1);
-            snprintf(line, sizeof line, "--norm %s --gate-init 0.3 --layers 5 --channels 60 --hidden 77 --heads 6 "
-                     "--seq-len %d --vocab-size 97 --batch %d --warmup 0", schemes[i], T, B);
+            snprintf(line, sizeof line,
+                     "--norm %s --gate-init 0.3 --layers 5 --channels 60 --hidden 77 --heads 6 "
+                     "--seq-len %d --vocab-size 97 --batch %d --warmup 0",
+                     schemes[i], T, B);
             options_from(&o, line);
             model_create(&m, &o, B, 1);
             loss[k] = model_forward(&m, tokens, tokens, B, T);
@@ -469,9 +493,10 @@ static void test_threads(void) {
             model_free(&m);
         }
         snprintf(name, sizeof name, "threads: %s gives the same bits with 1, 2 and 3", schemes[i]);
-        check(loss[0] == loss[1] && loss[0] == loss[2] && !memcmp(weights[0], weights[1], n * sizeof(float)) &&
-              !memcmp(weights[0], weights[2], n * sizeof(float)), name, "losses %.9g %.9g %.9g", loss[0],
-              loss[1], loss[2]);
+        check(loss[0] == loss[1] && loss[0] == loss[2] &&
+                  !memcmp(weights[0], weights[1], n * sizeof(float)) &&
+                  !memcmp(weights[0], weights[2], n * sizeof(float)),
+              name, "losses %.9g %.9g %.9g", loss[0], loss[1], loss[2]);
         for (int k = 0; k < 3; k++) free(weights[k]);
     }
     omp_set_num_threads(most);
@@ -483,8 +508,9 @@ Shapes beyond the dump: blocks and tiles that are full, cut, or several
 */
 
 static void test_gemm(void) {
-    static const int shapes[][3] = {{1, 1, 1}, {12, 32, 8}, {13, 33, 17}, {100, 70, 1100}, {5, 4100, 3},
-                                    {4090, 3, 5}, {1, 64, 600}, {97, 1, 31}, {24, 64, 512}};
+    static const int shapes[][3] = {{1, 1, 1},       {12, 32, 8},  {13, 33, 17},
+                                    {100, 70, 1100}, {5, 4100, 3}, {4090, 3, 5},
+                                    {1, 64, 600},    {97, 1, 31},  {24, 64, 512}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         for (int form = 0; form < 8; form++) {
             int M = shapes[i][0], N = shapes[i][1], K = shapes[i][2], accumulate = form / 4;
@@ -501,8 +527,8 @@ static void test_gemm(void) {
                     expected[r * ldc + j] = (float)sum;
                 }
             gemm(c, ldc, a, a_row, a_k, b, b_column, b_k, M, N, K, accumulate);
-            snprintf(name, sizeof name, "gemm: %d x %d, depth %d, A%s B%s%s", M, N, K, form & 1 ? "^T" : "",
-                     form & 2 ? "" : "^T", accumulate ? ", added to C" : "");
+            snprintf(name, sizeof name, "gemm: %d x %d, depth %d, A%s B%s%s", M, N, K,
+                     form & 1 ? "^T" : "", form & 2 ? "" : "^T", accumulate ? ", added to C" : "");
             check_close(name, c, expected, M * ldc, 1e-5, 0);
             free(a), free(b), free(c), free(expected);
         }
@@ -514,14 +540,15 @@ static void test_long_attention(void) {
     float *qkv = random_floats((size_t)B * T * 3 * C, 2, 5), *out = random_floats(B * T * C, 1, 1);
     float *expected = random_floats(B * T * C, 1, 1), *lse = random_floats(NH * T, 1, 1);
     static double p[T];
-    qkv[20 * 3 * C + C] = 60;  // one key that stands out: a sum corrected by a large factor
+    qkv[20 * 3 * C + C] = 60; // one key that stands out: a sum corrected by a large factor
     for (int h = 0; h < NH; h++)
         for (int t = 0; t < T; t++) {
             double sum = 0, largest = -1e30;
             for (int s = 0; s <= t; s++) {
                 p[s] = 0;
                 for (int c = 0; c < hs; c++)
-                    p[s] += (double)qkv[t * 3 * C + h * hs + c] * qkv[s * 3 * C + C + h * hs + c] / sqrt(hs);
+                    p[s] += (double)qkv[t * 3 * C + h * hs + c] * qkv[s * 3 * C + C + h * hs + c] /
+                            sqrt(hs);
                 if (p[s] > largest) largest = p[s];
             }
             for (int s = 0; s <= t; s++) sum += p[s] = exp(p[s] - largest);
@@ -545,7 +572,8 @@ static void test_exp(void) {
     }
     check(worst < 3e-7, "exp_fast: relative error below 3e-7 from -86 to 87", "it is %.2e", worst);
     check(exp_fast(0) == 1 && exp_fast(-1e30f) < 1e-37f && isnan(exp_fast(NAN)),
-          "exp_fast: 0, far below 0, nan", "%g %g %g", exp_fast(0), exp_fast(-1e30f), exp_fast(NAN));
+          "exp_fast: 0, far below 0, nan", "%g %g %g", exp_fast(0), exp_fast(-1e30f),
+          exp_fast(NAN));
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -558,12 +586,16 @@ static void test_training_rules(void) {
     double norms[2], gate_norm;
     int tokens[32], B = 4, T = 8;
     for (int i = 0; i < 32; i++) tokens[i] = i * 5 % 17;
-    options_from(&o, "--layers 2 --channels 8 --hidden 12 --heads 2 --seq-len 8 --vocab-size 17 --batch 4 "
-                 "--gate-init 0.5 --steps 100 --warmup 10 --lr 0.5 --grad-clip 0.01 --gate-clip 0.000001");
+    options_from(
+        &o,
+        "--layers 2 --channels 8 --hidden 12 --heads 2 --seq-len 8 --vocab-size 17 --batch 4 "
+        "--gate-init 0.5 --steps 100 --warmup 10 --lr 0.5 --grad-clip 0.01 --gate-clip 0.000001");
     check(fabs(learning_rate(&o, 0) - 0.05) < 1e-12 && fabs(learning_rate(&o, 9) - 0.5) < 1e-12,
-          "learning_rate: warms up from lr/warmup to lr", "%g, %g", learning_rate(&o, 0), learning_rate(&o, 9));
+          "learning_rate: warms up from lr/warmup to lr", "%g, %g", learning_rate(&o, 0),
+          learning_rate(&o, 9));
     check(fabs(learning_rate(&o, 55) - 0.275) < 1e-9 && fabs(learning_rate(&o, 100) - 0.05) < 1e-9,
-          "learning_rate: a cosine down to a tenth", "%g, %g", learning_rate(&o, 55), learning_rate(&o, 100));
+          "learning_rate: a cosine down to a tenth", "%g, %g", learning_rate(&o, 55),
+          learning_rate(&o, 100));
     model_create(&m, &o, 4, 1);
     model_forward(&m, tokens, tokens, B, T);
     model_backward(&m, tokens, tokens, B, T, 1.0 / (B * T));
@@ -573,15 +605,15 @@ static void test_training_rules(void) {
         model_forward(&m, tokens + half * 16, tokens + half * 16, 2, T);
         model_backward(&m, tokens + half * 16, tokens + half * 16, 2, T, 1.0 / (B * T));
     }
-    check_close("model_backward: two micro-batches give the gradient of the batch", m.gradients, whole,
-                m.num_parameters, 1e-5, 0);
+    check_close("model_backward: two micro-batches give the gradient of the batch", m.gradients,
+                whole, m.num_parameters, 1e-5, 0);
     double norm = gradient_norms(&m, norms, &gate_norm), square = 0, gates = 0;
     for (size_t i = 0; i < m.num_parameters; i++) square += (double)m.gradients[i] * m.gradients[i];
     for (const Tensor *t = m.tensors; t < m.tensors + m.num_tensors; t++)
         if (t->size == 1) gates += (double)m.gradients[t->offset] * m.gradients[t->offset];
     check(fabs(norm / sqrt(square) - 1) < 1e-6 && fabs(gate_norm / sqrt(gates) - 1) < 1e-6,
           "gradient_norms: of the whole and of the gates", "%g, %g", norm, gate_norm);
-    model_update(&m, 0, norm, gate_norm);  // Adam's m is now a tenth of the clipped gradient
+    model_update(&m, 0, norm, gate_norm); // Adam's m is now a tenth of the clipped gradient
     square = gates = 0;
     for (size_t i = 0; i < m.num_parameters; i++) square += 100.0 * m.adam_m[i] * m.adam_m[i];
     for (const Tensor *t = m.tensors; t < m.tensors + m.num_tensors; t++)
@@ -589,7 +621,8 @@ static void test_training_rules(void) {
     check(norm > 0.01 && sqrt(square) < 0.01001 && sqrt(square) > 0.0099,
           "model_update: --grad-clip limits the whole gradient", "its norm is %g", sqrt(square));
     check(gate_norm * 0.01 / norm > 0.000002 && fabs(sqrt(gates) / 0.000001 - 1) < 1e-4,
-          "model_update: --gate-clip then limits the gates' gradient", "its norm is %g", sqrt(gates));
+          "model_update: --gate-clip then limits the gates' gradient", "its norm is %g",
+          sqrt(gates));
     free(whole);
     model_free(&m);
 }
@@ -599,15 +632,17 @@ static void test_sampling(void) {
     Candidate scratch[4];
     uint64_t random = 7;
     int counts[4] = {0}, nucleus[4] = {0};
-    check(sample_token(logits, 4, 0, 1, &random, scratch) == 1, "sample_token: temperature 0 takes the likeliest",
-          "it does not");
+    check(sample_token(logits, 4, 0, 1, &random, scratch) == 1,
+          "sample_token: temperature 0 takes the likeliest", "it does not");
     for (int i = 0; i < 20000; i++) counts[sample_token(logits, 4, 1, 1, &random, scratch)]++;
     for (int i = 0; i < 20000; i++) nucleus[sample_token(logits, 4, 1, 0.8, &random, scratch)]++;
     double total = exp(1) + exp(3) + exp(2) + exp(-1), worst = 0;
-    for (int v = 0; v < 4; v++) worst = fmax(worst, fabs(counts[v] / 20000.0 - exp(logits[v]) / total));
+    for (int v = 0; v < 4; v++)
+        worst = fmax(worst, fabs(counts[v] / 20000.0 - exp(logits[v]) / total));
     check(worst < 0.015, "sample_token: draws by the softmax", "off by %.3f", worst);
-    check(nucleus[0] == 0 && nucleus[3] == 0 && nucleus[2] > 0, "sample_token: top-p keeps the likeliest two",
-          "%d %d %d %d", nucleus[0], nucleus[1], nucleus[2], nucleus[3]);
+    check(nucleus[0] == 0 && nucleus[3] == 0 && nucleus[2] > 0,
+          "sample_token: top-p keeps the likeliest two", "%d %d %d %d", nucleus[0], nucleus[1],
+          nucleus[2], nucleus[3]);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -626,7 +661,8 @@ static const char *in_folder(const char *name) {
 
 static void write_file(const char *name, const void *data, size_t size) {
     FILE *file = fopen(in_folder(name), "wb");
-    if (!file || fwrite(data, 1, size, file) != size || fclose(file)) die("cannot write %s", in_folder(name));
+    if (!file || fwrite(data, 1, size, file) != size || fclose(file))
+        die("cannot write %s", in_folder(name));
 }
 
 static char *whole_file(const char *name, size_t *size) {
@@ -673,12 +709,13 @@ static void write_tokenizer(const char *name, const char *const *pieces, int num
 static void test_loader(void) {
     Loader loader;
     int tokens[10], targets[10], seen[20] = {0}, moved = 0, good = 1;
-    write_tokens("count.bin", 20240520, 1, 103, 103, 60000);  // 20 windows of 5, and 3 tokens over
+    write_tokens("count.bin", 20240520, 1, 103, 103, 60000); // 20 windows of 5, and 3 tokens over
     loader_open(&loader, folder, "count", 4, 60000, 0);
     loader_batch(&loader, 19, 2, tokens, targets);
-    check(loader.num_windows == 20 && tokens[0] == 95 && targets[3] == 99 && tokens[4] == 0 && targets[7] == 4,
-          "loader: windows do not overlap, come in order, and begin again", "%d %d %d", tokens[0], targets[3],
-          tokens[4]);
+    check(loader.num_windows == 20 && tokens[0] == 95 && targets[3] == 99 && tokens[4] == 0 &&
+              targets[7] == 4,
+          "loader: windows do not overlap, come in order, and begin again", "%d %d %d", tokens[0],
+          targets[3], tokens[4]);
     free(loader.windows);
     loader_open(&loader, folder, "count", 4, 60000, 3);
     for (int i = 0; i < 20; i++) {
@@ -687,21 +724,22 @@ static void test_loader(void) {
         moved += tokens[0] != 5 * i;
     }
     for (int i = 0; i < 20; i++) good = good && seen[i] == 1;
-    check(good && moved > 10, "loader: an epoch is a shuffled order of all windows", "%d moved", moved);
+    check(good && moved > 10, "loader: an epoch is a shuffled order of all windows", "%d moved",
+          moved);
     loader_batch(&loader, 47, 1, tokens, targets);
     int one_by_one = tokens[0];
     free(loader.windows);
     loader_open(&loader, folder, "count", 4, 60000, 3);
     loader_batch(&loader, 47, 1, tokens, targets);
-    check(tokens[0] == one_by_one, "loader: a later epoch does not depend on where the run began", "%d, %d",
-          tokens[0], one_by_one);
+    check(tokens[0] == one_by_one, "loader: a later epoch does not depend on where the run began",
+          "%d, %d", tokens[0], one_by_one);
     free(loader.windows);
     write_tokens("part_000.bin", 20240520, 1, 10, 10, 60000);
     write_tokens("part_001.bin", 20240520, 1, 7, 7, 60000);
     loader_open(&loader, folder, "part", 4, 60000, 0);
     loader_batch(&loader, 2, 1, tokens, targets);
-    check(loader.num_windows == 3 && tokens[0] == 0 && tokens[3] == 3, "loader: shards follow one another",
-          "%zu windows", loader.num_windows);
+    check(loader.num_windows == 3 && tokens[0] == 0 && tokens[3] == 3,
+          "loader: shards follow one another", "%zu windows", loader.num_windows);
     free(loader.windows);
 }
 
@@ -712,27 +750,35 @@ static void decode(const Tokenizer *k, const int *tokens, int n, char *text, siz
 }
 
 static void test_tokenizer(void) {
-    static const char *const pieces[] = {"th", "he", " t", "the", " the", " ", "t", "h", "e", "\xc3\xa9"};
-    static const char *const texts[] = {"Once upon a time", "", "caf\xc3\xa9 \xe2\x80\x9cquoted\xe2\x80\x9d\nnew",
+    static const char *const pieces[] = {"th", "he", " t", "the", " the",
+                                         " ",  "t",  "h",  "e",   "\xc3\xa9"};
+    static const char *const texts[] = {"Once upon a time", "",
+                                        "caf\xc3\xa9 \xe2\x80\x9cquoted\xe2\x80\x9d\nnew",
                                         "the thehe", "\xff broken \x80"};
     Tokenizer k;
     for (int bpe = 0; bpe < 2; bpe++) {
         write_tokenizer("tokenizer.bin", pieces, bpe ? 10 : 0);
         if (!tokenizer_open(&k, folder)) die("the test lost its tokenizer");
-        check(k.V == (bpe ? 269 : 259), bpe ? "tokenizer: pieces" : "tokenizer: bytes", "V is %d", k.V);
+        check(k.V == (bpe ? 269 : 259), bpe ? "tokenizer: pieces" : "tokenizer: bytes", "V is %d",
+              k.V);
         for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
             char name[100], text[100] = "";
             int tokens[100], n = tokenizer_encode(&k, texts[i], tokens);
             decode(&k, tokens, n, text, sizeof text);
-            snprintf(name, sizeof name, "tokenizer: %s, round trip of text %zu", bpe ? "pieces" : "bytes", i);
-            check(strcmp(text, texts[i]) == 0 && tokens[0] == TOKEN_BOS, name, "it came back as %s", text);
+            snprintf(name, sizeof name, "tokenizer: %s, round trip of text %zu",
+                     bpe ? "pieces" : "bytes", i);
+            check(strcmp(text, texts[i]) == 0 && tokens[0] == TOKEN_BOS, name, "it came back as %s",
+                  text);
         }
-        if (bpe) {  // " the thehe": th has the best score, then he, ...: [ the][ t][he][he] is not what BPE does
+        if (bpe) { // " the thehe": th has the best score, then he, ...: [ the][ t][he][he] is not
+                   // what BPE does
             int tokens[100], n = tokenizer_encode(&k, "the the", tokens);
-            check(n == 3 && tokens[1] == 263 && tokens[2] == 263, "tokenizer: the best pair is joined first",
-                  "%d tokens, %d %d", n, tokens[1], tokens[2]);
+            check(n == 3 && tokens[1] == 263 && tokens[2] == 263,
+                  "tokenizer: the best pair is joined first", "%d tokens, %d %d", n, tokens[1],
+                  tokens[2]);
             n = tokenizer_encode(&k, "he\xc3\xa9\xc3\xa8", tokens);
-            check(n == 6 && tokens[2] == 260 && tokens[3] == 268 && tokens[4] == 3 + 0xc3 && tokens[5] == 3 + 0xa8,
+            check(n == 6 && tokens[2] == 260 && tokens[3] == 268 && tokens[4] == 3 + 0xc3 &&
+                      tokens[5] == 3 + 0xa8,
                   "tokenizer: a character without a piece becomes its bytes", "%d tokens", n);
         }
         tokenizer_close(&k);
@@ -749,8 +795,10 @@ The program ./train_gpas
 static int run(const char *arguments, char *errors) {
     char command[2000] = "./train_gpas ", *end = command + strlen(command);
     for (const char *a = arguments; *a; a++)
-        if (a[0] == '%' && a[1] == 's') end += sprintf(end, "%s", folder), a++;
-        else *end++ = *a;
+        if (a[0] == '%' && a[1] == 's')
+            end += sprintf(end, "%s", folder), a++;
+        else
+            *end++ = *a;
     sprintf(end, " 2>%s/errors >%s/output </dev/null", folder, folder);
     int status = system(command);
     size_t size;
@@ -760,85 +808,124 @@ static int run(const char *arguments, char *errors) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-#define SMALL "--data %s --out %s/run --layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 " \
-              "--val-every 5 "
+#define SMALL                                                                                       \
+    "--data %s --out %s/run --layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 " \
+    "--val-every 5 "
 
 static void test_program(void) {
     char errors[2000];
     size_t a_size, b_size, log_a, log_b;
     write_tokens("train.bin", 20240520, 1, 3000, 3000, 101);
     write_tokens("val.bin", 20240520, 1, 300, 300, 103);
-    int status = run(SMALL "--steps 20 --save-every 10 --sample-every 10 --total-batch 4 --gate-clip 0.01", errors);
+    int status =
+        run(SMALL "--steps 20 --save-every 10 --sample-every 10 --total-batch 4 --gate-clip 0.01",
+            errors);
     check(status == 0 && !*errors, "program: trains 20 steps", "status %d, %s", status, errors);
-    char *a = whole_file("run/ckpt_000020.safetensors", &a_size), *la = whole_file("run/layers.csv", &log_a);
+    char *a = whole_file("run/ckpt_000020.safetensors", &a_size),
+         *la = whole_file("run/layers.csv", &log_a);
     char *story = whole_file("run/samples.txt", &b_size);
     check(strstr(story, "--- step 10 ---\n") && strstr(story, "--- step 20 ---\n"),
           "program: tells a story every --sample-every steps", "%s", story);
     status = run("--resume %s/run/ckpt_000010.safetensors", errors);
     check(status == 0 && !*errors, "program: resumes at step 10", "status %d, %s", status, errors);
-    char *b = whole_file("run/ckpt_000020.safetensors", &b_size), *lb = whole_file("run/layers.csv", &log_b);
-    check(a_size == b_size && !memcmp(a, b, a_size), "program: 10 steps, resumed, are 20 steps bit for bit",
-          "%zu and %zu bytes", a_size, b_size);
-    check(log_a == log_b && !memcmp(la, lb, log_a), "program: a resumed run continues layers.csv where it was",
-          "%zu and %zu bytes", log_a, log_b);
+    char *b = whole_file("run/ckpt_000020.safetensors", &b_size),
+         *lb = whole_file("run/layers.csv", &log_b);
+    check(a_size == b_size && !memcmp(a, b, a_size),
+          "program: 10 steps, resumed, are 20 steps bit for bit", "%zu and %zu bytes", a_size,
+          b_size);
+    check(log_a == log_b && !memcmp(la, lb, log_a),
+          "program: a resumed run continues layers.csv where it was", "%zu and %zu bytes", log_a,
+          log_b);
     free(la), la = whole_file("run/log.csv", &log_a);
     int lines = 0;
     for (size_t i = 0; i < log_a; i++) lines += la[i] == '\n';
     check(lines == 22, "program: log.csv has a line for each step, once", "%d lines", lines);
-    status = run("--steps 0 --load %s/run/ckpt_000020.safetensors --prompt \"Once upon\" --length 20", errors);
+    status =
+        run("--steps 0 --load %s/run/ckpt_000020.safetensors --prompt \"Once upon\" --length 20",
+            errors);
     free(story), story = whole_file("output", &a_size);
-    check(status == 0 && !strncmp(story, "Once upon", 9), "program: --steps 0 --load only tells a story",
-          "status %d, %s%s", status, errors, story);
+    check(status == 0 && !strncmp(story, "Once upon", 9),
+          "program: --steps 0 --load only tells a story", "status %d, %s%s", status, errors, story);
     status = run(SMALL "--gate-train off --gate-init 0.3 --steps 3", errors);
     free(b), b = whole_file("run/layers.csv", &b_size);
-    check(status == 0 && strstr(b, ",0.3,"), "program: --gate-train off keeps the gates", "status %d", status);
+    check(status == 0 && strstr(b, ",0.3,"), "program: --gate-train off keeps the gates",
+          "status %d", status);
     status = run(SMALL "--steps 3 --keep 1 --save-every 1", errors);
     check(status == 0 && access(in_folder("run/ckpt_000002.safetensors"), F_OK) != 0 &&
-          access(in_folder("run/ckpt_000003.safetensors"), F_OK) == 0, "program: --keep removes old checkpoints",
-          "status %d", status);
+              access(in_folder("run/ckpt_000003.safetensors"), F_OK) == 0,
+          "program: --keep removes old checkpoints", "status %d", status);
     status = run("--help", errors);
     free(story), story = whole_file("output", &a_size);
-    check(status == 0 && strstr(story, "--norm") && strstr(story, "--top-p"), "program: --help", "status %d", status);
+    check(status == 0 && strstr(story, "--norm") && strstr(story, "--top-p"), "program: --help",
+          "status %d", status);
     free(a), free(b), free(la), free(lb), free(story);
 }
 
 // Everything here must end with status 1 and one line on stderr that holds the given words.
 static void test_errors(void) {
-    static const struct { const char *arguments, *words; } cases[] = {
-        {"--banana 3", "unknown option --banana"}, {"banana", "unknown option banana"},
-        {"--layers", "needs a value"}, {"--layers 2 --layers 3", "twice"},
-        {"--layers two", "whole number"}, {"--layers 1.5", "whole number"}, {"--layers 0", "from 1"},
-        {"--lr nan", "number from"}, {"--lr -1", "number from"}, {"--lr 1x", "number from"},
-        {"--norm front", "pre|lns|sandwich"}, {"--gpas maybe", "off|on"}, {"--seed -1", "number from"},
-        {"--channels 50 --heads 4", "even whole number"}, {"--channels 12 --heads 4", "even whole number"},
-        {"--batch 4 --total-batch 6", "multiple"}, {"--steps 5 --warmup 6", "--warmup"},
-        {"--gate-act relu", "never moves"}, {"--gpas off --gate-init 1", "needs --gpas on"},
-        {"--gpas off --stop-grad off", "needs --gpas on"}, {"--gate-train off --gate-clip 1", "--gate-train on"},
-        {"--load a --resume b", "exclude"}, {"--load a --preset 71m", "own sizes"},
-        {"--batch 65536 --seq-len 65536", "tokens"}, {"--out 'a\"b'", "quotation"},
-        {"--dump-grads x --steps 0", "--dump-grads"}, {"--resume %s/none", "cannot open"},
-        {"--load %s/none", "cannot open"}, {"--data %s/none", "tokenizer.bin is missing"},
-        {"--data %s/none --vocab-size 300", "has no train.bin"}, {"--data %s --vocab-size 300", "259 pieces"},
-        {"--data %s --steps 3 --seq-len 4000", "or more"}, {"--data %s --out %s/train.bin/x", "folder"},
+    static const struct {
+        const char *arguments, *words;
+    } cases[] = {
+        {"--banana 3", "unknown option --banana"},
+        {"banana", "unknown option banana"},
+        {"--layers", "needs a value"},
+        {"--layers 2 --layers 3", "twice"},
+        {"--layers two", "whole number"},
+        {"--layers 1.5", "whole number"},
+        {"--layers 0", "from 1"},
+        {"--lr nan", "number from"},
+        {"--lr -1", "number from"},
+        {"--lr 1x", "number from"},
+        {"--norm front", "pre|lns|sandwich"},
+        {"--gpas maybe", "off|on"},
+        {"--seed -1", "number from"},
+        {"--channels 50 --heads 4", "even whole number"},
+        {"--channels 12 --heads 4", "even whole number"},
+        {"--batch 4 --total-batch 6", "multiple"},
+        {"--steps 5 --warmup 6", "--warmup"},
+        {"--gate-act relu", "never moves"},
+        {"--gpas off --gate-init 1", "needs --gpas on"},
+        {"--gpas off --stop-grad off", "needs --gpas on"},
+        {"--gate-train off --gate-clip 1", "--gate-train on"},
+        {"--load a --resume b", "exclude"},
+        {"--load a --preset 71m", "own sizes"},
+        {"--batch 65536 --seq-len 65536", "tokens"},
+        {"--out 'a\"b'", "quotation"},
+        {"--dump-grads x --steps 0", "--dump-grads"},
+        {"--resume %s/none", "cannot open"},
+        {"--load %s/none", "cannot open"},
+        {"--data %s/none", "tokenizer.bin is missing"},
+        {"--data %s/none --vocab-size 300", "has no train.bin"},
+        {"--data %s --vocab-size 300", "259 pieces"},
+        {"--data %s --steps 3 --seq-len 4000", "or more"},
+        {"--data %s --out %s/train.bin/x", "folder"},
         {SMALL "--steps 1 --dump-grads %s/none/x", "cannot write"},
         {"--load %s/run/ckpt_000003.safetensors --layers 3", "contradicts"},
         {"--resume %s/run/ckpt_000003.safetensors --norm post", "contradicts"},
-        {"--resume %s/train.bin", "no checkpoint"}, {"--load %s/short", "safetensors header"},
-        {"--load %s/foreign", "metadata"}, {"--load %s/cut", "damaged"}, {"--load %s/long", "damaged"},
-        {"--load %s/tensors", "damaged"}, {"--load %s/value", "damaged"}, {"--load %s/key", "version"},
+        {"--resume %s/train.bin", "no checkpoint"},
+        {"--load %s/short", "safetensors header"},
+        {"--load %s/foreign", "metadata"},
+        {"--load %s/cut", "damaged"},
+        {"--load %s/long", "damaged"},
+        {"--load %s/tensors", "damaged"},
+        {"--load %s/value", "damaged"},
+        {"--load %s/key", "version"},
         {"--load %s/gradients", "metadata"},
-        {"--data %s/magic --vocab-size 300", "magic"}, {"--data %s/version --vocab-size 300", "version"},
-        {"--data %s/count --vocab-size 300", "bytes long"}, {"--data %s/header --vocab-size 300", "header"},
+        {"--data %s/magic --vocab-size 300", "magic"},
+        {"--data %s/version --vocab-size 300", "version"},
+        {"--data %s/count --vocab-size 300", "bytes long"},
+        {"--data %s/header --vocab-size 300", "header"},
         {"--data %s/big --vocab-size 300 --seq-len 16", "vocabulary has only 300"},
-        {"--data %s/torn", "damaged"}, {"--data %s/few", "259 to 65536"},
+        {"--data %s/torn", "damaged"},
+        {"--data %s/few", "259 to 65536"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         char errors[2000], name[300];
         int status = run(cases[i].arguments, errors), lines = 0;
         for (const char *c = errors; *c; c++) lines += *c == '\n';
         snprintf(name, sizeof name, "error: %s", cases[i].arguments);
-        check(status == 1 && lines == 1 && strstr(errors, cases[i].words), name, "status %d, %d lines: %s", status,
-              lines, errors);
+        check(status == 1 && lines == 1 && strstr(errors, cases[i].words), name,
+              "status %d, %d lines: %s", status, lines, errors);
     }
 }
 
@@ -850,17 +937,21 @@ static void break_files(void) {
     memcpy(&header, good, 8);
     write_file("short", good, 7);
     write_file("cut", good, size - 1);
-    write_file("long", good, size + 1);  // whole_file() ends its text with one more byte
+    write_file("long", good, size + 1); // whole_file() ends its text with one more byte
     char *bad = (char *)memcpy(allocate(size, 1), good, size);
-    place = (char *)memmem(bad, size, "\"pt\"", 4), memcpy(place, "\"xx\"", 4), write_file("foreign", bad, size);
+    place = (char *)memmem(bad, size, "\"pt\"", 4), memcpy(place, "\"xx\"", 4),
+    write_file("foreign", bad, size);
     memcpy(bad, good, size);
-    place = (char *)memmem(bad, size, "[259,16]", 8), memcpy(place, "[16,259]", 8), write_file("tensors", bad, size);
+    place = (char *)memmem(bad, size, "[259,16]", 8), memcpy(place, "[16,259]", 8),
+    write_file("tensors", bad, size);
     memcpy(bad, good, size);
-    place = (char *)memmem(bad, size, "\"layers\":\"2", 11), place[10] = 'x', write_file("value", bad, size);
+    place = (char *)memmem(bad, size, "\"layers\":\"2", 11), place[10] = 'x',
+    write_file("value", bad, size);
     memcpy(bad, good, size);
     place = (char *)memmem(bad, size, "\"heads\"", 7), place[1] = 'x', write_file("key", bad, size);
     run(SMALL "--dump-grads %s/gradients", errors);
-    static const char *const folders[] = {"magic", "version", "count", "header", "big", "torn", "few"};
+    static const char *const folders[] = {"magic", "version", "count", "header",
+                                          "big",   "torn",    "few"};
     for (size_t i = 0; i < sizeof folders / sizeof *folders; i++)
         if (mkdir(in_folder(folders[i]), 0777)) die("cannot make %s", in_folder(folders[i]));
     write_tokens("magic/train.bin", 20240521, 1, 300, 300, 101);
@@ -907,8 +998,9 @@ typedef double (*Function)(void *);
 
 // Checks the gradient of f with respect to x (n), in `directions` random directions, or element by
 // element with directions 0. expected_ratio is 1 but where the gradient must not agree.
-static void check_gradient(const char *name, Function f, void *state, double *x, const double *gradient,
-                           size_t n, int directions, double expected_ratio) {
+static void check_gradient(const char *name, Function f, void *state, double *x,
+                           const double *gradient, size_t n, int directions,
+                           double expected_ratio) {
     static const double steps[] = {1e-4, -1e-4, 2e-4, -2e-4};
     double *start = copy(x, n), *v = copy(x, n), difference = 0, size = 0;
     uint64_t random = 99;
@@ -937,7 +1029,8 @@ static double inner(const double *a, const double *b, size_t n) {
 }
 
 enum { ROWS = 5, WIDTH = 12, OUT = 7, SIZE = 600 * 3 * 8 };
-static double x[SIZE], w[SIZE], y[SIZE], dy[SIZE], dx[SIZE], dw[SIZE], rstd[SIZE], gate, dgate, table[SIZE];
+static double x[SIZE], w[SIZE], y[SIZE], dy[SIZE], dx[SIZE], dw[SIZE], rstd[SIZE], gate, dgate,
+    table[SIZE];
 static int act, tokens[] = {2, 0, 2, 1, 3}, time_steps;
 
 static double gpas_sum(void *s) {
@@ -953,21 +1046,26 @@ static void test_gpas(void) {
     for (act = 0; act < 5; act++)
         for (int sign = 1; sign >= -1; sign -= 2) {
             gate = 0.6 * sign, dgate = 0;
-            if (act == GATE_RELU && sign < 0) continue;  // its gate's gradient is 0
+            if (act == GATE_RELU && sign < 0) continue; // its gate's gradient is 0
             gpas_backward(dx, &dgate, dy, x, gate, act, 0, n);
-            snprintf(line, sizeof line, "gpas_backward (%s, gate %g, no stop-gradient): dinp", names[act], gate);
+            snprintf(line, sizeof line, "gpas_backward (%s, gate %g, no stop-gradient): dinp",
+                     names[act], gate);
             check_gradient(line, gpas_sum, NULL, x, dx, n, 0, 1);
             snprintf(line, sizeof line, "gpas_backward (%s, gate %g): dgate", names[act], gate);
             check_gradient(line, gpas_sum, NULL, &gate, &dgate, 1, 0, 1);
             dgate = 0;
             gpas_backward(dx, &dgate, dy, x, gate, act, 1, n);
-            snprintf(line, sizeof line, "gpas_backward (%s, gate %g): dgate is the same with the stop-gradient",
+            snprintf(line, sizeof line,
+                     "gpas_backward (%s, gate %g): dgate is the same with the stop-gradient",
                      names[act], gate);
             check_gradient(line, gpas_sum, NULL, &gate, &dgate, 1, 0, 1);
-            snprintf(line, sizeof line, "gpas_backward (%s, gate %g): with it dinp is dout, while differences see "
-                     "(1 - a) dout", names[act], gate);
+            snprintf(line, sizeof line,
+                     "gpas_backward (%s, gate %g): with it dinp is dout, while differences see "
+                     "(1 - a) dout",
+                     names[act], gate);
             check_gradient(line, gpas_sum, NULL, x, dx, n, 0, 1 - gate_value(gate, act));
-            snprintf(line, sizeof line, "gpas_backward (%s, gate %g): with it dinp is dout exactly", names[act], gate);
+            snprintf(line, sizeof line, "gpas_backward (%s, gate %g): with it dinp is dout exactly",
+                     names[act], gate);
             check(memcmp(dx, dy, n * sizeof *dx) == 0, line, "it is not");
         }
 }
@@ -1025,7 +1123,8 @@ static void test_layers(void) {
     memset(dw, 0, sizeof dw);
     residual_backward(dx, dy, 1.7, ROWS * WIDTH);
     check_gradient("residual_backward: dshortcut", residual_sum, NULL, x, dx, ROWS * WIDTH, 0, 1);
-    check_gradient("residual_backward: the branch's gradient is dout", residual_sum, NULL, w, dy, ROWS * WIDTH, 0, 1);
+    check_gradient("residual_backward: the branch's gradient is dout", residual_sum, NULL, w, dy,
+                   ROWS * WIDTH, 0, 1);
     embedding_backward(dw, dy, tokens, ROWS, WIDTH);
     check_gradient("embedding_backward: dweight", embedding_sum, NULL, w, dw, 4 * WIDTH, 0, 1);
     memset(dw, 0, sizeof dw);
@@ -1046,17 +1145,22 @@ static void test_layers(void) {
     for (time_steps = 9; time_steps <= 600; time_steps += 591) {
         attention_forward(y, rstd, x, 1, time_steps, 8, 2);
         attention_backward(dx, dy, y, rstd, x, 1, time_steps, 8, 2);
-        check_gradient(time_steps == 9 ? "attention_backward: dqkv" : "attention_backward: dqkv over several blocks",
-                       attention_sum, NULL, x, dx, (size_t)time_steps * 24, time_steps == 9 ? 0 : 5, 1);
+        check_gradient(time_steps == 9 ? "attention_backward: dqkv"
+                                       : "attention_backward: dqkv over several blocks",
+                       attention_sum, NULL, x, dx, (size_t)time_steps * 24, time_steps == 9 ? 0 : 5,
+                       1);
     }
     crossentropy_forward(y, rstd, x, tokens, ROWS, WIDTH);
     memcpy(dx, x, sizeof dx);
     crossentropy_backward(dx, rstd, tokens, 0.3, ROWS, WIDTH);
-    check_gradient("crossentropy_backward: dlogits", crossentropy_sum, NULL, x, dx, ROWS * WIDTH, 0, 1);
+    check_gradient("crossentropy_backward: dlogits", crossentropy_sum, NULL, x, dx, ROWS * WIDTH, 0,
+                   1);
 }
 
 static const int text[] = {3, 7, 1, 9, 4, 12, 8, 3, 5, 11, 6, 10, 0};
-static double network_loss(void *model) { return model_forward((Model *)model, text, text + 1, 2, 6); }
+static double network_loss(void *model) {
+    return model_forward((Model *)model, text, text + 1, 2, 6);
+}
 
 // Every parameter tensor of the twelve networks; with GPAS without its stop-gradient, which finite
 // differences cannot know.
@@ -1065,21 +1169,25 @@ static void test_networks(void) {
         Options o;
         Model m;
         char line[512];
-        snprintf(line, sizeof line, "--norm %s %s --layers 4 --channels 8 --hidden 11 --heads 2 --seq-len 6 "
-                 "--vocab-size 13 --batch 2", schemes[i / 2],
+        snprintf(line, sizeof line,
+                 "--norm %s %s --layers 4 --channels 8 --hidden 11 --heads 2 --seq-len 6 "
+                 "--vocab-size 13 --batch 2",
+                 schemes[i / 2],
                  i % 2 ? "--gpas on --stop-grad off --gate-init 0.4" : "--gpas off");
         options_from(&o, line);
         model_create(&m, &o, 2, 1);
-        for (size_t j = 0; j < m.num_parameters; j++) m.parameters[j] *= 0.5 + w[j % SIZE] * w[j % SIZE];
+        for (size_t j = 0; j < m.num_parameters; j++)
+            m.parameters[j] *= 0.5 + w[j % SIZE] * w[j % SIZE];
         for (const Tensor *t = m.tensors; t < m.tensors + m.num_tensors; t++)
             for (size_t j = 0; t->cols && j < t->size; j++)
                 m.parameters[t->offset + j] = 0.6 * w[(t->offset + j) % SIZE];
         network_loss(&m);
         model_backward(&m, text, text + 1, 2, 6, 1.0 / 12);
         for (const Tensor *t = m.tensors; t < m.tensors + m.num_tensors; t++) {
-            snprintf(line, sizeof line, "model_backward %s, gpas %s: %s", schemes[i / 2], i % 2 ? "nostop" : "off",
-                     t->name);
-            check_gradient(line, network_loss, &m, m.parameters + t->offset, m.gradients + t->offset, t->size, 3, 1);
+            snprintf(line, sizeof line, "model_backward %s, gpas %s: %s", schemes[i / 2],
+                     i % 2 ? "nostop" : "off", t->name);
+            check_gradient(line, network_loss, &m, m.parameters + t->offset,
+                           m.gradients + t->offset, t->size, 3, 1);
         }
         model_free(&m);
     }

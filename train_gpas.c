@@ -136,8 +136,8 @@ static void gpas_forward(float *out, const float *inp, float gate, int act, size
 
 // Given dy, wanted dx and dg.
 //   dx: sg(x) is a constant to the derivative, so dy/dx = 1:    dx = dy
-//       The gradient passes unscaled. With a plain scale y = (1 - a(g)) x it would be (1 - a(g)) dy,
-//       and after L layers of shrinking little of it would be left: this is the whole idea.
+//       The gradient passes unscaled. With a plain scale y = (1 - a) x it would be (1 - a) dy, and
+//       after L layers of shrinking little of it would be left: this is the whole idea.
 //   dg: dy_i/dg = -a'(g) x_i for each element i, therefore      dg = -a'(g) sum_i x_i dy_i
 // dinp, dout, inp (n), dinp may be dout; dgate: one number, added to, or NULL if the gate is fixed.
 static void gpas_backward(float *dinp, float *dgate, const float *dout, const float *inp,
@@ -332,7 +332,8 @@ enum { VECTOR_BYTES = 16, MR = 6 };   // 12 of 16
 enum { LANES = VECTOR_BYTES / sizeof(float), NR = 2 * LANES };
 enum { KC = 512, MC = 8 * MR, NC = 4096, AC = 340 * MR };
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(float)), may_alias));
-typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(sizeof(float)),
+                                  may_alias));
 
 // Memory for packed panels, one pair per thread that calls gemm(), kept from call to call.
 static float *packed[2];
@@ -369,9 +370,9 @@ static void pack(float *dst, const float *src, size_t line_step, size_t k_step, 
     }
     for (int k = 0; k < square_depth; k += 4)
         for (int line = 0; line < square_lines; line += 4) {
-            const float *from = src + line * line_step + k;
+            const float *from = src + line * line_step + k, *middle = from + 2 * line_step;
             Four a = *(const Four *)from, b = *(const Four *)(from + line_step);
-            Four c = *(const Four *)(from + 2 * line_step), d = *(const Four *)(from + 3 * line_step);
+            Four c = *(const Four *)middle, d = *(const Four *)(middle + line_step);
             for (int i = 0; i < 4; i++) {
                 Four column = {a[i], b[i], c[i], d[i]};
                 *(Four *)(dst + (k + i) * width + line) = column;
@@ -413,7 +414,7 @@ static void multiply_block(float *c, size_t ldc, const float *a, size_t a_row, s
                            const float *b, size_t b_column, size_t b_k, int M, int N, int depth,
                            int accumulate) {
     int panels_a = (M + MR - 1) / MR, panels_b = (N + NR - 1) / NR;
-    int step = imin(MC, (M / (4 * omp_get_max_threads()) / MR + 1) * MR);  // rows shared out at once
+    int step = imin(MC, (M / (4 * omp_get_max_threads()) / MR + 1) * MR);  // rows shared at once
     float *pa = packing_space(0, (size_t)panels_a * MR * depth);
     float *pb = packing_space(1, (size_t)panels_b * NR * depth);
     #pragma omp parallel if ((double)M * N * depth > 1e5)

@@ -102,7 +102,7 @@ static const OptionRow option_rows[] = {
     HEADING("The network"),
     {"norm", "pre", ONE_OF(norm), NETWORK, "pre|lns|sandwich|post|deepnorm|mix: where norms stand"},
     {"gpas", "on", ONE_OF(gpas), NETWORK, "off|on: scale the residual stream by gates"},
-    {"gate-act", "silu", ONE_OF(gate_act), NETWORK, "silu|identity|relu|leaky_relu|tanh: their a()"},
+    {"gate-act", "silu", ONE_OF(gate_act), NETWORK, "silu|identity|relu|leaky_relu|tanh: their a"},
     {"gate-init", "0", NUMBER(gate_init), -100, 100, NETWORK, "the gates' initial value"},
     {"gate-train", "on", ONE_OF(gate_train), NETWORK_DATA, "off|on: train the gates"},
     {"stop-grad", "on", ONE_OF(stop_grad), NETWORK_DATA, "off|on: off is a plain scale, not GPAS"},
@@ -496,9 +496,10 @@ static void checkpoint_write(const char *path, const Holdings *h, const Progress
 }
 
 // The gradients of one batch, whose tokens and targets (B,T) and loss go with them.
-static void gradients_write(const char *path, const Holdings *h, const Progress *p, const int *tokens,
-                            const int *targets, float loss) {
-    size_t bytes, n = h->num_parameters * sizeof(float), N = 4 * (size_t)h->o->batch * h->o->seq_len;
+static void gradients_write(const char *path, const Holdings *h, const Progress *p,
+                            const int *tokens, const int *targets, float loss) {
+    size_t bytes, n = h->num_parameters * sizeof(float);
+    size_t N = (size_t)h->o->batch * h->o->seq_len * sizeof(int);
     Part parts[] = {{h->parameters, n}, {h->gradients, n}, {tokens, N}, {targets, N}, {&loss, 4}};
     write_safetensors(path, make_header(h, p, 1, &bytes), parts, 5);
 }
