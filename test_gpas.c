@@ -808,7 +808,7 @@ static int run(const char *arguments, char *errors) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-#define SMALL                                                                                       \
+#define SMALL \
     "--data %s --out %s/run --layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 " \
     "--val-every 5 "
 
