@@ -25,6 +25,9 @@ test_gpas.c: is train_gpas.c right? One line per check, `N passed, N failed` at 
 #include <sys/wait.h>
 #include <unistd.h>
 #ifdef DOUBLE
+#ifdef __clang__
+#pragma clang diagnostic ignored "-Wkeyword-macro"
+#endif
 #define float double
 #define expf exp
 #define tanhf tanh

@@ -92,8 +92,10 @@ static inline float exp_fast(float x) {
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts keeps r exact
     float e = 1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720));
     e = 1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * e)));
-    int32_t bits = ((int32_t)n + 127) << 23;
+    uint32_t bits;  // the low bits of `shifted` are n
     float power;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;
     memcpy(&power, &bits, sizeof power);
     return e * power;
 #endif
