@@ -1,0 +1,301 @@
+"""
+Checks prepro_tinystories.py and dev/compare.py, one line a check, as test_gpas.c does.
+
+    python3 dev/test_prepro.py          from the project's folder; needs the standard library only
+
+The downloads come from a small server on this machine, which breaks them in every way it can. What
+needs sentencepiece is left out where that is not installed.
+"""
+import hashlib
+import http.server
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from array import array
+
+PREPRO = os.path.abspath("prepro_tinystories.py")
+COMPARE = os.path.abspath("dev/compare.py")
+# The toy stories of --seed 1. Where the grammar changes on purpose, so do these.
+TOY_SHA256 = {"train.bin": "83b65c29044864b03c9598d428ca76fa321c25ac5928df43120975db5138d1b6",
+              "val.bin": "26f0ca2e03d20323b9ba128220fbf2be403786cf21fd30ad3304c706729556a3"}
+passed = failed = 0
+
+
+def check(good, what, details=""):
+    global passed, failed
+    print(f"ok   prepro: {what}" if good else f"FAIL prepro: {what}: {details}", flush=True)
+    passed, failed = passed + bool(good), failed + (not good)
+
+
+def run(script, *arguments, **environment):
+    """Exit status, stdout and stderr of a script run in the current folder."""
+    done = subprocess.run([sys.executable, script, *arguments], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env={**os.environ, **environment}, timeout=120)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def prepro(*arguments, **environment):
+    return run(PREPRO, *arguments, **environment)
+
+
+def check_error(what, result, words):
+    """One line on stderr that holds the words, status 1. Progress may stand before it."""
+    status, _, errors = result
+    lines = [line for line in errors.splitlines() if line.startswith(("prepro_tiny", "compare"))]
+    good = status == 1 and len(lines) == 1 and words in lines[0] and "Traceback" not in errors
+    check(good, f"error: {what}", f"status {status}: {errors}")
+
+
+def write(path, data):
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def tokens_of(path):
+    """The tokens of a token file, whose header must be right."""
+    data = read(path)
+    header = struct.unpack("<256i", data[:1024])
+    tokens = array("H", data[1024:])
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    if header[:2] != (20240520, 1) or header[2] != len(tokens) or any(header[3:]):
+        raise ValueError(f"{path}: bad header {header[:4]}")
+    return tokens
+
+
+def stories_of(path):
+    """The texts of a token file of bytes: each BOS, a space, the text."""
+    stories = []
+    for token in tokens_of(path):
+        if token == 1:
+            stories.append(bytearray())
+        else:
+            stories[-1].append(token - 3)
+    if not all(story.startswith(b" ") for story in stories):
+        raise ValueError(f"{path}: a story without a space before it")
+    return [bytes(story[1:]) for story in stories]
+
+
+def test_toy_stories():
+    for folder, hash_seed in (("toy", "0"), ("toy2", "77")):
+        status, _, errors = prepro("--out", folder, PYTHONHASHSEED=hash_seed)
+        check(status == 0, f"toy stories, hash seed {hash_seed}", errors)
+    train, val = stories_of("toy/train.bin"), stories_of("toy/val.bin")
+    check(3e6 < sum(map(len, train)) < 7e6, "toy stories: several MB", sum(map(len, train)))
+    check(not set(train) & set(val) and len(set(train)) == len(train),
+          "toy stories: all different, none both in training and validation")
+    check(max(tokens_of("toy/train.bin")) < 259, "toy stories: tokens are bytes")
+    for name, expected in TOY_SHA256.items():
+        digests = [hashlib.sha256(read(f"{folder}/{name}")).hexdigest()
+                   for folder in ("toy", "toy2")]
+        check(digests == [expected] * 2, f"toy stories: {name} has the same bytes everywhere",
+              digests)
+    status, text, _ = prepro("--show", "2")
+    check(status == 0 and text.count("<|endoftext|>") == 2, "--show prints stories", text[:80])
+
+
+def test_tokenizer():
+    data, at, pieces = read("toy/tokenizer.bin"), 4, []
+    while at < len(data):
+        score, length = struct.unpack_from("<fi", data, at)
+        pieces.append(data[at + 8:at + 8 + length])
+        at += 8 + length
+    check(len(pieces) == 259 and pieces[3:] == [bytes([i]) for i in range(256)],
+          "tokenizer.bin: 259 pieces, ids 3 to 258 the bytes themselves", len(pieces))
+    check(struct.unpack_from("<i", data)[0] == max(map(len, pieces)),
+          "tokenizer.bin: begins with the longest piece's length", data[:4])
+
+
+def test_input():
+    stories = [b"Story %d.\n\nIt has two paragraphs. \xc3\xa9 \xff" % i for i in range(40)]
+    write("mine.txt", b"\n<|endoftext|>\n".join([b"", b"  \n"] + [b" %s \n" % s for s in stories]))
+    status, _, errors = prepro("--input", "mine.txt", "--out", "mine")
+    check(status == 0, "--input", errors)
+    train, val = stories_of("mine/train.bin"), stories_of("mine/val.bin")
+    check(sorted(train + val) == sorted(stories),
+          "--input: every story comes back, stripped, with bytes that are not UTF-8", val)
+    check(len(val) == 2, "--input: every 20th story is held out", len(val))
+    write("other.txt", b"The one story to validate on.")
+    prepro("--input", "mine.txt", "mine.txt", "--val-input", "other.txt", "--out", "mine")
+    check(len(stories_of("mine/train.bin")) == 80
+          and stories_of("mine/val.bin") == [b"The one story to validate on."],
+          "--input of two files, --val-input")
+    whole = tokens_of("mine/train.bin")
+    status, _, errors = prepro("--input", "mine.txt", "mine.txt", "--val-input", "other.txt",
+                               "--out", "mine", "--shard-tokens", "1000")
+    shards = sorted(name for name in os.listdir("mine") if name.startswith("train"))
+    joined = sum((tokens_of(f"mine/{name}") for name in shards), array("H"))
+    check(len(shards) > 2 and "train.bin" not in shards and joined == whole,
+          "--shard-tokens: shards that together are the whole, train.bin gone", shards)
+    prepro("--input", "mine.txt", "--out", "mine")
+    left = sorted(name for name in os.listdir("mine") if name.startswith("train"))
+    check(left == ["train.bin"], "one file again: the old shards are gone", left)
+    before = read("mine/train.bin")
+    check_error("a missing file", prepro("--input", "mine.txt", "none.txt", "--out", "mine"),
+                "none.txt")
+    check(read("mine/train.bin") == before, "after an error the old files are still there")
+    write("big.txt", b"many words " * 10000)
+    status, _, errors = prepro("--input", "big.txt", "mine.txt", "--val-input", "other.txt",
+                               "--out", "big")
+    text = b" ".join(stories_of("big/train.bin"))
+    check(status == 0 and text.count(b"many words") == 10000,
+          "a story of 110 KB is cut and nothing is lost", text.count(b"many words"))
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves FILES in the way that the first part of the path says."""
+    files = {}
+    asked = []
+
+    def do_GET(self):
+        way, name = self.path.strip("/").split("/")
+        data, start = self.files[name], 0
+        self.asked.append((way, name, self.headers.get("Range")))
+        place = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        if way == "missing":
+            return self.send_error(404)
+        if place and way != "norange":
+            start = int(place[1])
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Type", "text/plain")
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        self.wfile.write(data[start:len(data) // 2] if way == "broken" else data[start:])
+        self.close_connection = True
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_download():
+    text = b"<|endoftext|>".join(b"A story to download, number %d. " % i * 20 for i in range(500))
+    names = ["TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"]
+    Server.files = {names[0]: text, names[1]: text[:9000]}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}"
+
+    def fetch(way, folder):
+        return prepro("--download", "--vocab-size", "259", "--out", folder,
+                      "--url", f"{base}/{way}")
+
+    def arrived(folder):
+        return read(f"{folder}/{names[0]}") == text and os.path.exists(f"{folder}/val.bin")
+
+    status, _, errors = fetch("plain", "a")
+    check(status == 0 and arrived("a"), "--download", errors)
+    check_error("a download that breaks off", fetch("broken", "b"), "resumes")
+    check(not os.path.exists(f"b/{names[0]}"), "a broken download gets no final name")
+    status, _, errors = fetch("plain", "b")
+    resumed = ("plain", names[0], f"bytes={len(text) // 2}-") in Server.asked
+    check(status == 0 and arrived("b") and resumed, "--download again resumes where it broke off", errors)
+    fetch("broken", "c")
+    status, _, errors = fetch("norange", "c")
+    check(status == 0 and arrived("c"), "a server that ignores Range: it starts over", errors)
+    check_error("a file that is not there", fetch("missing", "d"), "404")
+    server.shutdown()
+    server.server_close()
+    check_error("no server", fetch("plain", "e"), "cannot download")
+    asked = len(Server.asked)
+    os.mkdir("no")
+    write("no/sentencepiece.py", b"raise ImportError('not here')\n")
+    refused = prepro("--download", "--out", "f", "--url", base, PYTHONPATH="no")
+    check_error("no sentencepiece", refused, "pip install sentencepiece")
+    check(len(Server.asked) == asked, "without sentencepiece nothing is downloaded")
+
+
+def test_pieces():
+    try:
+        import sentencepiece
+    except ImportError:
+        return
+    status, _, errors = prepro("--input", "toy.txt", "--out", "bpe", "--vocab-size", "400")
+    model = sentencepiece.SentencePieceProcessor(model_file="bpe/tokenizer.model")
+    stories = []
+    for token in tokens_of("bpe/val.bin"):
+        if token == 1:
+            stories.append([])
+        else:
+            stories[-1].append(token)
+    texts = read("toy.txt").decode().split("\n<|endoftext|>\n")
+    check(status == 0 and [model.decode(story) for story in stories] == texts[19:300:20],
+          "--vocab-size 400: sentencepiece gives the stories back", errors)
+
+
+def test_errors():
+    for arguments, words in (
+            (["--banana"], "--banana"), (["--vocab-size", "100"], "--vocab-size"),
+            (["--vocab-size", "x"], "--vocab-size"), (["--input", "mine.txt"], "--out"),
+            (["--input", "mine.txt", "--out", "x", "--download"], "cannot be used"),
+            (["--val-input", "mine.txt"], "cannot be used"),
+            (["--url", "http://x"], "cannot be used"),
+            (["--download", "--url", "ftp://x"], "http://"), (["--show", "0"], "--show"),
+            (["--input", "mine.txt", "--val-input", "mine.txt", "--val-fraction", "0.1",
+              "--out", "x"], "--val-fraction"),
+            (["--input", "other.txt", "--out", "x"], "too little text")):
+        check_error(" ".join(arguments), prepro(*arguments), words)
+    status, text, _ = prepro("--help")
+    check(status == 0 and "--download" in text, "--help", status)
+
+
+def write_run(folder, gate, losses):
+    os.makedirs(folder, exist_ok=True)
+    log = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s\n"
+    layers = "step,layer,attention_variance,mlp_variance,gate,grad_norm\n"
+    for i, loss in enumerate(losses):
+        log += f"{i},,{loss},,,,\n" if i == 0 else f"{i},{loss},{loss},0.001,1,10,1000\n"
+        for layer in (1, 2):
+            layers += f"{i},{layer},{layer},{2 * layer},{gate},{'' if i == 0 else 1}\n"
+    write(f"{folder}/log.csv", log.encode())
+    write(f"{folder}/layers.csv", layers.encode())
+    write(f"{folder}/samples.txt", b"--- step 3 ---\nA story.\n")
+
+
+def test_compare():
+    write_run("base", "", [5, 4, 3, 2])
+    write_run("gpas", "0.1", [5, 3, 2, 1])
+    write_run("worse", "0.1", [5, 4, 3.5, 3])
+    status, page, errors = run(COMPARE, "base", "gpas")
+    saved = re.search(r"after\s+about\s+2\s+of\s+3\s+steps", page)
+    check(status == 0 and saved and "A story." in page, "compare.py: the steps that GPAS saved", page + errors)
+    status, page, errors = run(COMPARE, "base", "worse")
+    check(status == 0 and "did not reach" in page, "compare.py: says when GPAS lost", page + errors)
+    status, page, errors = run(COMPARE, "base", "gpas", PYTHONIOENCODING="ascii")
+    check(status == 0 and page.isascii(), "compare.py: a page in ASCII", errors)
+    check_error("compare.py: no folder", run(COMPARE, "base", "none"), "none")
+    write("gpas/log.csv", read("gpas/log.csv") + b"4,what\n")
+    check_error("compare.py: a malformed line", run(COMPARE, "base", "gpas"), "log.csv, line 6")
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        home = os.getcwd()
+        os.chdir(folder)
+        test_toy_stories()
+        test_tokenizer()
+        test_input()
+        test_download()
+        write("toy.txt", prepro("--show", "300")[1].encode())
+        test_pieces()
+        test_errors()
+        test_compare()
+        os.chdir(home)
+    print(f"{passed} passed, {failed} failed")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
