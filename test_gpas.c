@@ -146,8 +146,8 @@ static void against_dump(const char *layer, const char *of, const char *name, co
     char line[300];
     size_t n;
     const float *expected = part(of, name, NULL, &n);
-    snprintf(line, sizeof line, "%s%s %s: %s", layer, pass == FORWARD ? "_forward" : "_backward",
-             of, name);
+    const char *suffix = strchr(layer, ' ') ? "" : pass == FORWARD ? "_forward" : "_backward";
+    snprintf(line, sizeof line, "%s%s %s: %s", layer, suffix, of, name);
     check_close(line, got, expected, n, tolerances[pass], scale);
 }
 
@@ -178,7 +178,7 @@ static void test_gpas(void) {
         float twice = dgate;
         memcpy(got, dout, n * sizeof(float));
         gpas_backward(got, &twice, got, inp, gate, act, stop, n);
-        against_dump("gpas in place,", of, "dinp", got, BACKWARD, 0);
+        against_dump("gpas_backward in place,", of, "dinp", got, BACKWARD, 0);
         dgate *= 2;
         check_close("gpas_backward: the gate's gradient is added to", &twice, &dgate, 1, 1e-5, 0);
         free(got);
@@ -332,10 +332,10 @@ static void test_adamw(void) {
         grad[4] = param[5] = (char)('0' + t);
         adamw_update(p, part("adamw", grad, NULL, NULL), m, v, n, hyper[0], hyper[1], hyper[2],
                      hyper[3], hyper[4], 1, t);
-        against_dump("adamw_update: step", "adamw", param, p, FORWARD, 0);
+        against_dump("adamw_update step", "adamw", param, p, FORWARD, 0);
     }
-    against_dump("adamw_update:", "adamw", "m3", m, FORWARD, 0);
-    against_dump("adamw_update:", "adamw", "v3", v, FORWARD, 0);
+    against_dump("adamw_update after three steps,", "adamw", "m3", m, FORWARD, 0);
+    against_dump("adamw_update after three steps,", "adamw", "v3", v, FORWARD, 0);
     free(p), free(m), free(v);
 }
 
@@ -915,6 +915,7 @@ static void test_errors(void) {
         {SMALL "--steps 1 --dump-grads %s/none/x", "cannot write"},
         {"--load %s/run/ckpt_000003.safetensors --layers 3", "contradicts"},
         {"--resume %s/run/ckpt_000003.safetensors --norm post", "contradicts"},
+        {"--resume %s/run/ckpt_000003.safetensors", "give more --steps"},
         {"--resume %s/train.bin", "no checkpoint"},
         {"--load %s/short", "safetensors header"},
         {"--load %s/foreign", "metadata"},
@@ -980,6 +981,12 @@ static void break_files(void) {
     free(good);
 }
 
+static void remove_folder(void) {
+    char command[100];
+    snprintf(command, sizeof command, "rm -rf %s", folder);
+    if (system(command)) printf("%s is left behind\n", folder);
+}
+
 int main(void) {
     open_dump("dev/reference.safetensors");
     test_gpas(), test_residual(), test_embedding(), test_rmsnorm(), test_rope(), test_swiglu();
@@ -988,11 +995,9 @@ int main(void) {
     test_networks();
     test_initial_values(), test_learning(), test_threads(), test_training_rules(), test_sampling();
     if (!mkdtemp(folder)) die("cannot make a folder in /tmp");
+    atexit(remove_folder);
     test_loader(), test_tokenizer(), test_program();
     break_files(), test_errors();
-    char command[100];
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    if (system(command)) printf("%s is left behind\n", folder);
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
 }

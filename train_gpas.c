@@ -1198,6 +1198,7 @@ static void make_folder(const char *path) {
 // Prepares everything that the options ask for; sets --vocab-size from the tokenizer.
 static void open_run(Run *run, Options *o) {
     int training = o->steps > 0;
+    char path[2048];
     size_t N = (size_t)o->batch * o->seq_len;
     memset(run, 0, sizeof *run);
     if (tokenizer_open(&run->tokenizer, o->data)) {
@@ -1227,6 +1228,8 @@ static void open_run(Run *run, Options *o) {
     run->on_terminal = isatty(1);
     if (!training || *o->dump_grads) return;
     make_folder(o->out);
+    snprintf(path, sizeof path, "%s/samples.txt", o->out);
+    if (!*o->resume) unlink(path);  // a new run begins with no stories
     run->log = open_log(run, "log.csv", "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s");
     run->layers = open_log(run, "layers.csv",
                            "step,layer,attention_variance,mlp_variance,gate,grad_norm");

@@ -201,7 +201,8 @@ def test_download():
     check(not os.path.exists(f"b/{names[0]}"), "a broken download gets no final name")
     status, _, errors = fetch("plain", "b")
     resumed = ("plain", names[0], f"bytes={len(text) // 2}-") in Server.asked
-    check(status == 0 and arrived("b") and resumed, "--download again resumes where it broke off", errors)
+    check(status == 0 and arrived("b") and resumed,
+          "--download again resumes where it broke off", errors)
     fetch("broken", "c")
     status, _, errors = fetch("norange", "c")
     check(status == 0 and arrived("c"), "a server that ignores Range: it starts over", errors)
@@ -270,7 +271,8 @@ def test_compare():
     write_run("worse", "0.1", [5, 4, 3.5, 3])
     status, page, errors = run(COMPARE, "base", "gpas")
     saved = re.search(r"after\s+about\s+2\s+of\s+3\s+steps", page)
-    check(status == 0 and saved and "A story." in page, "compare.py: the steps that GPAS saved", page + errors)
+    check(status == 0 and saved and "A story." in page,
+          "compare.py: the steps that GPAS saved", page + errors)
     status, page, errors = run(COMPARE, "base", "worse")
     check(status == 0 and "did not reach" in page, "compare.py: says when GPAS lost", page + errors)
     status, page, errors = run(COMPARE, "base", "gpas", PYTHONIOENCODING="ascii")
