@@ -166,8 +166,8 @@ static void residual_backward(float *dshortcut, const float *dout, float alpha, 
     for (size_t i = 0; i < n; i++) dshortcut[i] = alpha * dout[i];
 }
 
-// Each token's row of the table: out[n,:] = weight[tokens[n],:]. out (N,C), weight (V,C), tokens
-// (N).
+// Each token's row of the table: out[n,:] = weight[tokens[n],:].
+// out (N,C), weight (V,C), tokens (N).
 static void embedding_forward(float *out, const int *tokens, const float *weight, int N, int C) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++)
@@ -188,9 +188,8 @@ static void embedding_backward(float *dweight, const float *dout, const int *tok
         }
 }
 
-// RMSNorm (arXiv 1910.07467): y = w x r with r = 1 / sqrt(mean(x^2) + 1e-6), over each row's
-// channels. out, inp (N,C); weight (C); rstd (N) keeps r for the backward pass. eps is the design's
-// 1e-6.
+// RMSNorm (arXiv 1910.07467): y = w x r with r = 1 / sqrt(mean(x^2) + eps), eps = 1e-6, over the
+// channels of each row. out, inp (N,C); weight (C); rstd (N) keeps r for the backward pass.
 static void rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int N,
                             int C) {
     #pragma omp parallel for
@@ -206,8 +205,7 @@ static void rmsnorm_forward(float *out, float *rstd, const float *inp, const flo
     }
 }
 
-// Given dy, wanted dx and dw. Row by row, with u = w dy (the gradient of x r) and m = mean(x^2) +
-// eps:
+// Given dy, wanted dx and dw. For a row, with m = mean(x^2) + eps and u = w dy, the gradient of x r:
 //   y_c = w_c x_c r,  and r = m^(-1/2) depends on every x_c:  dr/dx_c = -1/2 m^(-3/2) 2 x_c / C
 //                                                                     = -r^3 x_c / C
 //   dx_c = u_c r + (sum_k u_k x_k) dr/dx_c = r (u_c - x_c r^2 mean_k(u_k x_k))
@@ -235,8 +233,8 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
         }
 }
 
-// The angles of RoPE (arXiv 2104.09864): pair j of a head turns by t * 10000^(-2j/hs) at position
-// t. table (T,hs/2,2): the cosine and sine.
+// The angles of RoPE (arXiv 2104.09864): at position t, pair j of a head turns by t 10000^(-2j/hs).
+// table (T,hs/2,2): the cosine and sine.
 static void rope_angles(float *table, int T, int hs) {
     for (int t = 0; t < T; t++)
         for (int j = 0; j < hs / 2; j++) {
@@ -311,8 +309,7 @@ operands are in registers; memory is a hundred times too slow. Each level below 
 data serve many multiply-adds:
 
   registers  multiply_tile() keeps a tile of MR x NR results in registers over the whole depth k.
-  Each
-             step loads NR numbers of B and MR of A and does MR * NR multiply-adds.
+             Each step loads NR numbers of B and MR of A and does MR * NR multiply-adds.
   L1, L2     pack() copies A and B into panels that lie in memory in the very order in which the
              tile reads them, so every load is the next one. Depth is cut to KC: an MC x KC block of
              A stays in the L2 cache while all panels of B pass by it.
@@ -472,8 +469,7 @@ static void matmul_backward(float *dinp, float *dweight, const float *dout, cons
 /*
 Causal attention, each head by itself. With q_t, k_s, v_s (hs numbers each) of one head:
 
-    S_ts = q_t . k_s / sqrt(hs) for s <= t      P_t = softmax over s of S_t      o_t = sum_s P_ts
-    v_s
+    S_ts = q_t . k_s / sqrt(hs) for s <= t    P_t = softmax over s of S_t    o_t = sum_s P_ts v_s
 
 P has T x T numbers per head: too many to keep. As in FlashAttention (arXiv 2205.14135) it exists
 only in blocks of QUERIES x KEYS. The softmax is carried along: after each block of keys a row knows
@@ -535,9 +531,9 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 // From the scores S of a block, without their scale, and the gradient dP of P:
 //   P_ts = e^(scale S_ts - lse_t), 0 for a key after the query
 //   dS_ts = scale P_ts (dP_ts - sum_r P_tr dP_tr)       (the derivative of softmax)
-// and that last sum needs no row of P: dP_tr = do_t . v_r, so it is do_t . sum_r P_tr v_r = do_t .
-// o_t, called delta_t. p: S in, P out; ds: dP in, dS out, both (queries,keys) with rows KEYS apart;
-// lse, delta (queries).
+// and that last sum needs no row of P: dP_tr = do_t . v_r, so it is do_t . (sum_r P_tr v_r), that
+// is do_t . o_t, called delta_t. p: S in, P out; ds: dP in, dS out, both (queries,keys) with rows
+// KEYS apart; lse, delta (queries).
 static void softmax_block_backward(float *p, float *ds, const float *lse, const float *delta,
                                    int queries, int keys, int t0, int s0, float scale) {
     for (int i = 0; i < queries; i++, p += KEYS, ds += KEYS) {
@@ -551,8 +547,7 @@ static void softmax_block_backward(float *p, float *ds, const float *lse, const 
     }
 }
 
-// Given do, wanted dq, dk, dv, by the chain rule backwards through o = P v and S = q k^T /
-// sqrt(hs):
+// Given do, wanted dq, dk, dv: the chain rule, backwards through o = P v and S = q k^T / sqrt(hs).
 //   dv_s = sum_t P_ts do_t      dP_ts = do_t . v_s      dS as above
 //   dq_t = sum_s dS_ts k_s      dk_s = sum_t dS_ts q_t
 // dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T). Every block of P is computed again.
@@ -592,9 +587,8 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
     }
 }
 
-// Softmax and cross-entropy in one: loss_n = -log softmax(logits_n)[target_n] = lse_n -
-// logit_target with lse_n = log sum_v e^logit_v. In nats. losses, lse (N); logits (N,V), only read;
-// targets (N).
+// Softmax and cross-entropy in one, in nats: loss = -log softmax(logits)[target] = lse - its logit,
+// with lse = log sum_v e^logit_v. losses, lse (N); logits (N,V), only read; targets (N).
 static void crossentropy_forward(float *losses, float *lse, const float *logits, const int *targets,
                                  int N, int V) {
     #pragma omp parallel for
@@ -1051,8 +1045,7 @@ static void loader_add(Loader *loader, const char *path) {
         loader->windows[i] = (const uint16_t *)(header + 256) + (i - old) * stride;
 }
 
-// Opens DIR/SPLIT.bin, or DIR/SPLIT_000.bin and on to the first that is missing. random 0: no
-// shuffle.
+// Opens DIR/SPLIT.bin, or DIR/SPLIT_000.bin and those that follow. random 0: no shuffling.
 static void loader_open(Loader *loader, const char *dir, const char *split, int T, int V,
                         uint64_t random) {
     char path[2048];
@@ -1166,8 +1159,7 @@ typedef struct {
     double start_time;
 } Run;
 
-// Opens OUT/name. A resumed run goes on after the line of its step, a new one begins with the
-// header.
+// Opens OUT/name. A resumed run goes on after its step's line, a new one begins with the header.
 static FILE *open_log(const Run *run, const char *name, const char *header) {
     const Options *o = run->model.o;
     char path[2048], line[1024];
