@@ -822,7 +822,7 @@ static int run(const char *arguments, char *errors) {
 }
 
 #define SMALL \
-    "--data %s --out %s/run --layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 " \
+    "--data %s --out %s/run --layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 "\
     "--val-every 5 "
 
 static void test_program(void) {

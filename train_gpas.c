@@ -205,7 +205,7 @@ static void rmsnorm_forward(float *out, float *rstd, const float *inp, const flo
     }
 }
 
-// Given dy, wanted dx and dw. For a row, with m = mean(x^2) + eps and u = w dy, the gradient of x r:
+// Given dy, wanted dx and dw. For a row, with m = mean(x^2) + eps and u = w dy, gradient of x r:
 //   y_c = w_c x_c r,  and r = m^(-1/2) depends on every x_c:  dr/dx_c = -1/2 m^(-3/2) 2 x_c / C
 //                                                                     = -r^3 x_c / C
 //   dx_c = u_c r + (sum_k u_k x_k) dr/dx_c = r (u_c - x_c r^2 mean_k(u_k x_k))
