@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import sys
-from statistics import median
 from textwrap import wrap
 
 LOG = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s"
@@ -190,12 +189,9 @@ def verdict(base, gpas, last):
 
 
 def steps_needed(base, gpas, last):
-    ms = [median([row["ms"] for step, row in run.rows.items() if 0 < step <= last and row["ms"]]
-                 or [math.nan]) for run in (base, gpas)]
-    time = f"A step took {ms[0]:.4g} ms without and {ms[1]:.4g} ms with GPAS (median)."
     paper = ("The paper's own figure is about 18% fewer steps, for models from 71M to 1B "
              "parameters. One seed at this size is an illustration, not a proof.")
-    return ["", *(paint(line, BOLD) for line in wrap(verdict(base, gpas, last), WIDTH)), time,
+    return ["", *(paint(line, BOLD) for line in wrap(verdict(base, gpas, last), WIDTH)),
             *(paint(line, FAINT) for line in wrap(paper, WIDTH))]
 
 
