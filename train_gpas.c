@@ -30,7 +30,9 @@ the gradients of its parameters, because those are summed over micro-batches.
 No sum depends on how many threads compute it: the results are the same bit for bit.
 Everything is common to C11 and C++17, so that train_gpas.cu can include this file.
 */
+#ifndef TRAIN_GPAS_CUDA  // train_gpas.cu has included it already
 #include "dev/plumbing.h"
+#endif
 
 /* ------------------------------------------------------------------------------------------------
 1. Tools
@@ -48,6 +50,14 @@ static uint64_t random_bits(uint64_t *state) {
 
 // Uniform in [0, 1), a multiple of 2^-53.
 static double random_uniform(uint64_t *state) { return (random_bits(state) >> 11) / 0x1p53; }
+
+/* ------------------------------------------------------------------------------------------------
+2. Layers
+
+Three helpers, then GPAS first. The layers are plain loops; whatever is a product of matrices goes
+to gemm(), the one place that is written for speed.
+*/
+#ifndef TRAIN_GPAS_CUDA  // train_gpas.cu has these layers as kernels
 
 // Sum over i of a[i] * b[i], in double; b may be NULL for the plain sum. The chunks are the same
 // for any number of threads, and are added in order: so is the result.
@@ -102,13 +112,6 @@ static inline float exp_fast(float x) {
 }
 
 static inline float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
-
-/* ------------------------------------------------------------------------------------------------
-2. Layers
-
-GPAS first. The layers are plain loops; whatever is a product of matrices goes to gemm(), the one
-place that is written for speed.
-*/
 
 // The gate's activation a(g) and its slope a'(g). SiLU: a = g s with s = sigmoid(g), so that
 // a' = s + g s (1 - s); a(0) = 0 and a'(0) = 1/2: a new gate does nothing, but it can learn.
@@ -233,21 +236,10 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
         }
 }
 
-// The angles of RoPE (arXiv 2104.09864): at position t, pair j of a head turns by t 10000^(-2j/hs).
-// table (T,hs/2,2): the cosine and sine.
-static void rope_angles(float *table, int T, int hs) {
-    for (int t = 0; t < T; t++)
-        for (int j = 0; j < hs / 2; j++) {
-            double angle = t * pow(10000, -2.0 * j / hs);
-            *table++ = (float)cos(angle);
-            *table++ = (float)sin(angle);
-        }
-}
-
-// RoPE, in place: turns the pairs (x0, x1) of adjacent channels of every query and key by the angle
-// of their position: (x0 cos - x1 sin, x0 sin + x1 cos). The product of a query and a key then
-// depends on how far apart they stand. Values are left alone. qkv (B,T,3C). direction 1 turns
-// forward, -1 back.
+// RoPE (arXiv 2104.09864), in place: turns the pairs (x0, x1) of adjacent channels of every query
+// and key by the angle of their position: (x0 cos - x1 sin, x0 sin + x1 cos). The product of a
+// query and a key then depends on how far apart they stand. Values are left alone. qkv (B,T,3C); table
+// (T,hs/2,2) from rope_angles(); direction 1 turns forward, -1 back.
 static void rope_turn(float *qkv, const float *table, int B, int T, int C, int hs, int direction) {
     #pragma omp parallel for
     for (int n = 0; n < B * T; n++) {
@@ -617,12 +609,18 @@ static void crossentropy_backward(float *logits, const float *lse, const int *ta
     }
 }
 
+#endif
+
 /* ------------------------------------------------------------------------------------------------
 3. Model
 
 All parameters lie in one block of memory, their gradients in a second one of the same layout,
 Adam's moments in two more. Every layer takes the same room: its parameters are found by arithmetic.
+
+What comes after this section and the next uses a model only through the functions model_*() and
+holdings(), zero_gradients(), gradient_norms(), layer_state(). train_gpas.cu has its own.
 */
+#ifndef TRAIN_GPAS_CUDA
 
 // Where the parameters of one layer, or their gradients, lie. Index 0: attention, 1: feed-forward.
 typedef struct {
@@ -661,6 +659,7 @@ typedef struct {
     float *dinner, *dwide;  // gradients of inner and of qkv or pre_act
     float *rope_table;      // (T,hs/2,2)
 } Model;
+#endif
 
 // Does the norm of layer l = 0, 1, ... come after the sum: x = N(shortcut + f(x))?
 static int norm_comes_last(const Options *o, int l) {
@@ -712,22 +711,15 @@ static void add_layer(Model *m, int l) {
     if (o->gpas) add_tensor(m, 1, 0, o->gate_init, 0, "layers.%d.gate", l);
 }
 
-// block is m->parameters or m->gradients.
-static LayerParameters layer_parameters(const Model *m, float *block, int l) {
-    size_t C = m->o->channels, H = m->o->hidden;
-    float *p = block + m->o->vocab_size * C + l * m->layer_size;
-    LayerParameters w;
-    memset(&w, 0, sizeof w);
-    w.wqkv = p, p += 3 * C * C;
-    w.wo = p, p += C * C;
-    w.w13 = p, p += 2 * H * C;
-    w.w2 = p, p += C * H;
-    for (int s = 0; s < 2; s++) {
-        w.norm[s] = p, p += C;
-        if (has_branch_norm(m->o)) w.branch_norm[s] = p, p += C;
-    }
-    if (m->o->gpas) w.gate = p;
-    return w;
+// The names and shapes of all parameters, in their order in memory and in a checkpoint.
+static void add_tensors(Model *m) {
+    int V = m->o->vocab_size, C = m->o->channels;
+    m->tensors = (Tensor *)allocate(3 + 12 * m->o->layers, sizeof(Tensor));
+    add_tensor(m, V, C, 0, sqrt(2.0 / 5), "tok_embeddings.weight");
+    for (int l = 0; l < m->o->layers; l++) add_layer(m, l);
+    m->layer_size = (m->num_parameters - (size_t)V * C) / m->o->layers;
+    add_tensor(m, C, 0, 1, 0, "norm.weight");
+    add_tensor(m, V, C, 0, 0.02, "output.weight");
 }
 
 // Draws the initial values. Each tensor has a stream of its own, keyed by its name, so a network
@@ -745,6 +737,36 @@ static void initialize(Model *m) {
             p[i] = t->mean + t->spread * (float)(radius * cos(angle));
         }
     }
+}
+
+// The angles of RoPE: at position t, pair j of a head turns by t 10000^(-2j/hs).
+// table (T,hs/2,2): the cosine and sine.
+static void rope_angles(float *table, int T, int hs) {
+    for (int t = 0; t < T; t++)
+        for (int j = 0; j < hs / 2; j++) {
+            double angle = t * pow(10000, -2.0 * j / hs);
+            *table++ = (float)cos(angle);
+            *table++ = (float)sin(angle);
+        }
+}
+
+#ifndef TRAIN_GPAS_CUDA
+// block is m->parameters or m->gradients.
+static LayerParameters layer_parameters(const Model *m, float *block, int l) {
+    size_t C = m->o->channels, H = m->o->hidden;
+    float *p = block + m->o->vocab_size * C + l * m->layer_size;
+    LayerParameters w;
+    memset(&w, 0, sizeof w);
+    w.wqkv = p, p += 3 * C * C;
+    w.wo = p, p += C * C;
+    w.w13 = p, p += 2 * H * C;
+    w.w2 = p, p += C * H;
+    for (int s = 0; s < 2; s++) {
+        w.norm[s] = p, p += C;
+        if (has_branch_norm(m->o)) w.branch_norm[s] = p, p += C;
+    }
+    if (m->o->gpas) w.gate = p;
+    return w;
 }
 
 static float *take(Model *m, size_t n) {
@@ -779,14 +801,9 @@ static void model_create(Model *m, const Options *o, int B, int training) {
     size_t T = o->seq_len, C = o->channels, H = o->hidden, V = o->vocab_size, N = B * T;
     memset(m, 0, sizeof *m);
     m->o = o;
-    m->tensors = (Tensor *)allocate(3 + 12 * o->layers, sizeof(Tensor));
     m->sublayers = (Sublayer *)allocate(2 * o->layers, sizeof(Sublayer));
     m->blocks = (float **)allocate(20 + 20 * o->layers, sizeof(float *));
-    add_tensor(m, V, C, 0, sqrt(2.0 / 5), "tok_embeddings.weight");
-    for (int l = 0; l < o->layers; l++) add_layer(m, l);
-    m->layer_size = (m->num_parameters - V * C) / o->layers;
-    add_tensor(m, C, 0, 1, 0, "norm.weight");
-    add_tensor(m, V, C, 0, 0.02, "output.weight");
+    add_tensors(m);
     m->parameters = take(m, m->num_parameters);
     m->embedded = take(m, N * C);
     create_sublayers(m, N);
@@ -803,10 +820,28 @@ static void model_create(Model *m, const Options *o, int B, int training) {
     m->dwide = take(m, N * (3 * C > 2 * H ? 3 * C : 2 * H));
 }
 
+// What a checkpoint holds of the model; model_changed() is called when these numbers were replaced.
 static Holdings holdings(const Model *m) {
     Holdings h = {m->o, m->tensors, m->num_tensors, m->num_parameters,
                   m->parameters, m->gradients, m->adam_m, m->adam_v};
     return h;
+}
+
+static void model_changed(const Model *m) { (void)m; }
+
+static void zero_gradients(const Model *m) {
+    memset(m->gradients, 0, m->num_parameters * sizeof(float));
+}
+
+// The logits (V) of row n of the last model_forward().
+static const float *model_logits(const Model *m, int n) {
+    return m->logits + (size_t)n * m->o->vocab_size;
+}
+
+// What it runs on, for the eye: written to text (TEXT_SIZE).
+static void model_device(const Model *m, char *text) {
+    (void)m;
+    snprintf(text, TEXT_SIZE, "%d threads", omp_get_max_threads());
 }
 
 static void model_free(Model *m) {
@@ -917,6 +952,21 @@ static void sublayer_backward(const Model *m, int l, int s, int B, int T) {
     }
 }
 
+// Population variance of x (n).
+static double variance(const float *x, size_t n) {
+    double mean = dot(x, NULL, n) / n;
+    return dot(x, x, n) / n - mean * mean;
+}
+
+// The variances of what left layer l's two sublayers in the last model_forward(), and its gate; NAN
+// without GPAS.
+static void layer_state(const Model *m, int l, int B, int T, double variances[2], double *gate) {
+    size_t n = (size_t)B * T * m->o->channels;
+    const float *g = layer_parameters(m, m->parameters, l).gate;
+    for (int s = 0; s < 2; s++) variances[s] = variance(m->sublayers[2 * l + s].out, n);
+    *gate = g ? *g : NAN;
+}
+
 // Logits of tokens (B,T), into m->logits; with targets (B,T) also the mean loss in nats, returned.
 static double model_forward(Model *m, const int *tokens, const int *targets, int B, int T) {
     int C = m->o->channels, V = m->o->vocab_size, L = m->o->layers, N = B * T;
@@ -944,11 +994,20 @@ static void model_backward(Model *m, const int *tokens, const int *targets, int 
     for (int s = 2 * L - 1; s >= 0; s--) sublayer_backward(m, s / 2, s % 2, B, T);
     embedding_backward(d, m->dx, tokens, N, C);
 }
+#endif
 
 /* ------------------------------------------------------------------------------------------------
 4. Optimizer
 */
 
+// Step t = 0, 1, ...: linear warm-up to the peak, then a cosine down to a tenth of it.
+static double learning_rate(const Options *o, int t) {
+    if (t < o->warmup) return o->lr * (t + 1) / o->warmup;
+    double progress = (t - o->warmup) / (double)imax(1, o->steps - o->warmup);
+    return o->lr * (0.1 + 0.9 * 0.5 * (1 + cos(3.14159265358979323846 * progress)));
+}
+
+#ifndef TRAIN_GPAS_CUDA
 // AdamW (arXiv 1711.05101), step t = 1, 2, ...: with g the gradient times grad_scale (clipping),
 //   m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
 //   p -= lr (mhat / (sqrt(vhat) + eps) + weight_decay p)
@@ -964,13 +1023,6 @@ static void adamw_update(float *p, const float *grad, float *m, float *v, size_t
         v[i] = beta2 * v[i] + (1 - beta2) * g * g;
         p[i] -= lr * (m[i] * unbias_m / (sqrtf(v[i] * unbias_v) + eps) + weight_decay * p[i]);
     }
-}
-
-// Step t = 0, 1, ...: linear warm-up to the peak, then a cosine down to a tenth of it.
-static double learning_rate(const Options *o, int t) {
-    if (t < o->warmup) return o->lr * (t + 1) / o->warmup;
-    double progress = (t - o->warmup) / (double)imax(1, o->steps - o->warmup);
-    return o->lr * (0.1 + 0.9 * 0.5 * (1 + cos(3.14159265358979323846 * progress)));
 }
 
 // Norms of the gradient: returns the whole's; layers (L) gets each layer's, *gates the gates'.
@@ -1004,6 +1056,7 @@ static void model_update(Model *m, int t, double norm, double gate_norm) {
                      w->cols ? (float)o->weight_decay : 0, (float)(gate ? gate_clip : clip), t + 1);
     }
 }
+#endif
 
 /* ------------------------------------------------------------------------------------------------
 5. Data
@@ -1133,7 +1186,7 @@ static void tell_story(Model *m, const Tokenizer *k, uint64_t *random, FILE *fil
     for (; n < end; n++) {
         if (n - start > T) start = n - imax(1, T / 2);
         model_forward(m, tokens + start, NULL, 1, n - start);
-        const float *logits = m->logits + (size_t)(n - start - 1) * V;
+        const float *logits = model_logits(m, n - start - 1);
         tokens[n] = sample_token(logits, V, o->temperature, o->top_p, random, candidates);
         if (tokens[n] == TOKEN_BOS || tokens[n] == TOKEN_EOS) break;
         tokenizer_print(k, tokens[n - 1], tokens[n], file);
@@ -1212,6 +1265,7 @@ static void open_run(Run *run, Options *o) {
     Holdings h = holdings(&run->model);
     if (*o->load) checkpoint_read(o->load, &h, &run->progress, 0);
     if (*o->resume) checkpoint_read(o->resume, &h, &run->progress, training);
+    if (*o->load || *o->resume) model_changed(&run->model);
     if (training && run->progress.step >= o->steps)
         die("%s is at step %d; give more --steps to go on", o->resume, run->progress.step);
     run->start_step = run->progress.step;
@@ -1247,22 +1301,15 @@ static double validate(Run *run) {
     return sum / run->val_windows;
 }
 
-// Population variance of x (n).
-static double variance(const float *x, size_t n) {
-    double mean = dot(x, NULL, n) / n;
-    return dot(x, x, n) / n - mean * mean;
-}
-
 // A line of layers.csv per layer, after validate(): the activations are those of its last batch.
 static void log_layers(Run *run) {
     const Model *m = &run->model;
     int B = (run->val_windows - 1) % m->o->batch + 1, step = run->progress.step;
-    size_t n = (size_t)B * m->o->seq_len * m->o->channels;
     for (int l = 0; l < m->o->layers; l++) {
-        const float *gate = layer_parameters(m, m->parameters, l).gate;
-        fprintf(run->layers, "%d,%d,%.6g,%.6g,", step, l + 1, variance(m->sublayers[2 * l].out, n),
-                variance(m->sublayers[2 * l + 1].out, n));
-        if (gate) fprintf(run->layers, "%.6g", *gate);
+        double variances[2], gate;
+        layer_state(m, l, B, m->o->seq_len, variances, &gate);
+        fprintf(run->layers, "%d,%d,%.6g,%.6g,", step, l + 1, variances[0], variances[1]);
+        if (!isnan(gate)) fprintf(run->layers, "%.6g", gate);
         if (step > run->start_step) fprintf(run->layers, ",%.6g\n", run->layer_norms[l]);
         else fprintf(run->layers, ",\n");
     }
@@ -1313,7 +1360,7 @@ static double train_step(Run *run, double *norm) {
     Model *m = &run->model;
     int B = m->o->batch, T = m->o->seq_len, micro_batches = m->o->total_batch / B;
     double loss = 0, gate_norm;
-    memset(m->gradients, 0, m->num_parameters * sizeof(float));
+    zero_gradients(m);
     for (int i = 0; i < micro_batches; i++, run->progress.position += B) {
         loader_batch(&run->train, run->progress.position, B, run->tokens, run->targets);
         loss += model_forward(m, run->tokens, run->targets, B, T) / micro_batches;
@@ -1335,9 +1382,9 @@ static void print_configuration(const Run *run) {
         column += printf("%s %s  ", row->name, value);
         if (column > 75) column = 0 * printf("\n");
     }
-    printf("\n%zu parameters, %zu training and %zu validation sequences, %d threads\n",
-           run->model.num_parameters, run->train.num_windows, run->val.num_windows,
-           omp_get_max_threads());
+    model_device(&run->model, value);
+    printf("\n%zu parameters, %zu training and %zu validation sequences, %s\n",
+           run->model.num_parameters, run->train.num_windows, run->val.num_windows, value);
 }
 
 // A step's line. On a terminal the next one overwrites it; in a pipe one comes every --print-every.

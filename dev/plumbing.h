@@ -30,13 +30,19 @@ Like train_gpas.c it is common to C11 and C++17. Whatever fails ends the program
 1. Errors, memory
 */
 
+#ifdef TRAIN_GPAS_CUDA
+static const char program[] = "train_gpas_cuda", default_dtype[] = "bf16";
+#else
+static const char program[] = "train_gpas", default_dtype[] = "fp32";
+#endif
+
 // Ends the program with one line on stderr and exit status 1.
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
     fflush(stdout);
-    fputs("train_gpas: ", stderr);
+    fprintf(stderr, "%s: ", program);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     exit(1);
@@ -65,13 +71,14 @@ options as text under the same names.
 
 enum { NORM_PRE, NORM_LNS, NORM_SANDWICH, NORM_POST, NORM_DEEPNORM, NORM_MIX };
 enum { GATE_SILU, GATE_IDENTITY, GATE_RELU, GATE_LEAKY_RELU, GATE_TANH };
+enum { DTYPE_FP32, DTYPE_BF16 };
 enum { TEXT_SIZE = 1024 };
 
 typedef struct {
     int norm, gpas, gate_act, gate_train, stop_grad;
     double gate_init;
     int vocab_size, layers, channels, hidden, heads, seq_len;
-    int preset, batch, total_batch, steps, warmup, seed;
+    int preset, dtype, batch, total_batch, steps, warmup, seed;
     double lr, weight_decay, grad_clip, gate_clip;
     int val_every, val_batches, sample_every, save_every, keep, print_every, length;
     double temperature, top_p;
@@ -117,6 +124,7 @@ static const OptionRow option_rows[] = {
      "T, tokens in a sequence (the context)"},
     HEADING("Training"),
     {"preset", "toy", ONE_OF(preset), NOT_STORED, "toy|71m|130m|250m|350m|1b: sizes, steps, rate"},
+    {"dtype", default_dtype, ONE_OF(dtype), RUN, "fp32|bf16: numbers on the GPU; fp32 on the CPU"},
     {"batch", "8", INT(batch), 1, 65536, RUN, "B, sequences computed at once"},
     {"total-batch", "0", INT(total_batch), 0, 1e6, RUN,
      "sequences in a step, a multiple of B; 0: B"},
@@ -219,16 +227,16 @@ static void option_text(const Options *o, const OptionRow *row, char *text) {
 
 static void print_help(void) {
     printf("Trains a small LLaMA with GPAS (arXiv 2506.22049) and tells stories with it.\n"
-           "usage: ./train_gpas [--option value]...       in brackets: the default\n");
+           "usage: ./%s [--option value]...       in brackets: the default\n", program);
     for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++)
         if (!row->name) printf("\n%s\n", row->value);
         else if (!*row->value) printf("  --%-13s %s\n", row->name, row->help);
         else printf("  --%-13s %s [%s]\n", row->name, row->help, row->value);
     printf("\nExamples\n"
-           "  ./train_gpas --norm pre --gpas on --out out/gpas\n"
-           "  ./train_gpas --resume out/gpas/ckpt_000800.safetensors --steps 1600\n"
-           "  ./train_gpas --steps 0 --load out/gpas/ckpt_000800.safetensors --prompt \"Lily\"\n"
-           "OMP_NUM_THREADS sets the number of threads.\n");
+           "  ./%s --norm pre --gpas on --out out/gpas\n"
+           "  ./%s --resume out/gpas/ckpt_000800.safetensors --steps 1600\n"
+           "  ./%s --steps 0 --load out/gpas/ckpt_000800.safetensors --prompt \"Lily\"\n"
+           "OMP_NUM_THREADS sets the number of threads.\n", program, program, program);
 }
 
 // Ends the program when options, each allowed by itself, cannot mean anything together.
@@ -288,6 +296,12 @@ static void parse_options(Options *o, int argc, char **argv) {
         if (*o->load) checkpoint_options(o->load, o, 0, given);
         if (*o->resume) checkpoint_options(o->resume, o, 1, given);
     }
+#ifndef TRAIN_GPAS_CUDA
+    for (int r = 0; r < NUM_ROWS; r++)
+        if (given[r] && option_rows[r].offset == offsetof(Options, dtype) && o->dtype != DTYPE_FP32)
+            die("--dtype bf16 needs a GPU and train_gpas_cuda; the CPU computes in fp32");
+    o->dtype = DTYPE_FP32;  // whatever the GPU did that wrote the checkpoint
+#endif
     if (o->total_batch == 0) o->total_batch = o->batch;
     if (o->warmup < 0) o->warmup = o->steps / 10;
     check_options(o, given);
