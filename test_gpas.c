@@ -2,12 +2,15 @@
 test_gpas.c: is train_gpas.c right? One line per check, `N passed, N failed` at the end.
 
     ./test_gpas           every layer and all twelve networks against dev/reference.safetensors,
-    which
-                          dev/reference.py computed without knowing any derivative; then threads,
+                          which dev/reference.py computed without knowing any derivative; then threads,
                           data, tokenizer, sampling; then the program ./train_gpas itself: training,
                           resuming, and what it says to broken files and senseless options
     ./test_gpas_double    (compiled with -DDOUBLE) the same layers with every float a double, where
                           finite differences are exact enough to check each gradient by themselves
+    ./test_gpas_cuda_fp32 PROGRAM, ./test_gpas_cuda_bf16 PROGRAM
+                          (compiled as C++ with -DREAL=float, -DREAL=bf16) the layers and networks of
+                          train_gpas.cu against the same dump, larger shapes against train_gpas.c,
+                          then PROGRAM, which is train_gpas.cu on a GPU or on the CPU
 */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -37,7 +40,21 @@ test_gpas.c: is train_gpas.c right? One line per check, `N passed, N failed` at 
 #endif
 #pragma GCC diagnostic ignored "-Wunused-function" // the tests do not call all of the program
 #define TRAIN_GPAS_NO_MAIN
+#ifndef REAL
 #include "train_gpas.c"
+#else
+namespace cpu {
+#include "train_gpas.c"
+}
+#ifndef TRAIN_GPAS_CU
+#define TRAIN_GPAS_CU "train_gpas.cu"
+#endif
+#include TRAIN_GPAS_CU
+typedef REAL real;
+namespace on_gpu {  // hides the launchers of train_gpas.cu behind functions for arrays on the host
+using cpu::dot;
+using cpu::gate_slope;
+#endif
 
 static int passed, failed;
 
@@ -101,7 +118,11 @@ The reference dump
 */
 
 enum { FORWARD, BACKWARD };
+#ifdef REAL
+static const double tolerances[] = {sizeof(real) == 4 ? 1e-5 : 2e-2, sizeof(real) == 4 ? 1e-4 : 2e-2};
+#else
 static const double tolerances[] = {1e-5, 1e-4};
+#endif
 static char *dump, *dump_header;
 
 static void open_dump(const char *path) {
@@ -152,7 +173,7 @@ static void against_dump(const char *layer, const char *of, const char *name, co
 }
 
 // A gradient that a backward pass, called twice, has added to itself.
-static const float *half(float *x, size_t n) {
+static const float *halved(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] /= 2;
     return x;
 }
@@ -196,7 +217,7 @@ static void test_embedding(void) {
     against_dump("embedding", "embedding", "out", out, FORWARD, 0);
     for (int call = 0; call < 2; call++)
         embedding_backward(dweight, tensor("embedding.dout", NULL, NULL), tokens, N, C);
-    against_dump("embedding", "embedding", "dweight", half(dweight, n), BACKWARD, 0);
+    against_dump("embedding", "embedding", "dweight", halved(dweight, n), BACKWARD, 0);
     free(out), free(dweight);
 }
 
@@ -216,7 +237,7 @@ static void test_rmsnorm(void) {
         for (int call = 0; call < 2; call++)
             rmsnorm_backward(got, dweight, dout, inp, weight, rstd, N, C);
         against_dump("rmsnorm", cases[i], "dinp", got, BACKWARD, 0);
-        against_dump("rmsnorm", cases[i], "dweight", half(dweight, C), BACKWARD, 0);
+        against_dump("rmsnorm", cases[i], "dweight", halved(dweight, C), BACKWARD, 0);
         free(got), free(rstd), free(dweight);
     }
 }
@@ -286,7 +307,7 @@ static void test_matmul(void) {
         for (int call = 0; call < 2; call++)
             matmul_backward(dinp, dweight, dout, inp, weight, N, C, OC);
         against_dump("matmul", cases[i], "dinp", dinp, BACKWARD, 0);
-        against_dump("matmul", cases[i], "dweight", half(dweight, (size_t)OC * C), BACKWARD, 0);
+        against_dump("matmul", cases[i], "dweight", halved(dweight, (size_t)OC * C), BACKWARD, 0);
         free(out), free(dinp), free(dweight);
     }
 }
@@ -343,6 +364,14 @@ static void test_adamw(void) {
 The networks
 */
 
+// All logits of the last model_forward() (n,V). The caller frees them.
+static float *all_logits(Model *m, int n) {
+    size_t V = m->o->vocab_size;
+    float *logits = (float *)allocate(n * V, sizeof(float));
+    for (int i = 0; i < n; i++) memcpy(logits + i * V, model_logits(m, i), V * sizeof(float));
+    return logits;
+}
+
 // Gives a network the weights of the dump; lns has norms of its own.
 static void dump_weights(Model *m) {
     for (const Tensor *t = m->tensors; t < m->tensors + m->num_tensors; t++) {
@@ -353,6 +382,7 @@ static void dump_weights(Model *m) {
             snprintf(name, sizeof name, "weights.%s", t->name);
         memcpy(m->parameters + t->offset, tensor(name, NULL, NULL), t->size * sizeof(float));
     }
+    model_changed(m);
 }
 
 // One network of the dump: logits, loss, every gradient, ten steps of Adam.
@@ -374,18 +404,21 @@ static void test_network(const char *scheme, const char *kind, const char *optio
     model_create(&m, &o, B, 1);
     dump_weights(&m);
     for (int t = 0; t < 10; t++) {
-        memset(m.gradients, 0, m.num_parameters * sizeof(float));
+        zero_gradients(&m);
         losses[t] = (float)model_forward(&m, tokens, targets, B, T);
-        if (t == 0) against_dump("model", of, "logits", m.logits, FORWARD, 0);
+        float *logits = t ? NULL : all_logits(&m, B * T);
+        if (t == 0) against_dump("model", of, "logits", logits, FORWARD, 0);
         model_backward(&m, tokens, targets, B, T, 1.0 / (B * T));
+        const float *gradients = t ? NULL : holdings(&m).gradients;
         for (const Tensor *w = m.tensors; t == 0 && w < m.tensors + m.num_tensors; w++) {
             int layer = 0;
             double scale = w->size == 1 && sscanf(w->name, "layers.%d", &layer) == 1
                                ? part(of, "gate_scale", NULL, NULL)[layer]
                                : 0;
             snprintf(name, sizeof name, "grad.%s", w->name);
-            against_dump("model", of, name, m.gradients + w->offset, BACKWARD, scale);
+            against_dump("model", of, name, gradients + w->offset, BACKWARD, scale);
         }
+        free(logits);
         double norm = gradient_norms(&m, norms, &gate_norm);
         model_update(&m, t, norm, gate_norm);
     }
@@ -419,7 +452,7 @@ static void test_learning(void) {
         options_from(&o, line);
         model_create(&m, &o, 1, 1);
         for (int t = 0; t <= 200; t++) {
-            memset(m.gradients, 0, m.num_parameters * sizeof(float));
+            zero_gradients(&m);
             loss = model_forward(&m, tokens, tokens + 1, 1, 12);
             model_backward(&m, tokens, tokens + 1, 1, 12, 1.0 / 12);
             model_update(&m, t, gradient_norms(&m, norms, &gate_norm), gate_norm);
@@ -449,7 +482,9 @@ static void test_initial_values(void) {
         model_forward(&m, tokens, NULL, 1, 20), model_forward(&b, tokens, NULL, 1, 20);
         snprintf(name, sizeof name,
                  "initial values: %s with gates of 0 is its baseline, bit for bit", schemes[i]);
-        check(memcmp(m.logits, b.logits, 20 * 50 * sizeof(float)) == 0, name, "the logits differ");
+        float *with = all_logits(&m, 20), *without = all_logits(&b, 20);
+        check(memcmp(with, without, 20 * 50 * sizeof(float)) == 0, name, "the logits differ");
+        free(with), free(without);
         int good = 1;
         for (const Tensor *t = m.tensors; t < m.tensors + m.num_tensors; t++) {
             double want = t == m.tensors ? sqrt(2.0 / 5) : 0.02, gain = pow(8 * 4, -0.25), mean = 0;
@@ -612,14 +647,14 @@ static void test_training_rules(void) {
     model_create(&m, &o, 4, 1);
     model_forward(&m, tokens, tokens, B, T);
     model_backward(&m, tokens, tokens, B, T, 1.0 / (B * T));
-    float *whole = copy(m.gradients, m.num_parameters);
-    memset(m.gradients, 0, m.num_parameters * sizeof(float));
+    float *whole = copy(holdings(&m).gradients, m.num_parameters);
+    zero_gradients(&m);
     for (int half = 0; half < 2; half++) {
         model_forward(&m, tokens + half * 16, tokens + half * 16, 2, T);
         model_backward(&m, tokens + half * 16, tokens + half * 16, 2, T, 1.0 / (B * T));
     }
-    check_close("model_backward: two micro-batches give the gradient of the batch", m.gradients,
-                whole, m.num_parameters, 1e-5, 0);
+    check_close("model_backward: two micro-batches give the gradient of the batch",
+                holdings(&m).gradients, whole, m.num_parameters, tolerances[FORWARD], 0);
     double norm = gradient_norms(&m, norms, &gate_norm), square = 0, gates = 0;
     for (size_t i = 0; i < m.num_parameters; i++) square += (double)m.gradients[i] * m.gradients[i];
     for (const Tensor *t = m.tensors; t < m.tensors + m.num_tensors; t++)
@@ -627,6 +662,7 @@ static void test_training_rules(void) {
     check(fabs(norm / sqrt(square) - 1) < 1e-6 && fabs(gate_norm / sqrt(gates) - 1) < 1e-6,
           "gradient_norms: of the whole and of the gates", "%g, %g", norm, gate_norm);
     model_update(&m, 0, norm, gate_norm); // Adam's m is now a tenth of the clipped gradient
+    holdings(&m);
     square = gates = 0;
     for (size_t i = 0; i < m.num_parameters; i++) square += 100.0 * m.adam_m[i] * m.adam_m[i];
     for (const Tensor *t = m.tensors; t < m.tensors + m.num_tensors; t++)

@@ -1007,6 +1007,13 @@ static double learning_rate(const Options *o, int t) {
     return o->lr * (0.1 + 0.9 * 0.5 * (1 + cos(3.14159265358979323846 * progress)));
 }
 
+// The factor of the gradient by the global clip, *clip, in which the gates' gradients are included;
+// returns that of the gates, whose own clip follows. norm, gate_norm: before any clipping.
+static double clip_factors(const Options *o, double norm, double gate_norm, double *clip) {
+    *clip = o->grad_clip > 0 && norm > o->grad_clip ? o->grad_clip / norm : 1;
+    return o->gate_clip > 0 && gate_norm * *clip > o->gate_clip ? o->gate_clip / gate_norm : *clip;
+}
+
 #ifndef TRAIN_GPAS_CUDA
 // AdamW (arXiv 1711.05101), step t = 1, 2, ...: with g the gradient times grad_scale (clipping),
 //   m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
@@ -1042,12 +1049,10 @@ static double gradient_norms(const Model *m, double *layers, double *gates) {
     return sqrt(sum);
 }
 
-// One AdamW step, t = 0, 1, ...: first the global clip, gates included, then the gates' own.
+// One AdamW step, t = 0, 1, ...
 static void model_update(Model *m, int t, double norm, double gate_norm) {
     const Options *o = m->o;
-    double clip = o->grad_clip > 0 && norm > o->grad_clip ? o->grad_clip / norm : 1;
-    double gate_clip = clip, lr = learning_rate(o, t);
-    if (o->gate_clip > 0 && gate_norm * clip > o->gate_clip) gate_clip = o->gate_clip / gate_norm;
+    double clip, gate_clip = clip_factors(o, norm, gate_norm, &clip), lr = learning_rate(o, t);
     for (const Tensor *w = m->tensors; w < m->tensors + m->num_tensors; w++) {
         int gate = w->size == 1;
         if (gate && !o->gate_train) continue;
@@ -1262,10 +1267,11 @@ static void open_run(Run *run, Options *o) {
     }
     model_create(&run->model, o, training ? o->batch : 1, training);
     run->progress.random = o->seed;
-    Holdings h = holdings(&run->model);
-    if (*o->load) checkpoint_read(o->load, &h, &run->progress, 0);
-    if (*o->resume) checkpoint_read(o->resume, &h, &run->progress, training);
-    if (*o->load || *o->resume) model_changed(&run->model);
+    if (*o->load || *o->resume) {
+        Holdings h = holdings(&run->model);
+        checkpoint_read(*o->load ? o->load : o->resume, &h, &run->progress, *o->resume && training);
+        model_changed(&run->model);
+    }
     if (training && run->progress.step >= o->steps)
         die("%s is at step %d; give more --steps to go on", o->resume, run->progress.step);
     run->start_step = run->progress.step;
@@ -1303,7 +1309,7 @@ static double validate(Run *run) {
 
 // A line of layers.csv per layer, after validate(): the activations are those of its last batch.
 static void log_layers(Run *run) {
-    const Model *m = &run->model;
+    Model *m = &run->model;
     int B = (run->val_windows - 1) % m->o->batch + 1, step = run->progress.step;
     for (int l = 0; l < m->o->layers; l++) {
         double variances[2], gate;
@@ -1317,7 +1323,7 @@ static void log_layers(Run *run) {
 }
 
 // Saves OUT/ckpt_STEP.safetensors; of those from --save-every the last --keep stay.
-static void save(const Run *run) {
+static void save(Run *run) {
     const Options *o = run->model.o;
     char path[2048];
     int step = run->progress.step;

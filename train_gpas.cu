@@ -1,0 +1,1655 @@
+/*
+train_gpas.cu: the training of train_gpas.c on one GPU. Every layer again, as kernels.
+
+Read train_gpas.c first: it says what GPAS is, has each layer as plain loops, and over each backward
+pass its derivation. This file has the same layers under the same names, and for each how a GPU does
+it; the formulas are repeated in short. Options, data, tokenizer, sampling, checkpoints, logs and the
+training loop are those of train_gpas.c, which is included below.
+
+    1  Tools         error checks, wide loads, sums over a block
+    2  Layers        embedding, residual + gpas + rmsnorm in one, rope, swiglu, matmul, attention,
+                     crossentropy
+    3  Optimizer     AdamW, the gradient's norm
+    4  Model         memory, forward, backward
+
+Numbers. `real` is float (--dtype fp32) or bf16 (--dtype bf16, the default): the type of activations,
+of their gradients and of the matrices that are multiplied. Every kernel loads `real`, computes in
+float, and rounds to the nearest `real` when it stores. Always float: the parameters as AdamW keeps
+them (the matrices have a bf16 copy), their gradients and moments, norms' weights, gates, softmax,
+sums and losses. fp32 matrix products are true fp32, not TF32.
+
+Two runs with the same options give the same bits: no sum is taken by atomics, whose order changes
+from run to run. A sum over rows is taken in two stages instead: each block sums its share, then the
+shares are added in order.
+
+Without a GPU the same source runs on the CPU, slowly, through dev/cuda_on_cpu.h.
+*/
+#define TRAIN_GPAS_CUDA
+#include "dev/plumbing.h"
+#ifdef CUDA_ON_CPU
+#include "dev/cuda_on_cpu.h"
+#else
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#endif
+
+typedef __nv_bfloat16 bf16;
+
+/* ------------------------------------------------------------------------------------------------
+1. Tools
+*/
+
+#define CUDA_CHECK(call) cuda_check(call, __LINE__)
+#define CUBLAS_CHECK(call) cublas_check(call, __LINE__)
+
+static void cuda_check(cudaError_t error, int line) {
+    if (error != cudaSuccess) die("CUDA: %s (train_gpas.cu:%d)", cudaGetErrorString(error), line);
+}
+
+static void cublas_check(cublasStatus_t status, int line) {
+    if (status != CUBLAS_STATUS_SUCCESS)
+        die("cuBLASLt: %s (train_gpas.cu:%d)", cublasGetStatusString(status), line);
+}
+
+// After every launch: was it possible? (What goes wrong inside shows at the next synchronization.)
+#define LAUNCH_CHECK() CUDA_CHECK(cudaGetLastError())
+
+// W neighbours in memory, moved by one instruction. 16 bytes is the most that one can load.
+template <class real, int W> struct alignas(W * sizeof(real)) Pack { real x[W]; };
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ inline void round_to(float &to, float x) { to = x; }
+__device__ inline void round_to(bf16 &to, float x) { to = __float2bfloat16_rn(x); }
+
+template <class real, int W> __device__ inline void load(float (&to)[W], const real *from) {
+    Pack<real, W> pack = *(const Pack<real, W> *)from;
+    for (int i = 0; i < W; i++) to[i] = to_float(pack.x[i]);
+}
+
+template <class real, int W> __device__ inline void store(real *to, const float (&from)[W]) {
+    Pack<real, W> pack;
+    for (int i = 0; i < W; i++) round_to(pack.x[i], from[i]);
+    *(Pack<real, W> *)to = pack;
+}
+
+// Sum, or largest, over a warp's 32 lanes; every lane gets it. After step k the lanes whose numbers
+// differ only in the last k bits agree.
+template <class number> __device__ inline number warp_sum(number x) {
+    for (int step = 1; step < 32; step *= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+    return x;
+}
+
+__device__ inline float warp_max(float x) {
+    for (int step = 1; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
+    return x;
+}
+
+// The same over a block of whole warps. Ends with the shared memory free for the next call.
+template <class number> __device__ inline number block_sum(number x) {
+    __shared__ number sums[32];
+    number total = 0;
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int w = 0; w < (int)blockDim.x / 32; w++) total += sums[w];
+    __syncthreads();
+    return total;
+}
+
+__device__ inline float block_max(float x) {
+    __shared__ float largest[32];
+    x = warp_max(x);
+    if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int w = 0; w < (int)blockDim.x / 32; w++) x = fmaxf(x, largest[w]);
+    __syncthreads();
+    return x;
+}
+
+// The launchers below call a kernel with W = 16 bytes of numbers a thread where rows allow it, and
+// with W = 1 where their width is odd. Threads for a row of `width`: whole warps, at most 256.
+static int row_threads(int width, int W) { return imin(256, ((width + W - 1) / W + 31) / 32 * 32); }
+
+// Blocks of `threads` that cover n.
+static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + threads - 1) / threads); }
+
+/* ------------------------------------------------------------------------------------------------
+2. Layers
+
+A function rmsnorm_forward() etc. takes pointers to the GPU's memory and launches kernels; it returns
+before they have run. Launches run one after another.
+*/
+
+// out[n,:] = weight[tokens[n],:]. One block a row. out (N,C), weight (V,C), tokens (N).
+template <class real, int W>
+__global__ void embedding_forward_kernel(real *out, const int *tokens, const float *weight, int C) {
+    const float *row = weight + (size_t)tokens[blockIdx.x] * C;
+    for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
+        float x[W];
+        load(x, row + c);
+        store(out + (size_t)blockIdx.x * C + c, x);
+    }
+}
+
+template <class real>
+static void embedding_forward(real *out, const int *tokens, const float *weight, int N, int C) {
+    constexpr int W = 16 / sizeof(real);
+    if (C % W == 0)
+        embedding_forward_kernel<real, W><<<N, row_threads(C, W)>>>(out, tokens, weight, C);
+    else
+        embedding_forward_kernel<real, 1><<<N, row_threads(C, 1)>>>(out, tokens, weight, C);
+    LAUNCH_CHECK();
+}
+
+// dweight[v,:] += the sum of dout[n,:] over all n with tokens[n] = v. Atomics would add them in any
+// order. Instead the host sorts the positions by token: those of v are positions[starts[v]] up to
+// positions[starts[v + 1] - 1]. Block (v, tile) sums a tile of 32 W channels: its 8 warps take every
+// eighth position each, then their sums are added in order.
+// dweight (V,C), added to; dout (N,C); positions (N); starts (V+1).
+template <class real, int W>
+__global__ void embedding_backward_kernel(float *dweight, const real *dout, const int *positions,
+                                          const int *starts, int C) {
+    __shared__ float sums[8][32 * W];
+    int v = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int c = (blockIdx.y * 32 + lane) * W, end = starts[v + 1];
+    if (starts[v] == end) return;
+    float sum[W] = {0}, x[W];
+    for (int i = starts[v] + warp; i < end && c < C; i += 8) {
+        load(x, dout + (size_t)positions[i] * C + c);
+        for (int k = 0; k < W; k++) sum[k] += x[k];
+    }
+    for (int k = 0; k < W; k++) sums[warp][lane * W + k] = sum[k];
+    __syncthreads();
+    for (int k = threadIdx.x; k < 32 * W; k += blockDim.x) {
+        int channel = blockIdx.y * 32 * W + k;
+        float total = 0;
+        for (int w = 0; w < 8; w++) total += sums[w][k];
+        if (channel < C) dweight[(size_t)v * C + channel] += total;
+    }
+}
+
+template <class real>
+static void embedding_backward(float *dweight, const real *dout, const int *positions,
+                               const int *starts, int V, int C) {
+    constexpr int W = 16 / sizeof(real);
+    if (C % W == 0)
+        embedding_backward_kernel<real, W><<<dim3(V, blocks_for(C, 32 * W)), 256>>>(
+            dweight, dout, positions, starts, C);
+    else
+        embedding_backward_kernel<real, 1><<<dim3(V, blocks_for(C, 32)), 256>>>(
+            dweight, dout, positions, starts, C);
+    LAUNCH_CHECK();
+}
+
+/*
+Residual sum, GPAS, RMSNorm. Between the branches of two sublayers (attention, feed-forward) stand
+these three, each a few operations on numbers that take far longer to fetch. So one kernel does what
+meets, and each number is read once:
+
+    norm first (pre, lns, sandwich)    sum = inp + branch;                   out = (1 - a(g)) sum
+    norm last (post, deepnorm)         sum = A (1 - a(g)) inp + branch;      out = sum
+    both                               normed = weight out r,   r = 1 / sqrt(mean(out^2) + 1e-6)
+
+Norm first, `normed` is what the next branch reads, and `out` goes on along the shortcut. Norm last,
+`normed` is the sublayer's output and both. Parts may be absent: no gate, no branch, no norm; so the
+same kernel is gpas, residual or rmsnorm alone.
+*/
+typedef struct {
+    const float *gate;    // (1), NULL: no GPAS
+    int act, stop_grad;   // GATE_*, 1: as in the paper; 0: a plain scale
+    int norm_last;        // GPAS on the shortcut before the sum
+    float alpha;          // A: DeepNorm's scale of the shortcut, else 1
+} Gpas;
+
+// a(g) and a'(g), as in train_gpas.c.
+__device__ inline float gate_value(float g, int act) {
+    if (act == GATE_SILU) return g / (1 + expf(-g));
+    if (act == GATE_RELU) return g > 0 ? g : 0;
+    if (act == GATE_LEAKY_RELU) return g > 0 ? g : 0.01f * g;
+    return act == GATE_TANH ? tanhf(g) : g;
+}
+
+__device__ inline float gate_slope(float g, int act) {
+    float s = 1 / (1 + expf(-g)), th = tanhf(g);
+    if (act == GATE_SILU) return s + g * s * (1 - s);
+    if (act == GATE_RELU) return g > 0 ? 1 : 0;
+    if (act == GATE_LEAKY_RELU) return g > 0 ? 1 : 0.01f;
+    return act == GATE_TANH ? 1 - th * th : 1;
+}
+
+// One block a row. The row is computed twice, before and after its mean square is known: the second
+// time its numbers come from the cache.
+// sum, out, normed (N,C), rstd (N): written, NULL if not wanted; inp, branch (N,C); weight (C).
+template <class real, int W>
+__global__ void residual_gpas_rmsnorm_forward_kernel(real *sum, real *out, real *normed,
+                                                     float *rstd, const real *inp,
+                                                     const real *branch, const float *weight,
+                                                     Gpas g, int C) {
+    size_t row = (size_t)blockIdx.x * C;
+    float scale = g.gate ? 1 - gate_value(*g.gate, g.act) : 1, square = 0, x[W], b[W];
+    float before = g.norm_last ? g.alpha * scale : 1, after = g.norm_last ? 1 : scale;
+    for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
+        load(x, inp + row + c);
+        if (branch) load(b, branch + row + c);
+        for (int i = 0; i < W; i++) x[i] = before * x[i] + (branch ? b[i] : 0);
+        if (sum) store(sum + row + c, x);
+        for (int i = 0; i < W; i++) x[i] *= after;
+        if (out) store(out + row + c, x);
+        for (int i = 0; i < W; i++) square += x[i] * x[i];
+    }
+    if (!normed) return;
+    float r = rsqrtf(block_sum(square) / C + 1e-6f), w[W];
+    if (threadIdx.x == 0) rstd[blockIdx.x] = r;
+    for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
+        load(x, inp + row + c);
+        load(w, weight + c);
+        if (branch) load(b, branch + row + c);
+        for (int i = 0; i < W; i++)
+            x[i] = w[i] * after * (before * x[i] + (branch ? b[i] : 0)) * r;
+        store(normed + row + c, x);
+    }
+}
+
+template <class real>
+static void residual_gpas_rmsnorm_forward(real *sum, real *out, real *normed, float *rstd,
+                                          const real *inp, const real *branch, const float *weight,
+                                          Gpas g, int N, int C) {
+    constexpr int W = 16 / sizeof(real);
+    if (C % W == 0)
+        residual_gpas_rmsnorm_forward_kernel<real, W><<<N, row_threads(C, W)>>>(
+            sum, out, normed, rstd, inp, branch, weight, g, C);
+    else
+        residual_gpas_rmsnorm_forward_kernel<real, 1><<<N, row_threads(C, 1)>>>(
+            sum, out, normed, rstd, inp, branch, weight, g, C);
+    LAUNCH_CHECK();
+}
+
+/*
+Backwards. dnext is the gradient that comes down the shortcut (NULL: none), dnormed that of `normed`;
+norm last these are two gradients of the same thing and are added first. As in train_gpas.c, with
+u = weight dy and x what was normalized:
+
+    RMSNorm    dx = r (u - x r^2 mean(u x))         dweight = sum over rows of dy x r
+    GPAS       norm first:   dsum = dout            (stop_grad; else (1 - a(g)) dout)
+               norm last:    dinp = A dsum          (stop_grad; else A (1 - a(g)) dsum)
+               dg = -a'(g) sum of (what was scaled) (gradient of what came out)
+    residual   dbranch = dsum, and norm first dinp = dsum too: the same array
+
+Each block takes every gridDim.x-th row, keeps its share of dweight (C) in shared memory, where each
+channel belongs to one thread, and at last writes it and its share of the gate's sum as a line of
+partial (blocks,C+1).
+*/
+
+// The two gradients that come in, at W places: norm last their sum in dy and 0 in d, norm first
+// dnormed in dy and dnext in d.
+template <class real, int W>
+__device__ inline void load_gradients(float (&dy)[W], float (&d)[W], const real *dnormed,
+                                      const real *dnext, size_t at, int norm_last) {
+    for (int i = 0; i < W; i++) dy[i] = d[i] = 0;
+    if (dnormed) load(dy, dnormed + at);
+    if (dnext) load(d, dnext + at);
+    for (int i = 0; i < W && norm_last; i++) dy[i] += d[i], d[i] = 0;
+}
+
+// dsum, dinp (N,C): written, dinp NULL norm first; both may be dnext or dnormed. dnext, dnormed
+// (N,C): NULL stands for 0. x (N,C), rstd (N), weight (C): of the norm; weight NULL: there is none.
+// scaled (N,C): what GPAS scaled, sum or inp.
+template <class real, int W>
+__global__ void residual_gpas_rmsnorm_backward_kernel(real *dsum, real *dinp, float *partial,
+                                                      const real *dnext, const real *dnormed,
+                                                      const real *x, const float *rstd,
+                                                      const float *weight, const real *scaled,
+                                                      Gpas g, int N, int C) {
+    extern __shared__ float dweight[];
+    float scale = g.gate ? 1 - gate_value(*g.gate, g.act) : 1, pass = g.stop_grad ? 1 : scale;
+    float gate_sum = 0, dy[W], d[W], xs[W], w[W];
+    for (int c = threadIdx.x * W; c < C; c += blockDim.x * W)
+        for (int i = 0; i < W; i++) dweight[c + i] = 0;
+    for (int n = blockIdx.x; n < N; n += gridDim.x) {
+        size_t row = (size_t)n * C;
+        float r = weight ? rstd[n] : 1, pull = 0;
+        for (int c = threadIdx.x * W; c < C && weight; c += blockDim.x * W) {
+            load_gradients(dy, d, dnormed, dnext, row + c, g.norm_last);
+            load(xs, x + row + c), load(w, weight + c);
+            for (int i = 0; i < W; i++) pull += w[i] * dy[i] * xs[i];
+        }
+        if (weight) pull = block_sum(pull) * r * r / C;  // r^2 mean(u x)
+        for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
+            load_gradients(dy, d, dnormed, dnext, row + c, g.norm_last);
+            if (weight) load(xs, x + row + c), load(w, weight + c);
+            for (int i = 0; i < W && weight; i++) {
+                dweight[c + i] += dy[i] * xs[i] * r;
+                dy[i] = r * (w[i] * dy[i] - xs[i] * pull);
+            }
+            if (g.gate) load(xs, scaled + row + c);
+            for (int i = 0; i < W; i++) {
+                d[i] += dy[i];  // the gradient of GPAS's output, norm last without its factor A
+                if (g.gate) gate_sum += xs[i] * g.alpha * d[i];
+                if (!g.norm_last) d[i] *= pass;
+            }
+            store(dsum + row + c, d);
+            for (int i = 0; i < W; i++) d[i] *= g.alpha * pass;
+            if (dinp) store(dinp + row + c, d);
+        }
+    }
+    gate_sum = block_sum(gate_sum);
+    float *line = partial + (size_t)blockIdx.x * (C + 1);
+    if (threadIdx.x == 0) line[C] = gate_sum;
+    for (int c = threadIdx.x; c < C; c += blockDim.x) line[c] = dweight[c];
+}
+
+// The second stage: adds the lines of partial to dweight (C), the last column to the gate's gradient
+// (1). Block (32,8): 32 columns, whose lines are shared out among 8 threads each.
+__global__ void add_partial_kernel(float *dweight, float *dgate, const float *partial, int lines,
+                                   Gpas g, int C) {
+    __shared__ float sums[8][32];
+    int c = blockIdx.x * 32 + threadIdx.x;
+    float sum = 0;
+    for (int l = threadIdx.y; l < lines && c <= C; l += 8) sum += partial[(size_t)l * (C + 1) + c];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0) return;
+    for (int k = 1; k < 8; k++) sum += sums[k][threadIdx.x];
+    if (c < C && dweight) dweight[c] += sum;
+    if (c == C && dgate) *dgate -= gate_slope(*g.gate, g.act) * sum;
+}
+
+// dweight (C), dgate (1): added to, NULL if not wanted; partial (ROW_BLOCKS,C+1): scratch.
+enum { ROW_BLOCKS = 1024 };
+template <class real>
+static void residual_gpas_rmsnorm_backward(real *dsum, real *dinp, float *dweight, float *dgate,
+                                           float *partial, const real *dnext, const real *dnormed,
+                                           const real *x, const float *rstd, const float *weight,
+                                           const real *scaled, Gpas g, int N, int C) {
+    constexpr int W = 16 / sizeof(real);
+    int blocks = imin(N, ROW_BLOCKS), bytes = C * sizeof(float);
+    if (C % W == 0)
+        residual_gpas_rmsnorm_backward_kernel<real, W><<<blocks, row_threads(C, W), bytes>>>(
+            dsum, dinp, partial, dnext, dnormed, x, rstd, weight, scaled, g, N, C);
+    else
+        residual_gpas_rmsnorm_backward_kernel<real, 1><<<blocks, row_threads(C, 1), bytes>>>(
+            dsum, dinp, partial, dnext, dnormed, x, rstd, weight, scaled, g, N, C);
+    LAUNCH_CHECK();
+    add_partial_kernel<<<blocks_for(C + 1, 32), dim3(32, 8)>>>(
+        weight ? dweight : NULL, g.gate ? dgate : NULL, partial, blocks, g, C);
+    LAUNCH_CHECK();
+}
+
+// RoPE, in place: turns each pair of adjacent channels of the queries and keys. One thread a pair.
+// qkv (N,3C) with N = B T; table (T,hs/2,2): cosine and sine; direction 1 turns forward, -1 back.
+template <class real>
+__global__ void rope_kernel(real *qkv, const float *table, int N, int T, int C, int hs,
+                            int direction) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)N * C) return;  // C pairs a row: C/2 of the queries, C/2 of the keys
+    int n = (int)(i / C), channel = 2 * (int)(i % C);
+    float x[2], angle[2];
+    real *pair = qkv + (size_t)n * 3 * C + channel;
+    load(x, pair);
+    load(angle, table + (size_t)(n % T) * hs + channel % hs);
+    float cosine = angle[0], sine = direction * angle[1];
+    float y[2] = {x[0] * cosine - x[1] * sine, x[0] * sine + x[1] * cosine};
+    store(pair, y);
+}
+
+template <class real>
+static void rope_turn(real *qkv, const float *table, int B, int T, int C, int hs, int direction) {
+    unsigned blocks = blocks_for((size_t)B * T * C, 256);
+    rope_kernel<real><<<blocks, 256>>>(qkv, table, B * T, T, C, hs, direction);
+    LAUNCH_CHECK();
+}
+
+template <class real>
+static void rope_forward(real *qkv, const float *table, int B, int T, int C, int hs) {
+    rope_turn(qkv, table, B, T, C, hs, 1);
+}
+
+// dx = R^T dy: the rotation back. dqkv (B,T,3C), in place.
+template <class real>
+static void rope_backward(real *dqkv, const float *table, int B, int T, int C, int hs) {
+    rope_turn(dqkv, table, B, T, C, hs, -1);
+}
+
+// SwiGLU: out = silu(a) * b. W neighbours a thread. out (N,H); inp (N,2H): a row holds a, then b.
+template <class real, int W>
+__global__ void swiglu_forward_kernel(real *out, const real *inp, size_t n, int H) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (i >= n) return;
+    const real *row = inp + i / H * 2 * H + i % H;
+    float a[W], b[W];
+    load(a, row), load(b, row + H);
+    for (int k = 0; k < W; k++) a[k] = a[k] / (1 + expf(-a[k])) * b[k];
+    store(out + i, a);
+}
+
+// With s = sigmoid(a):  db = dy a s,  da = dy b (s + a s (1 - s)).  dinp, inp (N,2H); dout (N,H).
+template <class real, int W>
+__global__ void swiglu_backward_kernel(real *dinp, const real *dout, const real *inp, size_t n,
+                                       int H) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (i >= n) return;
+    size_t at = i / H * 2 * H + i % H;
+    float a[W], b[W], dy[W];
+    load(a, inp + at), load(b, inp + at + H), load(dy, dout + i);
+    for (int k = 0; k < W; k++) {
+        float s = 1 / (1 + expf(-a[k]));
+        b[k] *= dy[k] * (s + a[k] * s * (1 - s));
+        a[k] *= dy[k] * s;
+    }
+    store(dinp + at, b), store(dinp + at + H, a);
+}
+
+template <class real> static void swiglu_forward(real *out, const real *inp, int N, int H) {
+    constexpr int W = 16 / sizeof(real);
+    size_t n = (size_t)N * H;
+    if (H % W == 0)
+        swiglu_forward_kernel<real, W><<<blocks_for(n, 256 * W), 256>>>(out, inp, n, H);
+    else
+        swiglu_forward_kernel<real, 1><<<blocks_for(n, 256), 256>>>(out, inp, n, H);
+    LAUNCH_CHECK();
+}
+
+template <class real>
+static void swiglu_backward(real *dinp, const real *dout, const real *inp, int N, int H) {
+    constexpr int W = 16 / sizeof(real);
+    size_t n = (size_t)N * H;
+    if (H % W == 0)
+        swiglu_backward_kernel<real, W><<<blocks_for(n, 256 * W), 256>>>(dinp, dout, inp, n, H);
+    else
+        swiglu_backward_kernel<real, 1><<<blocks_for(n, 256), 256>>>(dinp, dout, inp, n, H);
+    LAUNCH_CHECK();
+}
+
+/*
+Matrix multiplication is cuBLASLt's. It thinks in columns: a row-major (rows,cols) matrix is to it
+the transpose, cols x rows with cols numbers between columns. So for out = inp weight^T we ask for
+out^T = weight inp^T. To describe a product and to find the best of cuBLASLt's kernels for it takes
+longer than to run a small one; so the last PLANS products are remembered. The choice is cuBLASLt's
+own estimate, never a race, for a race could end differently in the next run.
+*/
+typedef struct {
+    int trans_a, trans_b, m, n, k, real_size, result_size;
+} Product;
+
+typedef struct {
+    Product product;
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, d;
+    cublasLtMatmulHeuristicResult_t found;
+} Plan;
+
+enum { PLANS = 64, WORKSPACE = 32 << 20 };
+static cublasLtHandle_t cublaslt;
+static void *workspace;
+static Plan plans[PLANS];
+static int num_plans;  // ever made; the next one goes to plans[num_plans % PLANS]
+
+static void free_plan(Plan *plan) {
+    if (!plan->operation) return;
+    CUBLAS_CHECK(cublasLtMatmulDescDestroy(plan->operation));
+    CUBLAS_CHECK(cublasLtMatrixLayoutDestroy(plan->a));
+    CUBLAS_CHECK(cublasLtMatrixLayoutDestroy(plan->b));
+    CUBLAS_CHECK(cublasLtMatrixLayoutDestroy(plan->d));
+    plan->operation = NULL;
+}
+
+static Plan *plan_for(Product p) {
+    for (int i = 0; i < imin(num_plans, PLANS); i++)
+        if (memcmp(&plans[i].product, &p, sizeof p) == 0) return &plans[i];
+    Plan *plan = &plans[num_plans++ % PLANS];
+    cublasOperation_t ops[] = {CUBLAS_OP_N, CUBLAS_OP_T};
+    cudaDataType_t types[] = {CUDA_R_16BF, CUDA_R_32F};
+    cudaDataType_t type = types[p.real_size == 4], result = types[p.result_size == 4];
+    cublasLtMatmulPreference_t preference;
+    size_t room = WORKSPACE;
+    int count = 0;
+    free_plan(plan);
+    plan->product = p;
+    CUBLAS_CHECK(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA,
+                                                &ops[p.trans_a], sizeof *ops));
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_TRANSB,
+                                                &ops[p.trans_b], sizeof *ops));
+    int a_rows = p.trans_a ? p.k : p.m, b_rows = p.trans_b ? p.n : p.k;
+    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&plan->a, type, a_rows, p.trans_a ? p.m : p.k, a_rows));
+    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&plan->b, type, b_rows, p.trans_b ? p.k : p.n, b_rows));
+    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&plan->d, result, p.m, p.n, p.m));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room));
+    CUBLAS_CHECK(cublasLtMatmulAlgoGetHeuristic(cublaslt, plan->operation, plan->a, plan->b,
+                                                plan->d, plan->d, preference, 1, &plan->found,
+                                                &count));
+    if (!count)
+        die("cuBLASLt has no kernel for a product of %d x %d x %d; make --channels a multiple of 8",
+            p.m, p.n, p.k);
+    CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(preference));
+    return plan;
+}
+
+// In columns: D (m,n) = A B, or D += A B. A is (m,k), or (k,m) if trans_a; B (k,n), or (n,k).
+template <class result, class real>
+static void gemm(result *d, const real *a, int trans_a, const real *b, int trans_b, int m, int n,
+                 int k, int accumulate) {
+    Product product = {trans_a, trans_b, m, n, k, sizeof(real), sizeof(result)};
+    Plan *plan = plan_for(product);
+    float alpha = 1, beta = accumulate ? 1 : 0;
+    CUBLAS_CHECK(cublasLtMatmul(cublaslt, plan->operation, &alpha, a, plan->a, b, plan->b, &beta, d,
+                                plan->d, d, plan->d, &plan->found.algo, workspace, WORKSPACE, 0));
+}
+
+// out = inp weight^T. out (N,OC), inp (N,C), weight (OC,C).
+template <class real>
+static void matmul_forward(real *out, const real *inp, const real *weight, int N, int C, int OC) {
+    gemm(out, weight, 1, inp, 0, OC, N, C, 0);
+}
+
+// dinp = dout weight; dweight += dout^T inp, summed and kept in float.
+// dinp, inp (N,C); dout (N,OC); weight, dweight (OC,C).
+template <class real>
+static void matmul_backward(real *dinp, float *dweight, const real *dout, const real *inp,
+                            const real *weight, int N, int C, int OC) {
+    gemm(dinp, weight, 0, dout, 0, C, N, OC, 0);
+    gemm(dweight, inp, 0, dout, 1, C, OC, N, 1);
+}
+
+/*
+Causal attention, after FlashAttention-2 (arXiv 2307.08691); the mathematics is in train_gpas.c:
+
+    S_ts = q_t . k_s / sqrt(hs) for s <= t    P_t = softmax over s of S_t    o_t = sum_s P_ts v_s
+
+A block of 4 warps has 64 rows (queries, or keys going backwards), a warp 16 of them. Tiles of COLS
+rows of the other side pass through shared memory. S, P and the results never leave the registers.
+
+What multiplies is the tensor core: D (16,8) += A (16,16) B (16,8), one instruction of a whole warp,
+in which each lane holds a few numbers of each matrix. With group = lane / 4 and pair = lane % 4:
+
+    A   a[0]: row group, columns 2 pair, 2 pair + 1       a[1]: the same of row group + 8
+        a[2], a[3]: as a[0], a[1], 8 columns further
+    B   b[0]: column group, rows 2 pair, 2 pair + 1       b[1]: 8 rows further
+    D   d[0], d[1]: row group, columns 2 pair, 2 pair + 1       d[2], d[3]: of row group + 8
+
+Two neighbouring D lie as one A does: P = softmax(q k^T) is the next product's A as it stands.
+The four lanes of a group share a row: its maximum and sum take two shuffles.
+*/
+enum { WARPS = 4, ROWS = 16 * WARPS };
+
+// D += A B in bf16.
+__device__ inline void mma(float (&d)[4], const Pack<bf16, 2> (&a)[4], const Pack<bf16, 2> (&b)[2]) {
+#ifdef __CUDA_ARCH__
+    const unsigned *A = (const unsigned *)a, *B = (const unsigned *)b;
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(B[0]), "r"(B[1]));
+#elif defined(CUDA_ON_CPU)
+    mma_m16n8k16_bf16(d, (const __nv_bfloat162 *)a, (const __nv_bfloat162 *)b);
+#endif
+}
+
+// D += A B in float, which tensor cores do not have: the lanes lay A and B out in shared memory.
+__device__ inline void mma(float (&d)[4], const Pack<float, 2> (&a)[4],
+                           const Pack<float, 2> (&b)[2]) {
+    __shared__ float A[WARPS][16][16];
+    __shared__ float B[WARPS][16][8];
+    int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    for (int i = 0; i < 2; i++)
+        for (int part = 0; part < 4; part++)
+            A[warp][group + part % 2 * 8][2 * pair + part / 2 * 8 + i] = a[part].x[i];
+    for (int i = 0; i < 2; i++)
+        for (int part = 0; part < 2; part++) B[warp][2 * pair + part * 8 + i][group] = b[part].x[i];
+    __syncwarp();
+    for (int k = 0; k < 16; k++)
+        for (int i = 0; i < 4; i++)
+            d[i] += A[warp][group + i / 2 * 8][k] * B[warp][k][2 * pair + i % 2];
+    __syncwarp();
+}
+
+// The A operands of a warp's 16 rows in global memory, `stride` apart: a (16,HS). Beyond the first
+// `valid` rows and `hs` columns they are 0.
+template <class real, int HS>
+__device__ inline void load_rows(Pack<real, 2> (&a)[HS / 16][4], const real *rows, size_t stride,
+                                 int valid, int hs) {
+    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    for (int k = 0; k < HS / 16; k++)
+        for (int part = 0; part < 4; part++) {
+            int row = group + part % 2 * 8, column = 16 * k + 2 * pair + part / 2 * 8;
+            float x[2] = {0, 0};
+            if (row < valid && column < hs) load(x, rows + row * stride + column);
+            store(a[k][part].x, x);
+        }
+}
+
+// A tile (COLS,HS) in shared memory. Its rows are PAD longer: 16 bytes, so that the 8 groups of a
+// warp, which read 8 rows at once, meet 8 different banks.
+template <class real, int HS> struct Tile { real x[HS + 16 / sizeof(real)]; };
+
+template <class real, int HS, int COLS>
+__device__ inline void load_tile(Tile<real, HS> (&tile)[COLS], const real *rows, size_t stride,
+                                 int valid, int hs) {
+    for (int i = threadIdx.x; i < COLS * HS / 2; i += 32 * WARPS) {
+        int row = i / (HS / 2), column = i % (HS / 2) * 2;
+        float x[2] = {0, 0};
+        if (row < valid && column < hs) load(x, rows + row * stride + column);
+        store(&tile[row].x[column], x);
+    }
+}
+
+// d (16,COLS) = a (16,HS) tile^T.
+template <class real, int HS, int COLS>
+__device__ inline void multiply_transposed(float (&d)[COLS / 8][4], const Pack<real, 2> (&a)[HS / 16][4],
+                                           const Tile<real, HS> (&tile)[COLS]) {
+    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    for (int j = 0; j < COLS / 8; j++) {
+        for (int i = 0; i < 4; i++) d[j][i] = 0;
+        for (int k = 0; k < HS / 16; k++) {
+            const real *row = tile[8 * j + group].x + 16 * k + 2 * pair;
+            Pack<real, 2> b[2] = {*(const Pack<real, 2> *)row, *(const Pack<real, 2> *)(row + 8)};
+            mma(d[j], a[k], b);
+        }
+    }
+}
+
+// d (16,HS) += p (16,COLS) tile, p as a product has left it.
+template <class real, int HS, int COLS>
+__device__ inline void multiply_add(float (&d)[HS / 8][4], const float (&p)[COLS / 8][4],
+                                    const Tile<real, HS> (&tile)[COLS]) {
+    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    for (int k = 0; k < COLS / 16; k++) {
+        Pack<real, 2> a[4], b[2];
+        for (int part = 0; part < 4; part++)
+            for (int i = 0; i < 2; i++)
+                round_to(a[part].x[i], p[2 * k + part / 2][part % 2 * 2 + i]);
+        for (int j = 0; j < HS / 8; j++) {
+            for (int part = 0; part < 2; part++)
+                for (int i = 0; i < 2; i++)
+                    b[part].x[i] = tile[16 * k + 8 * part + 2 * pair + i].x[8 * j + group];
+            mma(d[j], a, b);
+        }
+    }
+}
+
+// A warp's 16 result rows, times `scale` of each, to global memory.
+template <class real, int HS>
+__device__ inline void store_rows(real *rows, size_t stride, const float (&d)[HS / 8][4],
+                                  const float (&scale)[2], int valid, int hs) {
+    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    for (int j = 0; j < HS / 8; j++)
+        for (int half = 0; half < 2; half++) {
+            int row = group + 8 * half, column = 8 * j + 2 * pair;
+            float x[2] = {d[j][2 * half] * scale[half], d[j][2 * half + 1] * scale[half]};
+            if (row < valid && column < hs) store(rows + row * stride + column, x);
+        }
+}
+
+// Sum, or largest, over the four lanes of a group.
+__device__ inline float group_sum(float x) {
+    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+}
+
+__device__ inline float group_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+}
+
+// Scores p (16,COLS) of queries t0.. and keys s0.. become e^(S - m). The softmax is carried along: m
+// is the largest score of each row so far, l this lane's share of the sum; when a larger one turns
+// up, l and o (16,HS) are corrected by e^(m_old - m_new).
+template <int HS, int COLS>
+__device__ inline void softmax_tile(float (&p)[COLS / 8][4], float (&o)[HS / 8][4], float (&m)[2],
+                                    float (&l)[2], int t0, int s0, float scale) {
+    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    for (int half = 0; half < 2; half++) {
+        int query = t0 + group + 8 * half;
+        float largest = m[half];
+        for (int j = 0; j < COLS / 8; j++)
+            for (int i = 0; i < 2; i++) {
+                float *s = &p[j][2 * half + i];
+                *s = s0 + 8 * j + 2 * pair + i <= query ? *s * scale : -INFINITY;
+                largest = fmaxf(largest, *s);
+            }
+        largest = group_max(largest);
+        float correction = expf(m[half] - largest);
+        m[half] = largest, l[half] *= correction;
+        for (int j = 0; j < COLS / 8; j++)
+            for (int i = 0; i < 2; i++)
+                l[half] += p[j][2 * half + i] = expf(p[j][2 * half + i] - largest);
+        for (int j = 0; j < HS / 8; j++)
+            for (int i = 0; i < 2; i++) o[j][2 * half + i] *= correction;
+    }
+}
+
+// One block for 64 queries of one head. out (B,T,C); lse (B,NH,T); qkv (B,T,3C).
+template <class real, int HS, int COLS>
+__global__ void __launch_bounds__(32 * WARPS)
+attention_forward_kernel(real *out, float *lse, const real *qkv, int T, int C, int NH,
+                         float scale) {
+    __shared__ Tile<real, HS> keys[COLS];
+    __shared__ Tile<real, HS> values[COLS];
+    int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
+    int h = blockIdx.x / tiles % NH, first = (tiles - 1 - blockIdx.x % tiles) * ROWS;
+    int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, t0 = first + 16 * warp;
+    size_t stride = 3 * (size_t)C;
+    const real *q = qkv + (size_t)b * T * stride + h * hs, *k = q + C, *v = k + C;
+    Pack<real, 2> queries[HS / 16][4];
+    float o[HS / 8][4] = {}, m[2] = {-1e30f, -1e30f}, l[2] = {0, 0}, p[COLS / 8][4];
+    load_rows<real, HS>(queries, q + t0 * stride, stride, T - t0, hs);
+    for (int s0 = 0; s0 < min(T, first + ROWS); s0 += COLS) {  // the keys at or before the queries
+        load_tile<real, HS, COLS>(keys, k + s0 * stride, stride, T - s0, hs);
+        load_tile<real, HS, COLS>(values, v + s0 * stride, stride, T - s0, hs);
+        __syncthreads();
+        multiply_transposed<real, HS, COLS>(p, queries, keys);
+        softmax_tile<HS, COLS>(p, o, m, l, t0, s0, scale);
+        multiply_add<real, HS, COLS>(o, p, values);
+        __syncthreads();
+    }
+    for (int half = 0; half < 2; half++) {
+        int t = t0 + group + 8 * half;
+        l[half] = group_sum(l[half]);
+        if (threadIdx.x % 4 == 0 && t < T)
+            lse[((size_t)b * NH + h) * T + t] = m[half] + logf(l[half]);
+        l[half] = 1 / l[half];
+    }
+    store_rows<real, HS>(out + ((size_t)b * T + t0) * C + h * hs, C, o, l, T - t0, hs);
+}
+
+// delta_t = do_t . o_t, which is sum_s P_ts dP_ts, of every head. One warp for one (b,t,h).
+// delta (B,NH,T); dout, out (B,T,C).
+template <class real>
+__global__ void attention_delta_kernel(float *delta, const real *dout, const real *out, int N,
+                                       int T, int C, int NH) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    if (i >= (size_t)N * NH) return;  // all lanes of a warp alike
+    int n = (int)(i / NH), h = (int)(i % NH), hs = C / NH;
+    float sum = 0;
+    for (int c = threadIdx.x % 32; c < hs; c += 32) {
+        size_t at = (size_t)n * C + h * hs + c;
+        sum += to_float(dout[at]) * to_float(out[at]);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) delta[((size_t)(n / T) * NH + h) * T + n % T] = sum;
+}
+
+// P and dS of one query and key from the score s, without its scale, and dp = dP:
+//   P = e^(scale s - lse), 0 for a key after the query;   dS = scale P (dP - delta)
+__device__ inline void softmax_backward(float &s, float &dp, int seen, float lse, float delta,
+                                        float scale) {
+    s = seen ? expf(s * scale - lse) : 0;
+    dp = scale * s * (dp - delta);
+}
+
+// dv_s = sum_t P_ts do_t and dk_s = sum_t dS_ts q_t. One block for 64 keys of one head: its rows are
+// keys, so it needs S^T = k q^T and dP^T = v do^T; queries pass by.
+template <class real, int HS, int COLS>
+__global__ void __launch_bounds__(32 * WARPS)
+attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,
+                             const real *qkv, int T, int C, int NH, float scale) {
+    __shared__ Tile<real, HS> queries[COLS];
+    __shared__ Tile<real, HS> douts[COLS];
+    int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
+    int h = blockIdx.x / tiles % NH, first = blockIdx.x % tiles * ROWS;
+    int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    int s0 = first + 16 * warp;
+    size_t stride = 3 * (size_t)C, head = (size_t)b * T * stride + h * hs;
+    const real *q = qkv + head, *dy = dout + (size_t)b * T * C + h * hs;
+    Pack<real, 2> k[HS / 16][4], v[HS / 16][4];
+    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {}, p[COLS / 8][4], ds[COLS / 8][4];
+    load_rows<real, HS>(k, q + C + s0 * stride, stride, T - s0, hs);
+    load_rows<real, HS>(v, q + 2 * C + s0 * stride, stride, T - s0, hs);
+    lse += ((size_t)b * NH + h) * T, delta += ((size_t)b * NH + h) * T;
+    for (int t0 = first; t0 < T; t0 += COLS) {
+        load_tile<real, HS, COLS>(queries, q + t0 * stride, stride, T - t0, hs);
+        load_tile<real, HS, COLS>(douts, dy + (size_t)t0 * C, C, T - t0, hs);
+        __syncthreads();
+        multiply_transposed<real, HS, COLS>(p, k, queries);
+        multiply_transposed<real, HS, COLS>(ds, v, douts);
+        for (int j = 0; j < COLS / 8; j++)
+            for (int i = 0; i < 4; i++) {
+                int t = t0 + 8 * j + 2 * pair + i % 2, s = s0 + group + i / 2 * 8, seen = s <= t;
+                softmax_backward(p[j][i], ds[j][i], seen && t < T, t < T ? lse[t] : 0,
+                                 t < T ? delta[t] : 0, scale);
+            }
+        multiply_add<real, HS, COLS>(dv, p, douts);
+        multiply_add<real, HS, COLS>(dk, ds, queries);
+        __syncthreads();
+    }
+    const float one[2] = {1, 1};
+    real *out = dqkv + head + s0 * stride;
+    store_rows<real, HS>(out + C, stride, dk, one, T - s0, hs);
+    store_rows<real, HS>(out + 2 * C, stride, dv, one, T - s0, hs);
+}
+
+// dq_t = sum_s dS_ts k_s. One block for 64 queries of one head; keys pass by. S and dP are computed
+// again: the other way, adding dq up across the blocks of the kernel above, would take atomics.
+template <class real, int HS, int COLS>
+__global__ void __launch_bounds__(32 * WARPS)
+attention_backward_q_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,
+                            const real *qkv, int T, int C, int NH, float scale) {
+    __shared__ Tile<real, HS> keys[COLS];
+    __shared__ Tile<real, HS> values[COLS];
+    int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
+    int h = blockIdx.x / tiles % NH, first = (tiles - 1 - blockIdx.x % tiles) * ROWS;
+    int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    int t0 = first + 16 * warp;
+    size_t stride = 3 * (size_t)C, head = (size_t)b * T * stride + h * hs;
+    const real *k = qkv + head + C, *v = k + C, *dy = dout + ((size_t)b * T + t0) * C + h * hs;
+    Pack<real, 2> q[HS / 16][4], o[HS / 16][4];
+    float dq[HS / 8][4] = {}, p[COLS / 8][4], ds[COLS / 8][4], row_lse[2], row_delta[2];
+    load_rows<real, HS>(q, qkv + head + t0 * stride, stride, T - t0, hs);
+    load_rows<real, HS>(o, dy, C, T - t0, hs);
+    for (int half = 0; half < 2; half++) {
+        int t = t0 + group + 8 * half;
+        row_lse[half] = t < T ? lse[((size_t)b * NH + h) * T + t] : 0;
+        row_delta[half] = t < T ? delta[((size_t)b * NH + h) * T + t] : 0;
+    }
+    for (int s0 = 0; s0 < min(T, first + ROWS); s0 += COLS) {
+        load_tile<real, HS, COLS>(keys, k + s0 * stride, stride, T - s0, hs);
+        load_tile<real, HS, COLS>(values, v + s0 * stride, stride, T - s0, hs);
+        __syncthreads();
+        multiply_transposed<real, HS, COLS>(p, q, keys);
+        multiply_transposed<real, HS, COLS>(ds, o, values);
+        for (int j = 0; j < COLS / 8; j++)
+            for (int i = 0; i < 4; i++) {
+                int t = t0 + group + i / 2 * 8, s = s0 + 8 * j + 2 * pair + i % 2;
+                softmax_backward(p[j][i], ds[j][i], s <= t && t < T, row_lse[i / 2],
+                                 row_delta[i / 2], scale);
+            }
+        multiply_add<real, HS, COLS>(dq, ds, keys);
+        __syncthreads();
+    }
+    const float one[2] = {1, 1};
+    store_rows<real, HS>(dqkv + head + t0 * stride, stride, dq, one, T - t0, hs);
+}
+
+enum { MAX_HEAD = 128 };  // channels of a head
+
+// out (B,T,C), lse (B,NH,T), qkv (B,T,3C). C/NH even, at most MAX_HEAD.
+template <class real>
+static void attention_forward(real *out, float *lse, const real *qkv, int B, int T, int C, int NH) {
+    int hs = C / NH, blocks = B * NH * ((T + ROWS - 1) / ROWS), threads = 32 * WARPS;
+    float scale = 1 / sqrtf((float)hs);
+    if (hs <= 32)
+        attention_forward_kernel<real, 32, 64><<<blocks, threads>>>(out, lse, qkv, T, C, NH, scale);
+    else if (hs <= 64)
+        attention_forward_kernel<real, 64, 64><<<blocks, threads>>>(out, lse, qkv, T, C, NH, scale);
+    else
+        attention_forward_kernel<real, 128, 32><<<blocks, threads>>>(out, lse, qkv, T, C, NH,
+                                                                     scale);
+    LAUNCH_CHECK();
+}
+
+template <class real, int HS, int COLS>
+static void attention_backward_sized(real *dqkv, const real *dout, const float *lse,
+                                     const float *delta, const real *qkv, int B, int T, int C,
+                                     int NH) {
+    int blocks = B * NH * ((T + ROWS - 1) / ROWS), threads = 32 * WARPS;
+    float scale = 1 / sqrtf((float)C / NH);
+    attention_backward_kv_kernel<real, HS, COLS><<<blocks, threads>>>(dqkv, dout, lse, delta, qkv,
+                                                                      T, C, NH, scale);
+    LAUNCH_CHECK();
+    attention_backward_q_kernel<real, HS, COLS><<<blocks, threads>>>(dqkv, dout, lse, delta, qkv, T,
+                                                                     C, NH, scale);
+    LAUNCH_CHECK();
+}
+
+// dqkv, qkv (B,T,3C); dout, out (B,T,C); lse, delta (B,NH,T), delta is scratch.
+template <class real>
+static void attention_backward(real *dqkv, float *delta, const real *dout, const real *out,
+                               const float *lse, const real *qkv, int B, int T, int C, int NH) {
+    unsigned blocks = blocks_for((size_t)B * T * NH, 8);
+    int hs = C / NH;
+    attention_delta_kernel<real><<<blocks, 256>>>(delta, dout, out, B * T, T, C, NH);
+    LAUNCH_CHECK();
+    if (hs <= 32)
+        attention_backward_sized<real, 32, 64>(dqkv, dout, lse, delta, qkv, B, T, C, NH);
+    else if (hs <= 64)
+        attention_backward_sized<real, 64, 64>(dqkv, dout, lse, delta, qkv, B, T, C, NH);
+    else
+        attention_backward_sized<real, 128, 32>(dqkv, dout, lse, delta, qkv, B, T, C, NH);
+}
+
+// loss = lse - logit of the target, lse = log sum_v e^logit_v. One block a row, which is read once:
+// each thread carries the largest of its logits and the sum of e^(logit - largest) along.
+// losses, lse (N); logits (N,V) with rows `stride` apart; targets (N).
+template <class real, int W>
+__global__ void crossentropy_forward_kernel(float *losses, float *lse, const real *logits,
+                                            const int *targets, int V, int stride) {
+    const real *row = logits + (size_t)blockIdx.x * stride;
+    float largest = -INFINITY, sum = 0, x[W];
+    for (int v = threadIdx.x * W; v < V; v += blockDim.x * W) {
+        load(x, row + v);
+        for (int i = 0; i < W && v + i < V; i++) {
+            float m = fmaxf(largest, x[i]);
+            sum = sum * expf(largest - m) + expf(x[i] - m);
+            largest = m;
+        }
+    }
+    float m = block_max(largest);
+    sum = block_sum(largest > -INFINITY ? sum * expf(largest - m) : 0);
+    if (threadIdx.x > 0) return;
+    lse[blockIdx.x] = m + logf(sum);
+    losses[blockIdx.x] = m + logf(sum) - to_float(row[targets[blockIdx.x]]);
+}
+
+// In place: logit_v becomes its gradient (e^(logit_v - lse) - [v is the target]) * scale. What lies
+// between V and stride becomes 0.
+template <class real, int W>
+__global__ void crossentropy_backward_kernel(real *logits, const float *lse, const int *targets,
+                                             float scale, int V, int stride) {
+    real *row = logits + (size_t)blockIdx.x * stride;
+    int target = targets[blockIdx.x];
+    float row_lse = lse[blockIdx.x], x[W];
+    for (int v = threadIdx.x * W; v < stride; v += blockDim.x * W) {
+        load(x, row + v);
+        for (int i = 0; i < W; i++)
+            x[i] = v + i < V ? (expf(x[i] - row_lse) - (v + i == target)) * scale : 0;
+        store(row + v, x);
+    }
+}
+
+template <class real>
+static void crossentropy_forward(float *losses, float *lse, const real *logits, const int *targets,
+                                 int N, int V, int stride) {
+    constexpr int W = 16 / sizeof(real);
+    if (stride % W == 0)
+        crossentropy_forward_kernel<real, W><<<N, 256>>>(losses, lse, logits, targets, V, stride);
+    else
+        crossentropy_forward_kernel<real, 1><<<N, 256>>>(losses, lse, logits, targets, V, stride);
+    LAUNCH_CHECK();
+}
+
+template <class real>
+static void crossentropy_backward(real *logits, const float *lse, const int *targets, float scale,
+                                  int N, int V, int stride) {
+    constexpr int W = 16 / sizeof(real);
+    if (stride % W == 0)
+        crossentropy_backward_kernel<real, W><<<N, 256>>>(logits, lse, targets, scale, V, stride);
+    else
+        crossentropy_backward_kernel<real, 1><<<N, 256>>>(logits, lse, targets, scale, V, stride);
+    LAUNCH_CHECK();
+}
+
+/* ------------------------------------------------------------------------------------------------
+3. Optimizer
+
+All parameters lie in one block, gradients and moments in three more. A kernel that goes over all of
+them at once must know what each number belongs to: the block is cut into chunks of at most
+CHUNK numbers, none across two tensors, and a thread block takes one.
+*/
+enum { CHUNK = 4096 };
+enum { MATRIX, VECTOR, GATE };  // decays; does not; is clipped by itself and may be fixed
+
+typedef struct {
+    size_t offset;
+    int size, layer;  // layer -1: embedding, final norm, output
+    int kind;
+} Chunk;
+
+// What AdamW needs beside its arrays, as in train_gpas.c. clip, gate_clip: factors of the gradient.
+typedef struct {
+    float lr, beta1, beta2, eps, weight_decay, clip, gate_clip, unbias_m, unbias_v;
+    int train_gates;
+} AdamW;
+
+// The derivation is in train_gpas.c. weights: the copy that is multiplied with, rounded to `real`;
+// the same array as p where real is float.
+template <class real>
+__global__ void adamw_kernel(real *weights, float *p, const float *grad, float *m, float *v,
+                             const Chunk *chunks, AdamW a) {
+    Chunk chunk = chunks[blockIdx.x];
+    if (chunk.kind == GATE && !a.train_gates) return;
+    float clip = chunk.kind == GATE ? a.gate_clip : a.clip;
+    float decay = chunk.kind == MATRIX ? a.weight_decay : 0;
+    for (int k = threadIdx.x; k < chunk.size; k += blockDim.x) {
+        size_t i = chunk.offset + k;
+        float g = grad[i] * clip, x = p[i];
+        float mi = a.beta1 * m[i] + (1 - a.beta1) * g;
+        float vi = a.beta2 * v[i] + (1 - a.beta2) * g * g;
+        x -= a.lr * (mi * a.unbias_m / (sqrtf(vi * a.unbias_v) + a.eps) + decay * x);
+        m[i] = mi, v[i] = vi, p[i] = x;
+        round_to(weights[i], x);
+    }
+}
+
+// t = 1, 2, ...: the step.
+template <class real>
+static void adamw_update(real *weights, float *p, const float *grad, float *m, float *v,
+                         const Chunk *chunks, int num_chunks, AdamW a, int t) {
+    a.unbias_m = (float)(1 / (1 - pow(a.beta1, t)));
+    a.unbias_v = (float)(1 / (1 - pow(a.beta2, t)));
+    adamw_kernel<real><<<num_chunks, 256>>>(weights, p, grad, m, v, chunks, a);
+    LAUNCH_CHECK();
+}
+
+// squares[chunk] = the sum of the squares of its gradients. The host adds them up, in order.
+__global__ void squares_kernel(float *squares, const float *grad, const Chunk *chunks) {
+    Chunk chunk = chunks[blockIdx.x];
+    float sum = 0;
+    for (int k = threadIdx.x; k < chunk.size; k += blockDim.x)
+        sum += grad[chunk.offset + k] * grad[chunk.offset + k];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) squares[blockIdx.x] = sum;
+}
+
+// The matrices' copy in `real`. weights, p (n).
+template <class real> __global__ void round_kernel(real *weights, const float *p, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) round_to(weights[i], p[i]);
+}
+
+// sums[block] = {sum of x, sum of x^2} over the block's share of x (n).
+enum { MOMENT_BLOCKS = 256 };
+template <class real> __global__ void moments_kernel(Pack<double, 2> *sums, const real *x, size_t n) {
+    double sum = 0, square = 0;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x) {
+        double value = to_float(x[i]);
+        sum += value, square += value * value;
+    }
+    sum = block_sum(sum), square = block_sum(square);
+    if (threadIdx.x == 0) sums[blockIdx.x].x[0] = sum, sums[blockIdx.x].x[1] = square;
+}
+
+/* ------------------------------------------------------------------------------------------------
+4. Model
+
+On the GPU H and V are rounded up to multiples of 8, so that rows begin at multiples of 16 bytes:
+w1, w3 and the output matrix get more rows, w2 more columns, all 0. Their gradients are 0 too, and
+AdamW leaves what has no gradient at 0: nothing else needs to know. Files have the sizes without it.
+*/
+
+// A sublayer's activations, as in train_gpas.c. With the norm first, `normed` and `rstd` are written
+// by the sublayer before it; with the norm last, `out` is N(sum).
+template <class real> struct Sublayer {
+    real *inp, *normed;           // (B,T,C) normed is inp itself where the norm comes last
+    real *qkv, *pre_act, *inner;  // (B,T,3C), (B,T,2H), (B,T,C or H)
+    real *branch, *sum, *out;     // (B,T,C) out is sum where nothing follows it
+    float *lse, *rstd, *branch_rstd;  // (B,NH,T), (B,T), (B,T)
+};
+
+template <class real> struct Network {
+    real *weights;               // the parameters in `real`; for fp32 the parameters themselves
+    Sublayer<real> *sublayers;   // (2L)
+    real *embedded, *final_normed, *logits;      // (B,T,C), (B,T,C), (B,T,V)
+    real *scratch, *shared, *dx, *dinp, *dinner, *dwide;  // (B,T,C) four times, (B,T,C or H), ...
+};
+
+typedef struct {
+    const Options *o;
+    Tensor *tensors;             // as in the files
+    int num_tensors, in_bf16;
+    size_t num_parameters, layer_size;
+    float *parameters, *gradients, *adam_m, *adam_v;  // on the host, as in the files; when needed
+    size_t *offsets, room;       // on the GPU: where each tensor is, and the whole block's length
+    int H, V;                    // rounded up
+    float *p, *d, *m, *v;        // on the GPU (room): parameters, gradients, Adam's moments
+    Chunk *chunks, *host_chunks;
+    int num_chunks;
+    float *squares, *host_squares;     // (num_chunks)
+    Network<float> fp32;         // one of the two is in use
+    Network<bf16> half;
+    float *rope_table, *final_rstd, *logits_lse, *losses, *delta, *partial;
+    Pack<double, 2> *moments;
+    int *tokens, *targets, *positions, *starts;  // (B,T) three times, (V+1)
+    int *host_order;             // (B,T) and (V+1): positions and starts
+    float *host_losses, *host_logits;  // (B,T), (V)
+    size_t bytes;                // on the GPU, all together
+    void **blocks;               // all GPU memory, to be freed
+    int num_blocks, planning;    // planning: take() only counts
+} Model;
+
+// What train_gpas.c's training loop asks of a model.
+static void model_create(Model *m, const Options *o, int B, int training);
+static void model_free(Model *m);
+static Holdings holdings(Model *m);
+static void model_changed(Model *m);
+static void model_device(const Model *m, char *text);
+static double model_forward(Model *m, const int *tokens, const int *targets, int B, int T);
+static void model_backward(Model *m, const int *tokens, const int *targets, int B, int T,
+                           double scale);
+static const float *model_logits(Model *m, int n);
+static void zero_gradients(Model *m);
+static double gradient_norms(Model *m, double *layers, double *gates);
+static void model_update(Model *m, int t, double norm, double gate_norm);
+static void layer_state(Model *m, int l, int B, int T, double variances[2], double *gate);
+
+#include "train_gpas.c"
+
+// GPU memory for n numbers, or only its count while planning.
+template <class number> static void take(Model *m, number **place, size_t n) {
+    size_t bytes = (n * sizeof(number) + 255) / 256 * 256;
+    if (m->planning) {
+        m->bytes += bytes, *place = NULL;
+        return;
+    }
+    CUDA_CHECK(cudaMalloc((void **)place, bytes));
+    m->blocks[m->num_blocks++] = *place;
+}
+
+// Where each tensor lies on the GPU: at multiples of 256 bytes in bf16 too, but wk, wv and w3 right
+// behind the matrices before them, with which they are multiplied at once.
+static void lay_out(Model *m) {
+    m->room = 0, m->num_chunks = 0;
+    for (int i = 0; i < m->num_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        size_t rows = t->rows, cols = imax(t->cols, 1);
+        int follows = strstr(t->name, ".wk.") || strstr(t->name, ".wv.") || strstr(t->name, ".w3.");
+        if (strstr(t->name, ".w1.") || strstr(t->name, ".w3.")) rows = m->H;
+        if (strstr(t->name, ".w2.")) cols = m->H;
+        if (i == m->num_tensors - 1) rows = m->V;
+        if (!follows) m->room = (m->room + 127) / 128 * 128;
+        m->offsets[i] = m->room;
+        for (size_t at = 0; at < rows * cols; at += CHUNK) {
+            size_t left = rows * cols - at;
+            Chunk chunk = {m->room + at, (int)(left < CHUNK ? left : (size_t)CHUNK), -1, VECTOR};
+            if (t->cols) chunk.kind = MATRIX;
+            else if (t->rows == 1) chunk.kind = GATE;
+            sscanf(t->name, "layers.%d.", &chunk.layer);
+            if (m->host_chunks) m->host_chunks[m->num_chunks] = chunk;
+            m->num_chunks++;
+        }
+        m->room += rows * cols;
+    }
+}
+
+// The activations of N = B T tokens.
+template <class real> static void create_sublayers(Model *m, Network<real> *net, size_t N) {
+    const Options *o = m->o;
+    size_t C = o->channels, H = m->H;
+    real *x = net->embedded;
+    for (int s = 0; s < 2 * o->layers; s++) {
+        Sublayer<real> *a = &net->sublayers[s];
+        int last = norm_comes_last(o, s / 2), attention = s % 2 == 0;
+        a->inp = a->normed = x;
+        if (!last) take(m, &a->normed, N * C);
+        take(m, &a->rstd, N);
+        if (attention) take(m, &a->qkv, 3 * N * C), take(m, &a->lse, N * o->heads);
+        else take(m, &a->pre_act, 2 * N * H);
+        take(m, &a->inner, N * (attention ? C : H));
+        a->branch = net->shared;
+        if (has_branch_norm(o)) take(m, &a->branch, N * C), take(m, &a->branch_rstd, N);
+        take(m, &a->sum, N * C);
+        a->out = a->sum;
+        if (last || o->gpas) take(m, &a->out, N * C);
+        x = a->out;
+    }
+}
+
+// All GPU memory: called twice, to count it and to have it.
+template <class real> static void create_network(Model *m, Network<real> *net, int B, int training) {
+    const Options *o = m->o;
+    size_t T = o->seq_len, C = o->channels, H = m->H, N = B * T;
+    take(m, &m->p, m->room);
+    net->weights = (real *)m->p;
+    if (sizeof(real) < sizeof(float)) take(m, &net->weights, m->room);
+    take(m, &net->embedded, N * C), take(m, &net->shared, N * C), take(m, &net->scratch, N * C);
+    create_sublayers(m, net, N);
+    take(m, &net->final_normed, N * C), take(m, &m->final_rstd, N);
+    take(m, &net->logits, N * m->V), take(m, &m->logits_lse, N), take(m, &m->losses, N);
+    take(m, &m->rope_table, T * (C / o->heads));
+    take(m, &m->moments, MOMENT_BLOCKS), take(m, &m->tokens, N), take(m, &m->targets, N);
+    if (!training) return;
+    take(m, &m->d, m->room), take(m, &m->m, m->room), take(m, &m->v, m->room);
+    take(m, &m->chunks, m->num_chunks), take(m, &m->squares, m->num_chunks);
+    take(m, &net->dx, N * C), take(m, &net->dinp, N * C);
+    take(m, &net->dinner, N * (C > H ? C : H));
+    take(m, &net->dwide, N * (3 * C > 2 * H ? 3 * C : 2 * H));
+    take(m, &m->delta, N * o->heads), take(m, &m->partial, (size_t)ROW_BLOCKS * (C + 1));
+    take(m, &m->positions, N), take(m, &m->starts, o->vocab_size + 1);
+}
+
+static void create_memory(Model *m, int B, int training) {
+    if (m->in_bf16) create_network(m, &m->half, B, training);
+    else create_network(m, &m->fp32, B, training);
+}
+
+// The first CUDA device, cuBLASLt and its workspace: once in a program.
+static void open_device(void) {
+    int devices = 0;
+    cudaError_t error = cudaGetDeviceCount(&devices);
+    if (error != cudaSuccess || devices == 0)
+        die("no CUDA device (%s); ./train_gpas trains on the CPU",
+            error != cudaSuccess ? cudaGetErrorString(error) : "none is there");
+    if (cublaslt) return;
+    CUDA_CHECK(cudaSetDevice(0));
+    CUBLAS_CHECK(cublasLtCreate(&cublaslt));
+    CUDA_CHECK(cudaMalloc(&workspace, WORKSPACE));
+}
+
+// A network with fresh parameters, for B sequences of --seq-len tokens at once. Without `training`
+// it has no room for gradients. Ends the program when memory is short or a size is too large.
+static void model_create(Model *m, const Options *o, int B, int training) {
+    size_t N = (size_t)B * o->seq_len, free_bytes, total_bytes;
+    memset(m, 0, sizeof *m);
+    m->o = o, m->in_bf16 = o->dtype == DTYPE_BF16;
+    m->H = (o->hidden + 7) / 8 * 8, m->V = (o->vocab_size + 7) / 8 * 8;
+    if (o->channels / o->heads > MAX_HEAD)
+        die("--channels %d over --heads %d is more than %d, the widest head on the GPU",
+            o->channels, o->heads, MAX_HEAD);
+    if (o->channels > 12288) die("--channels %d is over 12288, the most on the GPU", o->channels);
+    open_device();
+    add_tensors(m);
+    m->offsets = (size_t *)allocate(m->num_tensors, sizeof(size_t));
+    lay_out(m);  // how many chunks; then which
+    m->host_chunks = (Chunk *)allocate(m->num_chunks, sizeof(Chunk));
+    lay_out(m);
+    m->half.sublayers = (Sublayer<bf16> *)allocate(2 * o->layers, sizeof(Sublayer<bf16>));
+    m->fp32.sublayers = (Sublayer<float> *)allocate(2 * o->layers, sizeof(Sublayer<float>));
+    m->blocks = (void **)allocate(40 + 20 * o->layers, sizeof(void *));
+    m->planning = 1;
+    create_memory(m, B, training);
+    CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
+    if (m->bytes > free_bytes)
+        die("not enough GPU memory: %zu MiB needed, %zu of %zu MiB free; lower --batch or --seq-len",
+            m->bytes >> 20, free_bytes >> 20, total_bytes >> 20);
+    m->planning = 0;
+    create_memory(m, B, training);
+    m->host_order = (int *)allocate(N + o->vocab_size + 1, sizeof(int));
+    m->host_losses = (float *)allocate(N, sizeof(float));
+    m->host_logits = (float *)allocate(m->V, sizeof(float));
+    m->host_squares = (float *)allocate(m->num_chunks, sizeof(float));
+    float *table = (float *)allocate(o->seq_len * (o->channels / o->heads), sizeof(float));
+    rope_angles(table, o->seq_len, o->channels / o->heads);
+    CUDA_CHECK(cudaMemcpy(m->rope_table, table, o->seq_len * (o->channels / o->heads) * 4,
+                          cudaMemcpyHostToDevice));
+    free(table);
+    CUDA_CHECK(cudaMemset(m->p, 0, m->room * sizeof(float)));
+    if (training) {
+        CUDA_CHECK(cudaMemset(m->m, 0, m->room * sizeof(float)));
+        CUDA_CHECK(cudaMemset(m->v, 0, m->room * sizeof(float)));
+        CUDA_CHECK(cudaMemcpy(m->chunks, m->host_chunks, m->num_chunks * sizeof(Chunk),
+                              cudaMemcpyHostToDevice));
+        zero_gradients(m);
+    }
+    m->parameters = (float *)allocate(m->num_parameters, sizeof(float));
+    initialize(m);
+    model_changed(m);
+}
+
+static void model_free(Model *m) {
+    while (m->num_blocks) CUDA_CHECK(cudaFree(m->blocks[--m->num_blocks]));
+    free(m->parameters), free(m->gradients), free(m->adam_m), free(m->adam_v);
+    free(m->tensors), free(m->offsets), free(m->host_chunks), free(m->host_squares);
+    free(m->half.sublayers), free(m->fp32.sublayers), free(m->blocks);
+    free(m->host_order), free(m->host_losses), free(m->host_logits);
+}
+
+static void model_device(const Model *m, char *text) {
+    cudaDeviceProp device;
+    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    snprintf(text, TEXT_SIZE, "%s, %zu MiB of its memory", device.name, m->bytes >> 20);
+}
+
+// Moves all tensors between a block on the host, laid out as in the files, and one on the GPU.
+static void move_tensors(const Model *m, float *host, float *device, int to_device) {
+    for (int i = 0; i < m->num_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        size_t rows = t->cols ? t->rows : 1, width = (t->cols ? t->cols : t->rows) * sizeof(float);
+        size_t pitch = strstr(t->name, ".w2.") ? m->H * sizeof(float) : width;
+        float *here = host + t->offset, *there = device + m->offsets[i];
+        if (to_device)
+            CUDA_CHECK(cudaMemcpy2D(there, pitch, here, width, width, rows,
+                                    cudaMemcpyHostToDevice));
+        else
+            CUDA_CHECK(cudaMemcpy2D(here, width, there, pitch, width, rows,
+                                    cudaMemcpyDeviceToHost));
+    }
+}
+
+static void download(const Model *m, float **host, float *device) {
+    if (!device) return;
+    if (!*host) *host = (float *)allocate(m->num_parameters, sizeof(float));
+    move_tensors(m, *host, device, 0);
+}
+
+// What a checkpoint holds of the model, brought to the host.
+static Holdings holdings(Model *m) {
+    download(m, &m->parameters, m->p), download(m, &m->gradients, m->d);
+    download(m, &m->adam_m, m->m), download(m, &m->adam_v, m->v);
+    Holdings h = {m->o, m->tensors, m->num_tensors, m->num_parameters,
+                  m->parameters, m->gradients, m->adam_m, m->adam_v};
+    return h;
+}
+
+// Takes parameters and moments from the host, after they were replaced there.
+static void model_changed(Model *m) {
+    move_tensors(m, m->parameters, m->p, 1);
+    if (m->adam_m) move_tensors(m, m->adam_m, m->m, 1), move_tensors(m, m->adam_v, m->v, 1);
+    if (m->in_bf16) {
+        round_kernel<bf16><<<blocks_for(m->room, 256), 256>>>(m->half.weights, m->p, m->room);
+        LAUNCH_CHECK();
+    }
+}
+
+// The parameters of layer l in `block`: m->p, m->d or the network's weights.
+template <class number> struct Layer {
+    number *wqkv, *wo, *w13, *w2;     // (3C,C), (C,C), (2H,C), (C,H)
+    number *norm[2], *branch_norm[2]; // (C)
+    number *gate;                     // (1)
+};
+
+template <class number> static Layer<number> layer_at(const Model *m, number *block, int l) {
+    const size_t *at = m->offsets + 1 + l * ((m->num_tensors - 3) / m->o->layers);
+    Layer<number> w = {block + at[0], block + at[3], block + at[4], block + at[6], {}, {}, NULL};
+    at += 7;
+    for (int s = 0; s < 2; s++) {
+        w.norm[s] = block + *at++;
+        if (has_branch_norm(m->o)) w.branch_norm[s] = block + *at++;
+    }
+    if (m->o->gpas) w.gate = block + *at;
+    return w;
+}
+
+static Gpas gpas_of(const Model *m, int l) {
+    const Options *o = m->o;
+    Gpas g = {layer_at(m, m->p, l).gate, o->gate_act, o->stop_grad, norm_comes_last(o, l),
+              shortcut_scale(o)};
+    return g;
+}
+
+static const Gpas no_gpas = {NULL, 0, 1, 0, 1};
+
+// RMSNorm by itself.
+template <class real>
+static void rmsnorm_forward(real *out, float *rstd, const real *inp, const float *weight, int N,
+                            int C) {
+    residual_gpas_rmsnorm_forward<real>(NULL, NULL, out, rstd, inp, NULL, weight, no_gpas, N, C);
+}
+
+// dinp = dnext + the gradient that comes back through the norm. dnext NULL: 0.
+template <class real>
+static void rmsnorm_backward(real *dinp, float *dweight, float *partial, const real *dnext,
+                             const real *dout, const real *inp, const float *weight,
+                             const float *rstd, int N, int C) {
+    residual_gpas_rmsnorm_backward<real>(dinp, NULL, dweight, NULL, partial, dnext, dout, inp, rstd,
+                                         weight, NULL, no_gpas, N, C);
+}
+
+// The branch f of sublayer s: a->branch = f(a->normed).
+template <class real>
+static void branch_forward(const Model *m, const Network<real> *net, int s, int B, int T) {
+    int C = m->o->channels, H = m->H, NH = m->o->heads, N = B * T;
+    const Sublayer<real> *a = &net->sublayers[s];
+    Layer<real> w = layer_at(m, net->weights, s / 2);
+    if (s % 2 == 0) {
+        matmul_forward(a->qkv, a->normed, w.wqkv, N, C, 3 * C);
+        rope_forward(a->qkv, m->rope_table, B, T, C, C / NH);
+        attention_forward(a->inner, a->lse, a->qkv, B, T, C, NH);
+        matmul_forward(a->branch, a->inner, w.wo, N, C, C);
+    } else {
+        matmul_forward(a->pre_act, a->normed, w.w13, N, C, 2 * H);
+        swiglu_forward(a->inner, a->pre_act, N, H);
+        matmul_forward(a->branch, a->inner, w.w2, N, H, C);
+    }
+}
+
+// Given dout (B,T,C), the gradient of the branch's output, leaves that of its input in net->dinp.
+template <class real>
+static void branch_backward(const Model *m, const Network<real> *net, const real *dout, int s, int B,
+                            int T) {
+    int C = m->o->channels, H = m->H, NH = m->o->heads, N = B * T;
+    const Sublayer<real> *a = &net->sublayers[s];
+    Layer<real> w = layer_at(m, net->weights, s / 2);
+    Layer<float> d = layer_at(m, m->d, s / 2);
+    if (s % 2 == 0) {
+        matmul_backward(net->dinner, d.wo, dout, a->inner, w.wo, N, C, C);
+        attention_backward(net->dwide, m->delta, net->dinner, a->inner, a->lse, a->qkv, B, T, C, NH);
+        rope_backward(net->dwide, m->rope_table, B, T, C, C / NH);
+        matmul_backward(net->dinp, d.wqkv, net->dwide, a->normed, w.wqkv, N, C, 3 * C);
+    } else {
+        matmul_backward(net->dinner, d.w2, dout, a->inner, w.w2, N, H, C);
+        swiglu_backward(net->dwide, net->dinner, a->pre_act, N, H);
+        matmul_backward(net->dinp, d.w13, net->dwide, a->normed, w.w13, N, C, 2 * H);
+    }
+}
+
+/*
+The twelve networks are those of train_gpas.c:
+
+    pre, lns, sandwich    x = [G](x + f(N x))             norm first; sandwich: N' f(N x)
+    post, deepnorm        x = N(A [G]x + f(x))            norm last
+    mix                   the first L/4 layers norm last, the others norm first
+
+A fused kernel reaches from the end of one branch to the beginning of the next. So norm first, a
+sublayer ends with the norm that the next sublayer, or the output matrix, begins with: norm_after().
+Only where no norm-first sublayer comes before, there is a norm by itself: norm_by_itself().
+*/
+template <class real> struct Norm {
+    real *normed;      // (B,T,C)
+    float *rstd;       // (B,T)
+    size_t weight;     // its offset in m->p and m->d
+};
+
+// The norm at the beginning of sublayer s; the final norm for s = 2L.
+template <class real> static Norm<real> norm_before(const Model *m, const Network<real> *net, int s) {
+    if (s == 2 * m->o->layers) {
+        Norm<real> norm = {net->final_normed, m->final_rstd, m->offsets[m->num_tensors - 2]};
+        return norm;
+    }
+    const Sublayer<real> *a = &net->sublayers[s];
+    Norm<real> norm = {a->normed, a->rstd, (size_t)(layer_at(m, m->p, s / 2).norm[s % 2] - m->p)};
+    return norm;
+}
+
+// Does sublayer s, or the output matrix for s = 2L, begin with a norm that no sublayer computed?
+static int norm_by_itself(const Model *m, int s) {
+    int first = s == 2 * m->o->layers || !norm_comes_last(m->o, s / 2);
+    return first && (s == 0 || norm_comes_last(m->o, (s - 1) / 2));
+}
+
+template <class real>
+static void sublayer_forward(const Model *m, const Network<real> *net, int s, int B, int T) {
+    int C = m->o->channels, N = B * T;
+    const Sublayer<real> *a = &net->sublayers[s];
+    Layer<float> p = layer_at(m, m->p, s / 2);
+    Gpas g = gpas_of(m, s / 2);
+    const real *branch = a->branch;
+    branch_forward(m, net, s, B, T);
+    if (has_branch_norm(m->o)) {
+        rmsnorm_forward(net->scratch, a->branch_rstd, a->branch, p.branch_norm[s % 2], N, C);
+        branch = net->scratch;
+    }
+    if (g.norm_last) {
+        residual_gpas_rmsnorm_forward<real>(a->sum, NULL, a->out, a->rstd, a->inp, branch,
+                                            p.norm[s % 2], g, N, C);
+    } else {
+        Norm<real> next = norm_before(m, net, s + 1);
+        residual_gpas_rmsnorm_forward<real>(a->sum, a->out == a->sum ? NULL : a->out, next.normed,
+                                            next.rstd, a->inp, branch, m->p + next.weight, g, N, C);
+    }
+}
+
+// The same steps backwards. dnext, dnormed: the gradients of the sublayer's output that come down the
+// shortcut and out of the next branch, before the norm where there is one; NULL: 0. Leaves those of
+// its input in net->dx, along the shortcut, and in net->dinp, of the branch's input.
+template <class real>
+static void sublayer_backward(const Model *m, const Network<real> *net, const real *dnext,
+                              const real *dnormed, int s, int B, int T) {
+    int C = m->o->channels, N = B * T;
+    const Sublayer<real> *a = &net->sublayers[s];
+    Layer<float> p = layer_at(m, m->p, s / 2), d = layer_at(m, m->d, s / 2);
+    Gpas g = gpas_of(m, s / 2);
+    float *dgate = m->o->gate_train ? d.gate : NULL;
+    real *dbranch = net->dx;
+    if (g.norm_last) {
+        dbranch = net->scratch;
+        residual_gpas_rmsnorm_backward<real>(dbranch, net->dx, d.norm[s % 2], dgate, m->partial,
+                                             dnext, dnormed, a->sum, a->rstd, p.norm[s % 2], a->inp,
+                                             g, N, C);
+    } else {
+        Norm<real> next = norm_before(m, net, s + 1);
+        residual_gpas_rmsnorm_backward<real>(net->dx, NULL, m->d + next.weight, dgate, m->partial,
+                                             dnext, dnormed, a->out, next.rstd, m->p + next.weight,
+                                             a->sum, g, N, C);
+    }
+    if (has_branch_norm(m->o)) {
+        dbranch = net->scratch;
+        rmsnorm_backward<real>(dbranch, d.branch_norm[s % 2], m->partial, NULL, net->dx, a->branch,
+                               p.branch_norm[s % 2], a->branch_rstd, N, C);
+    }
+    branch_backward(m, net, dbranch, s, B, T);
+}
+
+// Sublayers, final norm and logits of tokens (B,T) on the GPU.
+template <class real>
+static void network_forward(const Model *m, const Network<real> *net, int B, int T) {
+    int C = m->o->channels, end = 2 * m->o->layers, N = B * T;
+    embedding_forward(net->embedded, m->tokens, m->p, N, C);
+    for (int s = 0; s <= end; s++) {
+        Norm<real> norm = norm_before(m, net, s);
+        const real *x = s ? net->sublayers[s - 1].out : net->embedded;
+        if (norm_by_itself(m, s))
+            rmsnorm_forward(norm.normed, norm.rstd, x, m->p + norm.weight, N, C);
+        if (s < end) sublayer_forward(m, net, s, B, T);
+    }
+    const real *output = net->weights + m->offsets[m->num_tensors - 1];
+    matmul_forward(net->logits, net->final_normed, output, N, C, m->V);
+}
+
+// dx: the gradient along the shortcut, dinp: that of a branch's input, dsum: both together, which is
+// how it comes out of a norm by itself.
+template <class real>
+static void network_backward(const Model *m, const Network<real> *net, float scale, int B, int T) {
+    int C = m->o->channels, V = m->o->vocab_size, end = 2 * m->o->layers, N = B * T;
+    size_t output = m->offsets[m->num_tensors - 1];
+    const real *dnext = NULL, *dnormed = net->dinp;
+    crossentropy_backward(net->logits, m->logits_lse, m->targets, scale, N, V, m->V);
+    matmul_backward(net->dinp, m->d + output, net->logits, net->final_normed, net->weights + output,
+                    N, C, m->V);
+    for (int s = end; s >= 0; s--) {
+        if (s < end) {
+            sublayer_backward(m, net, dnext, dnormed, s, B, T);
+            dnext = net->dx, dnormed = net->dinp;
+        }
+        if (norm_by_itself(m, s)) {
+            Norm<real> norm = norm_before(m, net, s);
+            const real *x = s ? net->sublayers[s - 1].out : net->embedded;
+            rmsnorm_backward(net->dx, m->d + norm.weight, m->partial, dnext, dnormed, x,
+                             m->p + norm.weight, norm.rstd, N, C);
+            dnext = NULL, dnormed = net->dx;
+        }
+    }
+    if (dnext)  // norm last, x went into the shortcut and the branch as it was
+        residual_gpas_rmsnorm_backward<real>(net->dx, NULL, NULL, NULL, m->partial, dnext, dnormed,
+                                             NULL, NULL, NULL, NULL, no_gpas, N, C);
+    embedding_backward(m->d, net->dx, m->positions, m->starts, V, C);
+}
+
+// The positions 0 .. N-1 sorted by their token, those of one token in order, by counting. positions
+// (N); starts (V+1): where each token's positions begin.
+static void sort_by_token(int *positions, int *starts, const int *tokens, int N, int V) {
+    memset(starts, 0, (V + 1) * sizeof(int));
+    for (int n = 0; n < N; n++) starts[tokens[n] + 1]++;
+    for (int v = 0; v < V; v++) starts[v + 1] += starts[v];
+    for (int n = 0; n < N; n++) positions[starts[tokens[n]]++] = n;
+    memmove(starts + 1, starts, V * sizeof(int));  // each start has moved to the next one's place
+    starts[0] = 0;
+}
+
+// Logits of tokens (B,T); with targets (B,T) also the mean loss in nats, returned.
+static double model_forward(Model *m, const int *tokens, const int *targets, int B, int T) {
+    int N = B * T, V = m->o->vocab_size;
+    double sum = 0;
+    CUDA_CHECK(cudaMemcpy(m->tokens, tokens, N * sizeof(int), cudaMemcpyHostToDevice));
+    if (m->in_bf16) network_forward(m, &m->half, B, T);
+    else network_forward(m, &m->fp32, B, T);
+    if (!targets) return 0;
+    CUDA_CHECK(cudaMemcpy(m->targets, targets, N * sizeof(int), cudaMemcpyHostToDevice));
+    if (m->in_bf16)
+        crossentropy_forward(m->losses, m->logits_lse, m->half.logits, m->targets, N, V, m->V);
+    else
+        crossentropy_forward(m->losses, m->logits_lse, m->fp32.logits, m->targets, N, V, m->V);
+    CUDA_CHECK(cudaMemcpy(m->host_losses, m->losses, N * sizeof(float), cudaMemcpyDeviceToHost));
+    for (int n = 0; n < N; n++) sum += m->host_losses[n];
+    return sum / N;
+}
+
+// Adds to the gradients those of scale times the sum of the losses of the last model_forward(), which
+// had these tokens. The logits become their gradients.
+static void model_backward(Model *m, const int *tokens, const int *targets, int B, int T,
+                           double scale) {
+    int N = B * T, V = m->o->vocab_size, *positions = m->host_order, *starts = positions + N;
+    (void)targets;  // still on the GPU
+    sort_by_token(positions, starts, tokens, N, V);
+    CUDA_CHECK(cudaMemcpy(m->positions, positions, N * sizeof(int), cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaMemcpy(m->starts, starts, (V + 1) * sizeof(int), cudaMemcpyHostToDevice));
+    if (m->in_bf16) network_backward(m, &m->half, (float)scale, B, T);
+    else network_backward(m, &m->fp32, (float)scale, B, T);
+}
+
+// The logits (V) of row n of the last model_forward(), on the host.
+static const float *model_logits(Model *m, int n) {
+    size_t at = (size_t)n * m->V;
+    if (m->in_bf16) {
+        bf16 *raw = (bf16 *)m->host_logits;
+        CUDA_CHECK(cudaMemcpy(raw, m->half.logits + at, m->V * sizeof(bf16),
+                              cudaMemcpyDeviceToHost));
+        for (int v = m->V - 1; v >= 0; v--) m->host_logits[v] = __bfloat162float(raw[v]);
+    } else
+        CUDA_CHECK(cudaMemcpy(m->host_logits, m->fp32.logits + at, m->V * sizeof(float),
+                              cudaMemcpyDeviceToHost));
+    return m->host_logits;
+}
+
+static void zero_gradients(Model *m) {
+    CUDA_CHECK(cudaMemset(m->d, 0, m->room * sizeof(float)));
+}
+
+// Norms of the gradient: returns the whole's; layers (L) gets each layer's, *gates the gates'.
+static double gradient_norms(Model *m, double *layers, double *gates) {
+    double sum = 0;
+    squares_kernel<<<m->num_chunks, 256>>>(m->squares, m->d, m->chunks);
+    LAUNCH_CHECK();
+    CUDA_CHECK(cudaMemcpy(m->host_squares, m->squares, m->num_chunks * sizeof(float),
+                          cudaMemcpyDeviceToHost));
+    memset(layers, 0, m->o->layers * sizeof *layers);
+    *gates = 0;
+    for (int i = 0; i < m->num_chunks; i++) {
+        const Chunk *chunk = &m->host_chunks[i];
+        double square = m->host_squares[i];
+        sum += square;
+        if (chunk->layer >= 0) layers[chunk->layer] += square;
+        if (chunk->kind == GATE) *gates += square;
+    }
+    for (int l = 0; l < m->o->layers; l++) layers[l] = sqrt(layers[l]);
+    *gates = sqrt(*gates);
+    return sqrt(sum);
+}
+
+// One AdamW step, t = 0, 1, ...
+static void model_update(Model *m, int t, double norm, double gate_norm) {
+    const Options *o = m->o;
+    double clip, gate_clip = clip_factors(o, norm, gate_norm, &clip);
+    AdamW a = {(float)learning_rate(o, t), 0.9f, 0.999f, 1e-8f, (float)o->weight_decay, (float)clip,
+               (float)gate_clip, 0, 0, o->gate_train};
+    if (m->in_bf16)
+        adamw_update(m->half.weights, m->p, m->d, m->m, m->v, m->chunks, m->num_chunks, a, t + 1);
+    else
+        adamw_update(m->fp32.weights, m->p, m->d, m->m, m->v, m->chunks, m->num_chunks, a, t + 1);
+}
+
+template <class real> static double variance(const Model *m, const real *x, size_t n) {
+    Pack<double, 2> sums[MOMENT_BLOCKS];
+    double sum = 0, square = 0;
+    moments_kernel<real><<<MOMENT_BLOCKS, 256>>>(m->moments, x, n);
+    LAUNCH_CHECK();
+    CUDA_CHECK(cudaMemcpy(sums, m->moments, sizeof sums, cudaMemcpyDeviceToHost));
+    for (int i = 0; i < MOMENT_BLOCKS; i++) sum += sums[i].x[0], square += sums[i].x[1];
+    return square / n - sum / n * (sum / n);
+}
+
+// The population variances of what left layer l's two sublayers in the last model_forward(), and its
+// gate; NAN without GPAS.
+static void layer_state(Model *m, int l, int B, int T, double variances[2], double *gate) {
+    size_t n = (size_t)B * T * m->o->channels;
+    const float *g = layer_at(m, m->p, l).gate;
+    float value = NAN;
+    for (int s = 0; s < 2; s++)
+        variances[s] = m->in_bf16 ? variance(m, m->half.sublayers[2 * l + s].out, n)
+                               : variance(m, m->fp32.sublayers[2 * l + s].out, n);
+    if (g) CUDA_CHECK(cudaMemcpy(&value, g, sizeof value, cudaMemcpyDeviceToHost));
+    *gate = value;
+}
