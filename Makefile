@@ -25,9 +25,80 @@ test_gpas: test_gpas.c train_gpas.c dev/plumbing.h
 test_gpas_double: test_gpas.c train_gpas.c dev/plumbing.h
 	$(CC) $(FLAGS) -DDOUBLE $< -o $@ -lm
 
-test: train_gpas test_gpas test_gpas_double
+test: train_gpas test_gpas test_gpas_double cuda-on-cpu
 	@sh dev/run_tests.sh ./test_gpas ./test_gpas_double "$(PYTHON) dev/test_prepro.py" \
-	    "$(PYTHON) dev/reference.py --check"
+	    "$(PYTHON) dev/reference.py --check" $(CUDA_ON_CPU_TESTS)
+
+# ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
+
+NVCC = nvcc
+NVCC_FLAGS = -std=c++17 -O3 -gencode arch=compute_80,code=sm_80 \
+    -gencode arch=compute_90,code=[sm_90,compute_90] -Xcompiler -Wall,-Wextra,-fopenmp,-march=native
+SOURCES = train_gpas.c dev/plumbing.h
+CUDA_SOURCES = train_gpas.cu $(SOURCES)
+
+train_gpas_cuda: $(CUDA_SOURCES)
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublasLt
+
+test_gpas_cuda_fp32: test_gpas.c $(CUDA_SOURCES)
+	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=float -x cu $< -o $@ -lcublasLt
+
+test_gpas_cuda_bf16: test_gpas.c $(CUDA_SOURCES)
+	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=bf16 -x cu $< -o $@ -lcublasLt
+
+bench_cuda: dev/bench.cu $(CUDA_SOURCES)
+	$(NVCC) $(NVCC_FLAGS) -I. $< -o $@ -lcublasLt
+
+test-cuda: train_gpas train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16
+	@sh dev/run_tests.sh "./test_gpas_cuda_fp32 ./train_gpas_cuda" \
+	    "./test_gpas_cuda_bf16 ./train_gpas_cuda"
+
+bench-cuda: bench_cuda
+	./bench_cuda
+
+# ---- The same source without GPU and Toolkit, by dev/cuda_on_cpu.h. C++ lacks three pieces of
+# CUDA's syntax: launches and the two kinds of shared memory. sed writes them as calls.
+
+CXX = g++
+CXXFLAGS = -O2 -march=native
+ON_CPU = $(CXX) -std=c++17 -g -fopenmp -U_FORTIFY_SOURCE -DCUDA_ON_CPU -I. $(CXXFLAGS) -x c++
+# Checked: the compiler calls the header before each access to memory. Compiled with
+# -fsanitize=thread, linked without it. No optimization that splits or joins accesses.
+CHECKED = -O1 -fno-tree-sra -fno-ipa-sra -fsanitize=thread -DTRAIN_GPAS_CU='"build/train_gpas.cu"'
+ON_CPU_SOURCES = build/train_gpas.cu dev/cuda_on_cpu.h $(SOURCES)
+CUDA_ON_CPU_TESTS = ./build/test_cuda_on_cpu ./build/test_cuda_on_cpu_unchecked \
+    "./build/test_fp32 ./train_gpas_cuda_on_cpu" "./build/test_bf16 ./train_gpas_cuda_on_cpu"
+
+build/%.cu: %.cu Makefile
+	@mkdir -p build
+	(echo '#line 1 "$<"'; sed -E \
+	    -e 's/(\w+(<[^<>]*>)?)<<<(.*)>>>\(/launch("\1", \1, \3)(/' \
+	    -e 's/extern __shared__ (.*) (\w+)\[\];/auto *\2 = dynamic_shared<\1>();/' \
+	    -e 's/__shared__ (.*) (\w+)((\[[^]]*\])*);/auto \&\2 = shared_array<\1 \3>("\2", []{});/' \
+	    $<) > $@
+
+train_gpas_cuda_on_cpu: $(ON_CPU_SOURCES)
+	$(ON_CPU) $< -o $@
+
+build/test_fp32: test_gpas.c $(ON_CPU_SOURCES)
+	$(ON_CPU) $(CHECKED) -DCUDA_REAL=float -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@
+
+build/test_bf16: test_gpas.c $(ON_CPU_SOURCES)
+	$(ON_CPU) $(CHECKED) -DCUDA_REAL=bf16 -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@
+
+build/test_cuda_on_cpu: build/dev/test_cuda_on_cpu.cu dev/cuda_on_cpu.h
+	$(ON_CPU) $(CHECKED) -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@
+
+build/test_cuda_on_cpu_unchecked: build/dev/test_cuda_on_cpu.cu dev/cuda_on_cpu.h
+	$(ON_CPU) $< -o $@
+
+cuda-on-cpu: train_gpas_cuda_on_cpu build/test_cuda_on_cpu build/test_cuda_on_cpu_unchecked \
+    build/test_fp32 build/test_bf16
+
+test-cuda-on-cpu: train_gpas cuda-on-cpu
+	@sh dev/run_tests.sh $(CUDA_ON_CPU_TESTS)
+
+# ----
 
 # The same programs, slower, stopping at the first wrong access or undefined operation.
 sanitize:
@@ -39,15 +110,23 @@ reference:
 	$(PYTHON) dev/reference.py
 
 clean:
-	rm -f train_gpas test_gpas test_gpas_double
+	rm -rf build
+	rm -f train_gpas test_gpas test_gpas_double train_gpas_cuda_on_cpu
+	rm -f train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16 bench_cuda
 
 help:
 	@echo "make              builds train_gpas; then: ./train_gpas --help"
 	@echo "make run          trains without and with GPAS and compares"
-	@echo "make test         all checks; needs gcc, make, python3"
+	@echo "make test         all checks, kernels on the CPU included; needs gcc, g++, make, python3"
+	@echo "make train_gpas_cuda    the same training on a GPU; needs the CUDA Toolkit"
+	@echo "make test-cuda          its checks on a GPU"
+	@echo "make bench-cuda         its speed on a GPU"
+	@echo "make train_gpas_cuda_on_cpu    the GPU's program on the CPU, slowly"
+	@echo "make test-cuda-on-cpu   the kernels' checks on the CPU, with every memory access checked"
 	@echo "make sanitize     the same checks under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make reference    computes dev/reference.safetensors again, byte for byte the same"
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler (make clean first)"
 
 .PHONY: run test sanitize reference clean help
+.PHONY: test-cuda bench-cuda cuda-on-cpu test-cuda-on-cpu

@@ -49,7 +49,7 @@ static void cuda_check(cudaError_t error, int line) {
 
 static void cublas_check(cublasStatus_t status, int line) {
     if (status != CUBLAS_STATUS_SUCCESS)
-        die("cuBLASLt: %s (train_gpas.cu:%d)", cublasGetStatusString(status), line);
+        die("cuBLASLt: %s (train_gpas.cu:%d)", cublasLtGetStatusString(status), line);
 }
 
 // After every launch: was it possible? (What goes wrong inside shows at the next synchronization.)
@@ -601,9 +601,11 @@ __device__ inline void mma(float (&d)[4], const Pack<float, 2> (&a)[4],
     for (int i = 0; i < 2; i++)
         for (int part = 0; part < 2; part++) B[warp][2 * pair + part * 8 + i][group] = b[part].x[i];
     __syncwarp();
-    for (int k = 0; k < 16; k++)
-        for (int i = 0; i < 4; i++)
-            d[i] += A[warp][group + i / 2 * 8][k] * B[warp][k][2 * pair + i % 2];
+    for (int k = 0; k < 16; k++) {
+        float a0 = A[warp][group][k], a1 = A[warp][group + 8][k];
+        float b0 = B[warp][k][2 * pair], b1 = B[warp][k][2 * pair + 1];
+        d[0] += a0 * b0, d[1] += a0 * b1, d[2] += a1 * b0, d[3] += a1 * b1;
+    }
     __syncwarp();
 }
 
@@ -741,9 +743,11 @@ attention_forward_kernel(real *out, float *lse, const real *qkv, int T, int C, i
         load_tile<real, HS, COLS>(keys, k + s0 * stride, stride, T - s0, hs);
         load_tile<real, HS, COLS>(values, v + s0 * stride, stride, T - s0, hs);
         __syncthreads();
-        multiply_transposed<real, HS, COLS>(p, queries, keys);
-        softmax_tile<HS, COLS>(p, o, m, l, t0, s0, scale);
-        multiply_add<real, HS, COLS>(o, p, values);
+        if (t0 < T) {  // else all of this warp's rows are beyond the end
+            multiply_transposed<real, HS, COLS>(p, queries, keys);
+            softmax_tile<HS, COLS>(p, o, m, l, t0, s0, scale);
+            multiply_add<real, HS, COLS>(o, p, values);
+        }
         __syncthreads();
     }
     for (int half = 0; half < 2; half++) {
@@ -804,16 +808,18 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
         load_tile<real, HS, COLS>(queries, q + t0 * stride, stride, T - t0, hs);
         load_tile<real, HS, COLS>(douts, dy + (size_t)t0 * C, C, T - t0, hs);
         __syncthreads();
-        multiply_transposed<real, HS, COLS>(p, k, queries);
-        multiply_transposed<real, HS, COLS>(ds, v, douts);
-        for (int j = 0; j < COLS / 8; j++)
-            for (int i = 0; i < 4; i++) {
-                int t = t0 + 8 * j + 2 * pair + i % 2, s = s0 + group + i / 2 * 8, seen = s <= t;
-                softmax_backward(p[j][i], ds[j][i], seen && t < T, t < T ? lse[t] : 0,
-                                 t < T ? delta[t] : 0, scale);
-            }
-        multiply_add<real, HS, COLS>(dv, p, douts);
-        multiply_add<real, HS, COLS>(dk, ds, queries);
+        if (s0 < T) {
+            multiply_transposed<real, HS, COLS>(p, k, queries);
+            multiply_transposed<real, HS, COLS>(ds, v, douts);
+            for (int j = 0; j < COLS / 8; j++)
+                for (int i = 0; i < 4; i++) {
+                    int t = t0 + 8 * j + 2 * pair + i % 2, s = s0 + group + i / 2 * 8;
+                    softmax_backward(p[j][i], ds[j][i], s <= t && t < T, t < T ? lse[t] : 0,
+                                     t < T ? delta[t] : 0, scale);
+                }
+            multiply_add<real, HS, COLS>(dv, p, douts);
+            multiply_add<real, HS, COLS>(dk, ds, queries);
+        }
         __syncthreads();
     }
     const float one[2] = {1, 1};
@@ -849,15 +855,17 @@ attention_backward_q_kernel(real *dqkv, const real *dout, const float *lse, cons
         load_tile<real, HS, COLS>(keys, k + s0 * stride, stride, T - s0, hs);
         load_tile<real, HS, COLS>(values, v + s0 * stride, stride, T - s0, hs);
         __syncthreads();
-        multiply_transposed<real, HS, COLS>(p, q, keys);
-        multiply_transposed<real, HS, COLS>(ds, o, values);
-        for (int j = 0; j < COLS / 8; j++)
-            for (int i = 0; i < 4; i++) {
-                int t = t0 + group + i / 2 * 8, s = s0 + 8 * j + 2 * pair + i % 2;
-                softmax_backward(p[j][i], ds[j][i], s <= t && t < T, row_lse[i / 2],
-                                 row_delta[i / 2], scale);
-            }
-        multiply_add<real, HS, COLS>(dq, ds, keys);
+        if (t0 < T) {
+            multiply_transposed<real, HS, COLS>(p, q, keys);
+            multiply_transposed<real, HS, COLS>(ds, o, values);
+            for (int j = 0; j < COLS / 8; j++)
+                for (int i = 0; i < 4; i++) {
+                    int t = t0 + group + i / 2 * 8, s = s0 + 8 * j + 2 * pair + i % 2;
+                    softmax_backward(p[j][i], ds[j][i], s <= t && t < T, row_lse[i / 2],
+                                     row_delta[i / 2], scale);
+                }
+            multiply_add<real, HS, COLS>(dq, ds, keys);
+        }
         __syncthreads();
     }
     const float one[2] = {1, 1};

@@ -1,0 +1,117 @@
+/*
+bench.cu: how fast train_gpas.cu trains. One line for each preset: tokens/s, milliseconds a step, the
+share of the GPU's matrix rate that the model's arithmetic comes to, and the memory it takes.
+
+    ./bench_cuda                            all presets, in bf16, a sequence of 256 and of 1024 tokens
+    ./bench_cuda PRESET B T [bf16|fp32]     one of them
+
+A step is forward, backward and AdamW update of B sequences of T random tokens, V 32000. Shown is the
+median of five after two that do not count. Arithmetic is counted as is usual: 6 for each parameter
+and token, but for the embedding, and 6 L C T a token for causal attention. The matrix rate is that of
+one large cuBLASLt product, 8192 x 8192 x 8192 in the same type, on the same GPU.
+*/
+#include <algorithm>
+#define TRAIN_GPAS_NO_MAIN
+#ifndef TRAIN_GPAS_CU
+#define TRAIN_GPAS_CU "../train_gpas.cu"
+#endif
+#include TRAIN_GPAS_CU
+#include <sys/wait.h>
+
+// The rate of one large matrix product, in FLOP/s: the best of five.
+template <class real> static double matrix_rate(int size) {
+    size_t n = (size_t)size * size;
+    float *host = (float *)allocate(n, sizeof(float)), *random;
+    real *matrix[3];
+    uint64_t state = 1;
+    double best = 1e30;
+    for (size_t i = 0; i < n; i++) host[i] = (float)random_uniform(&state) - 0.5f;
+    CUDA_CHECK(cudaMalloc((void **)&random, n * sizeof(float)));
+    CUDA_CHECK(cudaMemcpy(random, host, n * sizeof(float), cudaMemcpyHostToDevice));
+    for (int i = 0; i < 3; i++) {
+        CUDA_CHECK(cudaMalloc((void **)&matrix[i], n * sizeof(real)));
+        round_kernel<real><<<blocks_for(n, 256), 256>>>(matrix[i], random, n);
+        LAUNCH_CHECK();
+    }
+    for (int i = 0; i < 6; i++) {
+        CUDA_CHECK(cudaDeviceSynchronize());
+        double start = omp_get_wtime();
+        matmul_forward(matrix[2], matrix[0], matrix[1], size, size, size);
+        CUDA_CHECK(cudaDeviceSynchronize());
+        if (i > 0) best = fmin(best, omp_get_wtime() - start);
+    }
+    for (int i = 0; i < 3; i++) CUDA_CHECK(cudaFree(matrix[i]));
+    CUDA_CHECK(cudaFree(random));
+    free(host);
+    return 2.0 * n * size / best;
+}
+
+// One step, as train_step() makes it. Returns its seconds.
+static double step_time(Model *m, const int *tokens, int B, int T, int t) {
+    double *layers = (double *)allocate(m->o->layers, sizeof(double)), gate_norm;
+    double start = omp_get_wtime();
+    zero_gradients(m);
+    model_forward(m, tokens, tokens + 1, B, T);
+    model_backward(m, tokens, tokens + 1, B, T, 1.0 / ((double)B * T));
+    double norm = gradient_norms(m, layers, &gate_norm);
+    model_update(m, t, norm, gate_norm);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    free(layers);
+    return omp_get_wtime() - start;
+}
+
+static void bench(const char *preset, const char *batch, const char *length, const char *dtype) {
+    const char *arguments[] = {"bench_cuda", "--preset",      preset, "--batch",      batch, "--total-batch",
+                               batch,        "--seq-len",     length, "--vocab-size", "32000",
+                               "--dtype",    dtype};
+    Options o;
+    Model m;
+    enum { STEPS = 5 };
+    double seconds[STEPS];
+    uint64_t state = 7;
+    parse_options(&o, sizeof arguments / sizeof *arguments, (char **)arguments);
+    open_device();
+    int small = strcmp(preset, "toy") == 0, N = o.batch * o.seq_len, size = small ? 512 : 8192;
+    double rate = o.dtype == DTYPE_BF16 ? matrix_rate<bf16>(size) : matrix_rate<float>(size);
+    model_create(&m, &o, o.batch, 1);
+    int *tokens = (int *)allocate(N + 1, sizeof(int));
+    for (int i = 0; i <= N; i++) tokens[i] = (int)(random_uniform(&state) * o.vocab_size);
+    for (int t = 0; t < 2 + STEPS; t++) {
+        double s = step_time(&m, tokens, o.batch, o.seq_len, t);
+        if (t >= 2) seconds[t - 2] = s;
+    }
+    std::sort(seconds, seconds + STEPS);
+    double step = seconds[STEPS / 2], C = o.channels;
+    double flops = N * (6 * (m.num_parameters - o.vocab_size * C) + 6.0 * o.layers * C * o.seq_len);
+    printf("%-6s %5d %5d %5s %10.0f %9.1f %8.1f %8.1f %6.1f%% %8.2f\n", preset, o.batch, o.seq_len,
+           dtype, N / step, step * 1e3, flops / step / 1e12, rate / 1e12, 100 * flops / step / rate,
+           (m.bytes + WORKSPACE) / 1073741824.0);
+    free(tokens);
+    model_free(&m);
+}
+
+// In a process of its own: what does not fit ends that one with a line, and the table goes on.
+static int bench_apart(const char *preset, const char *batch, const char *length, const char *dtype) {
+    int status = 0;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) bench(preset, batch, length, dtype), fflush(stdout), _exit(0);
+    if (child < 0 || waitpid(child, &status, 0) != child) die("cannot start a process");
+    return status != 0;
+}
+
+int main(int argc, char **argv) {
+    static const char *const rows[][3] = {
+        {"71m", "256", "256"},  {"130m", "256", "256"}, {"250m", "128", "256"},
+        {"350m", "128", "256"}, {"1b", "64", "256"},    {"71m", "64", "1024"},
+        {"130m", "64", "1024"}, {"250m", "32", "1024"}, {"350m", "32", "1024"},
+        {"1b", "16", "1024"}};
+    int failures = 0;
+    if (argc != 1 && argc != 4 && argc != 5)
+        die("usage: ./bench_cuda [PRESET BATCH LENGTH [bf16|fp32]]");
+    printf("%-6s %5s %5s %5s %10s %9s %8s %8s %7s %8s\n", "preset", "B", "T", "dtype", "tokens/s",
+           "ms/step", "TFLOP/s", "matmul", "share", "GiB");
+    if (argc > 1) return bench_apart(argv[1], argv[2], argv[3], argc > 4 ? argv[4] : "bf16");
+    for (auto &row : rows) failures += bench_apart(row[0], row[1], row[2], "bf16");
+    return failures > 0;
+}
