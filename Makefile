@@ -61,7 +61,8 @@ bench-cuda: bench_cuda
 
 CXX = g++
 CXXFLAGS = -O2 -march=native
-ON_CPU = $(CXX) -std=c++17 -g -fopenmp -U_FORTIFY_SOURCE -DCUDA_ON_CPU -I. $(CXXFLAGS) -x c++
+ON_CPU = $(CXX) -std=c++17 -g -Wall -Wextra -fno-strict-aliasing -fopenmp -U_FORTIFY_SOURCE \
+    -DCUDA_ON_CPU -I. $(CXXFLAGS) -x c++
 # Checked: the compiler calls the header before each access to memory. Compiled with
 # -fsanitize=thread, linked without it. No optimization that splits or joins accesses.
 CHECKED = -O1 -fno-tree-sra -fno-ipa-sra -fsanitize=thread -DTRAIN_GPAS_CU='"build/train_gpas.cu"'
@@ -70,7 +71,7 @@ CUDA_ON_CPU_TESTS = ./build/test_cuda_on_cpu ./build/test_cuda_on_cpu_unchecked 
     "./build/test_fp32 ./train_gpas_cuda_on_cpu" "./build/test_bf16 ./train_gpas_cuda_on_cpu"
 
 build/%.cu: %.cu Makefile
-	@mkdir -p build
+	@mkdir -p $(@D)
 	(echo '#line 1 "$<"'; sed -E \
 	    -e 's/(\w+(<[^<>]*>)?)<<<(.*)>>>\(/launch("\1", \1, \3)(/' \
 	    -e 's/extern __shared__ (.*) (\w+)\[\];/auto *\2 = dynamic_shared<\1>();/' \

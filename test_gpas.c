@@ -2,15 +2,15 @@
 test_gpas.c: is train_gpas.c right? One line per check, `N passed, N failed` at the end.
 
     ./test_gpas           every layer and all twelve networks against dev/reference.safetensors,
-                          which dev/reference.py computed without knowing any derivative; then threads,
-                          data, tokenizer, sampling; then the program ./train_gpas itself: training,
-                          resuming, and what it says to broken files and senseless options
+                          which dev/reference.py computed without knowing any derivative; then
+                          threads, data, tokenizer, sampling; then the program ./train_gpas itself:
+                          training, resuming, and what it says to broken files and options
     ./test_gpas_double    (compiled with -DDOUBLE) the same layers with every float a double, where
                           finite differences are exact enough to check each gradient by themselves
     ./test_gpas_cuda_fp32 PROGRAM, ./test_gpas_cuda_bf16 PROGRAM
-                          (compiled as C++ with -DREAL=float, -DREAL=bf16) the layers and networks of
-                          train_gpas.cu against the same dump, larger shapes against train_gpas.c,
-                          then PROGRAM, which is train_gpas.cu on a GPU or on the CPU
+                          (compiled as C++ with -DCUDA_REAL=float, -DCUDA_REAL=bf16) the layers and
+                          networks of train_gpas.cu against the same dump, larger shapes against
+                          train_gpas.c, then PROGRAM, which is train_gpas.cu on a GPU or the CPU
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -42,6 +42,9 @@ test_gpas.c: is train_gpas.c right? One line per check, `N passed, N failed` at 
 #define powf pow
 #endif
 #pragma GCC diagnostic ignored "-Wunused-function" // the tests do not call all of the program
+#ifdef __CUDACC__
+#pragma nv_diag_suppress 177  // the same of nvcc
+#endif
 #define TRAIN_GPAS_NO_MAIN
 #ifndef CUDA_REAL
 #include "train_gpas.c"
@@ -90,7 +93,9 @@ static void check_close(const char *name, const float *got, const float *expecte
         if (!(d <= worst)) worst = d, at = i; // also true of a nan
     }
     double error = sqrt(difference) / (scale ? scale : size ? sqrt(size) : 1);
-    check(error <= tolerance, name,
+    char line[400];
+    snprintf(line, sizeof line, "%s (%.1e)", name, error);
+    check(error <= tolerance, line,
           "relative error %.2e over %.0e; worst element %zu: got %.9g, "
           "expected %.9g",
           error, tolerance, at, (double)got[at], (double)expected[at]);
@@ -327,7 +332,8 @@ The reference dump
 
 enum { FORWARD, BACKWARD };
 #ifdef CUDA_REAL
-static const double tolerances[] = {sizeof(real) == 4 ? 1e-5 : 2e-2, sizeof(real) == 4 ? 1e-4 : 2e-2};
+static const double tolerances[] = {sizeof(real) == 4 ? 1e-5 : 2e-2,
+                                    sizeof(real) == 4 ? 1e-4 : 2e-2};
 #else
 static const double tolerances[] = {1e-5, 1e-4};
 #endif
@@ -545,7 +551,7 @@ static void test_crossentropy(void) {
     crossentropy_forward(losses, lse, logits, targets, N, V);
     crossentropy_backward(logits, lse, targets, 1.0f / N, N, V);
 #ifdef CUDA_REAL
-    if (sizeof(real) < sizeof(float)) {  // the dump's logits are so large that rounding them matters
+    if (sizeof(real) < sizeof(float)) {  // the dump's logits are large: rounding them matters
         float *expected = copy(inp, n), *cpu_losses = copy(losses, N);
         for (size_t i = 0; i < n; i++) expected[i] = (real)inp[i];
         cpu::crossentropy_forward(cpu_losses, lse, expected, targets, N, V);
@@ -1399,11 +1405,12 @@ static void test_crossentropy_tiles(void) {
     }
 }
 
-// Residual sum, GPAS and RMSNorm in one kernel against the three of train_gpas.c, one after another.
+// Residual sum, GPAS and RMSNorm in one kernel against the three of train_gpas.c in a row.
 static void test_fused(int norm_last, int stop_grad) {
     enum { N = 9, C = 72, n = N * C };
     float alpha = norm_last ? 1.7f : 1, gate = 0.6f, dgate = 0.3f, cpu_dgate = 0.3f;
-    float *inp = random_floats(n, 1, 1), *branch = random_floats(n, 1, 2), *w = random_floats(C, 1, 3);
+    float *inp = random_floats(n, 1, 1), *branch = random_floats(n, 1, 2);
+    float *w = random_floats(C, 1, 3);
     float *down = random_floats(n, 1, 4), *into = random_floats(n, 1, 5);
     float *sum = random_floats(n, 1, 6), *out = random_floats(n, 1, 6), *normed = copy(sum, n);
     float *s = copy(sum, n), *o = copy(sum, n), *y = copy(sum, n), *scaled = copy(sum, n);
@@ -1531,7 +1538,8 @@ static void test_twice(void) {
         model_free(&m);
     }
     unsetenv("CUDA_ON_CPU_ORDER");
-    check(!memcmp(parameters[0], parameters[1], n * 4) && !memcmp(parameters[0], parameters[2], n * 4),
+    check(!memcmp(parameters[0], parameters[1], n * 4) &&
+              !memcmp(parameters[0], parameters[2], n * 4),
           "two steps, three times: the same bits", "they differ");
     for (int k = 0; k < 3; k++) free(parameters[k]);
 }
@@ -1607,6 +1615,7 @@ static int run_tests(const char *program) {
     test_matmul(), test_attention(), test_crossentropy(), test_adamw();
     for (int k = 0; k < 4; k++) test_fused(k / 2, k % 2);
     test_attention_tiles(), test_row_tiles(), test_crossentropy_tiles();
+    test_long_attention();
     test_networks(), test_odd_networks(), test_initial_values(), test_training_rules();
     test_twice();
     if (!program) return failed;

@@ -238,8 +238,8 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
 
 // RoPE (arXiv 2104.09864), in place: turns the pairs (x0, x1) of adjacent channels of every query
 // and key by the angle of their position: (x0 cos - x1 sin, x0 sin + x1 cos). The product of a
-// query and a key then depends on how far apart they stand. Values are left alone. qkv (B,T,3C); table
-// (T,hs/2,2) from rope_angles(); direction 1 turns forward, -1 back.
+// query and a key then depends on how far apart they stand. Values are left alone. qkv (B,T,3C);
+// table (T,hs/2,2) from rope_angles(); direction 1 turns forward, -1 back.
 static void rope_turn(float *qkv, const float *table, int B, int T, int C, int hs, int direction) {
     #pragma omp parallel for
     for (int n = 0; n < B * T; n++) {

@@ -3,8 +3,8 @@ train_gpas.cu: the training of train_gpas.c on one GPU. Every layer again, as ke
 
 Read train_gpas.c first: it says what GPAS is, has each layer as plain loops, and over each backward
 pass its derivation. This file has the same layers under the same names, and for each how a GPU does
-it; the formulas are repeated in short. Options, data, tokenizer, sampling, checkpoints, logs and the
-training loop are those of train_gpas.c, which is included below.
+it; the formulas are repeated in short. Options, data, tokenizer, sampling, checkpoints, logs and
+the training loop are those of train_gpas.c, which is included below.
 
     1  Tools         error checks, wide loads, sums over a block
     2  Layers        embedding, residual + gpas + rmsnorm in one, rope, swiglu, matmul, attention,
@@ -12,11 +12,11 @@ training loop are those of train_gpas.c, which is included below.
     3  Optimizer     AdamW, the gradient's norm
     4  Model         memory, forward, backward
 
-Numbers. `real` is float (--dtype fp32) or bf16 (--dtype bf16, the default): the type of activations,
-of their gradients and of the matrices that are multiplied. Every kernel loads `real`, computes in
-float, and rounds to the nearest `real` when it stores. Always float: the parameters as AdamW keeps
-them (the matrices have a bf16 copy), their gradients and moments, norms' weights, gates, softmax,
-sums and losses. fp32 matrix products are true fp32, not TF32.
+Numbers. `real` is float (--dtype fp32) or bf16 (--dtype bf16, the default): the type of
+activations, of their gradients and of the matrices that are multiplied. Every kernel loads `real`,
+computes in float, and rounds to the nearest `real` when it stores. Always float: the parameters as
+AdamW keeps them (the matrices have a bf16 copy), their gradients and moments, norms' weights,
+gates, softmax, sums and losses. fp32 matrix products are true fp32, not TF32.
 
 Two runs with the same options give the same bits: no sum is taken by atomics, whose order changes
 from run to run. A sum over rows is taken in two stages instead: each block sums its share, then the
@@ -113,13 +113,15 @@ __device__ inline float block_max(float x) {
 static int row_threads(int width, int W) { return imin(256, ((width + W - 1) / W + 31) / 32 * 32); }
 
 // Blocks of `threads` that cover n.
-static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + threads - 1) / threads); }
+static unsigned blocks_for(size_t n, int threads) {
+    return (unsigned)((n + threads - 1) / threads);
+}
 
 /* ------------------------------------------------------------------------------------------------
 2. Layers
 
-A function rmsnorm_forward() etc. takes pointers to the GPU's memory and launches kernels; it returns
-before they have run. Launches run one after another.
+A function rmsnorm_forward() etc. takes pointers to the GPU's memory and launches kernels; it
+returns before they have run. Launches run one after another.
 */
 
 // out[n,:] = weight[tokens[n],:]. One block a row. out (N,C), weight (V,C), tokens (N).
@@ -145,8 +147,8 @@ static void embedding_forward(real *out, const int *tokens, const float *weight,
 
 // dweight[v,:] += the sum of dout[n,:] over all n with tokens[n] = v. Atomics would add them in any
 // order. Instead the host sorts the positions by token: those of v are positions[starts[v]] up to
-// positions[starts[v + 1] - 1]. Block (v, tile) sums a tile of 32 W channels: its 8 warps take every
-// eighth position each, then their sums are added in order.
+// positions[starts[v + 1] - 1]. Block (v, tile) sums a tile of 32 W channels: its 8 warps take
+// every eighth position each, then their sums are added in order.
 // dweight (V,C), added to; dout (N,C); positions (N); starts (V+1).
 template <class real, int W>
 __global__ void embedding_backward_kernel(float *dweight, const real *dout, const int *positions,
@@ -267,9 +269,9 @@ static void residual_gpas_rmsnorm_forward(real *sum, real *out, real *normed, fl
 }
 
 /*
-Backwards. dnext is the gradient that comes down the shortcut (NULL: none), dnormed that of `normed`;
-norm last these are two gradients of the same thing and are added first. As in train_gpas.c, with
-u = weight dy and x what was normalized:
+Backwards. dnext is the gradient that comes down the shortcut (NULL: none), dnormed that of
+`normed`; norm last these are two gradients of the same thing and are added first. As in
+train_gpas.c, with u = weight dy and x what was normalized:
 
     RMSNorm    dx = r (u - x r^2 mean(u x))         dweight = sum over rows of dy x r
     GPAS       norm first:   dsum = dout            (stop_grad; else (1 - a(g)) dout)
@@ -340,8 +342,8 @@ __global__ void residual_gpas_rmsnorm_backward_kernel(real *dsum, real *dinp, fl
     for (int c = threadIdx.x; c < C; c += blockDim.x) line[c] = dweight[c];
 }
 
-// The second stage: adds the lines of partial to dweight (C), the last column to the gate's gradient
-// (1). Block (32,8): 32 columns, whose lines are shared out among 8 threads each.
+// The second stage: adds the lines of partial to dweight (C), the last column to the gate's
+// gradient (1). Block (32,8): 32 columns, whose lines are shared out among 8 threads each.
 __global__ void add_partial_kernel(float *dweight, float *dgate, const float *partial, int lines,
                                    Gpas g, int C) {
     __shared__ float sums[8][32];
@@ -577,7 +579,8 @@ The four lanes of a group share a row: its maximum and sum take two shuffles.
 enum { WARPS = 4, ROWS = 16 * WARPS };
 
 // D += A B in bf16.
-__device__ inline void mma(float (&d)[4], const Pack<bf16, 2> (&a)[4], const Pack<bf16, 2> (&b)[2]) {
+__device__ inline void mma(float (&d)[4], const Pack<bf16, 2> (&a)[4],
+                           const Pack<bf16, 2> (&b)[2]) {
 #ifdef __CUDA_ARCH__
     const unsigned *A = (const unsigned *)a, *B = (const unsigned *)b;
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -641,7 +644,8 @@ __device__ inline void load_tile(Tile<real, HS> (&tile)[COLS], const real *rows,
 
 // d (16,COLS) = a (16,HS) tile^T.
 template <class real, int HS, int COLS>
-__device__ inline void multiply_transposed(float (&d)[COLS / 8][4], const Pack<real, 2> (&a)[HS / 16][4],
+__device__ inline void multiply_transposed(float (&d)[COLS / 8][4],
+                                           const Pack<real, 2> (&a)[HS / 16][4],
                                            const Tile<real, HS> (&tile)[COLS]) {
     int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
     for (int j = 0; j < COLS / 8; j++) {
@@ -697,9 +701,9 @@ __device__ inline float group_max(float x) {
     return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
 }
 
-// Scores p (16,COLS) of queries t0.. and keys s0.. become e^(S - m). The softmax is carried along: m
-// is the largest score of each row so far, l this lane's share of the sum; when a larger one turns
-// up, l and o (16,HS) are corrected by e^(m_old - m_new).
+// Scores p (16,COLS) of queries t0.. and keys s0.. become e^(S - m). The softmax is carried along:
+// m is the largest score of each row so far, l this lane's share of the sum; when a larger one
+// turns up, l and o (16,HS) are corrected by e^(m_old - m_new).
 template <int HS, int COLS>
 __device__ inline void softmax_tile(float (&p)[COLS / 8][4], float (&o)[HS / 8][4], float (&m)[2],
                                     float (&l)[2], int t0, int s0, float scale) {
@@ -785,8 +789,8 @@ __device__ inline void softmax_backward(float &s, float &dp, int seen, float lse
     dp = scale * s * (dp - delta);
 }
 
-// dv_s = sum_t P_ts do_t and dk_s = sum_t dS_ts q_t. One block for 64 keys of one head: its rows are
-// keys, so it needs S^T = k q^T and dP^T = v do^T; queries pass by.
+// dv_s = sum_t P_ts do_t and dk_s = sum_t dS_ts q_t. One block for 64 keys of one head: its rows
+// are keys, so it needs S^T = k q^T and dP^T = v do^T; queries pass by.
 template <class real, int HS, int COLS>
 __global__ void __launch_bounds__(32 * WARPS)
 attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,
@@ -1050,7 +1054,8 @@ template <class real> __global__ void round_kernel(real *weights, const float *p
 
 // sums[block] = {sum of x, sum of x^2} over the block's share of x (n).
 enum { MOMENT_BLOCKS = 256 };
-template <class real> __global__ void moments_kernel(Pack<double, 2> *sums, const real *x, size_t n) {
+template <class real>
+__global__ void moments_kernel(Pack<double, 2> *sums, const real *x, size_t n) {
     double sum = 0, square = 0;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
          i += (size_t)gridDim.x * blockDim.x) {
@@ -1069,8 +1074,8 @@ w1, w3 and the output matrix get more rows, w2 more columns, all 0. Their gradie
 AdamW leaves what has no gradient at 0: nothing else needs to know. Files have the sizes without it.
 */
 
-// A sublayer's activations, as in train_gpas.c. With the norm first, `normed` and `rstd` are written
-// by the sublayer before it; with the norm last, `out` is N(sum).
+// A sublayer's activations, as in train_gpas.c. With the norm first, `normed` and `rstd` are
+// written by the sublayer before it; with the norm last, `out` is N(sum).
 template <class real> struct Sublayer {
     real *inp, *normed;           // (B,T,C) normed is inp itself where the norm comes last
     real *qkv, *pre_act, *inner;  // (B,T,3C), (B,T,2H), (B,T,C or H)
@@ -1187,7 +1192,8 @@ template <class real> static void create_sublayers(Model *m, Network<real> *net,
 }
 
 // All GPU memory: called twice, to count it and to have it.
-template <class real> static void create_network(Model *m, Network<real> *net, int B, int training) {
+template <class real>
+static void create_network(Model *m, Network<real> *net, int B, int training) {
     const Options *o = m->o;
     size_t T = o->seq_len, C = o->channels, H = m->H, N = B * T;
     take(m, &m->p, m->room);
@@ -1251,8 +1257,8 @@ static void model_create(Model *m, const Options *o, int B, int training) {
     create_memory(m, B, training);
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
     if (m->bytes > free_bytes)
-        die("not enough GPU memory: %zu MiB needed, %zu of %zu MiB free; lower --batch or --seq-len",
-            m->bytes >> 20, free_bytes >> 20, total_bytes >> 20);
+        die("not enough GPU memory: %zu MiB needed, %zu of %zu MiB free; lower --batch or "
+            "--seq-len", m->bytes >> 20, free_bytes >> 20, total_bytes >> 20);
     m->planning = 0;
     create_memory(m, B, training);
     m->host_order = (int *)allocate(N + o->vocab_size + 1, sizeof(int));
@@ -1396,15 +1402,16 @@ static void branch_forward(const Model *m, const Network<real> *net, int s, int 
 
 // Given dout (B,T,C), the gradient of the branch's output, leaves that of its input in net->dinp.
 template <class real>
-static void branch_backward(const Model *m, const Network<real> *net, const real *dout, int s, int B,
-                            int T) {
+static void branch_backward(const Model *m, const Network<real> *net, const real *dout, int s,
+                            int B, int T) {
     int C = m->o->channels, H = m->H, NH = m->o->heads, N = B * T;
     const Sublayer<real> *a = &net->sublayers[s];
     Layer<real> w = layer_at(m, net->weights, s / 2);
     Layer<float> d = layer_at(m, m->d, s / 2);
     if (s % 2 == 0) {
         matmul_backward(net->dinner, d.wo, dout, a->inner, w.wo, N, C, C);
-        attention_backward(net->dwide, m->delta, net->dinner, a->inner, a->lse, a->qkv, B, T, C, NH);
+        attention_backward(net->dwide, m->delta, net->dinner, a->inner, a->lse, a->qkv, B, T, C,
+                           NH);
         rope_backward(net->dwide, m->rope_table, B, T, C, C / NH);
         matmul_backward(net->dinp, d.wqkv, net->dwide, a->normed, w.wqkv, N, C, 3 * C);
     } else {
@@ -1432,7 +1439,8 @@ template <class real> struct Norm {
 };
 
 // The norm at the beginning of sublayer s; the final norm for s = 2L.
-template <class real> static Norm<real> norm_before(const Model *m, const Network<real> *net, int s) {
+template <class real>
+static Norm<real> norm_before(const Model *m, const Network<real> *net, int s) {
     if (s == 2 * m->o->layers) {
         Norm<real> norm = {net->final_normed, m->final_rstd, m->offsets[m->num_tensors - 2]};
         return norm;
@@ -1470,9 +1478,9 @@ static void sublayer_forward(const Model *m, const Network<real> *net, int s, in
     }
 }
 
-// The same steps backwards. dnext, dnormed: the gradients of the sublayer's output that come down the
-// shortcut and out of the next branch, before the norm where there is one; NULL: 0. Leaves those of
-// its input in net->dx, along the shortcut, and in net->dinp, of the branch's input.
+// The same steps backwards. dnext, dnormed: the gradients of the sublayer's output that come down
+// the shortcut and out of the next branch, before the norm where there is one; NULL: 0. Leaves
+// those of its input in net->dx, along the shortcut, and in net->dinp, of the branch's input.
 template <class real>
 static void sublayer_backward(const Model *m, const Network<real> *net, const real *dnext,
                               const real *dnormed, int s, int B, int T) {
@@ -1517,8 +1525,8 @@ static void network_forward(const Model *m, const Network<real> *net, int B, int
     matmul_forward(net->logits, net->final_normed, output, N, C, m->V);
 }
 
-// dx: the gradient along the shortcut, dinp: that of a branch's input, dsum: both together, which is
-// how it comes out of a norm by itself.
+// dx: the gradient along the shortcut, dinp: that of a branch's input, dsum: both together, which
+// is how it comes out of a norm by itself.
 template <class real>
 static void network_backward(const Model *m, const Network<real> *net, float scale, int B, int T) {
     int C = m->o->channels, V = m->o->vocab_size, end = 2 * m->o->layers, N = B * T;
@@ -1575,8 +1583,8 @@ static double model_forward(Model *m, const int *tokens, const int *targets, int
     return sum / N;
 }
 
-// Adds to the gradients those of scale times the sum of the losses of the last model_forward(), which
-// had these tokens. The logits become their gradients.
+// Adds to the gradients those of scale times the sum of the losses of the last model_forward(),
+// which had these tokens. The logits become their gradients.
 static void model_backward(Model *m, const int *tokens, const int *targets, int B, int T,
                            double scale) {
     int N = B * T, V = m->o->vocab_size, *positions = m->host_order, *starts = positions + N;
@@ -1649,8 +1657,8 @@ template <class real> static double variance(const Model *m, const real *x, size
     return square / n - sum / n * (sum / n);
 }
 
-// The population variances of what left layer l's two sublayers in the last model_forward(), and its
-// gate; NAN without GPAS.
+// The population variances of what left layer l's two sublayers in the last model_forward(), and
+// its gate; NAN without GPAS.
 static void layer_state(Model *m, int l, int B, int T, double variances[2], double *gate) {
     size_t n = (size_t)B * T * m->o->channels;
     const float *g = layer_at(m, m->p, l).gate;

@@ -1,14 +1,15 @@
 /* cuda_on_cpu.h - run CUDA C++ kernels on a machine without a GPU and without the CUDA Toolkit.
  *
  * A .cu file includes this header instead of the CUDA headers when CUDA_ON_CPU is defined.
- * C++ lacks three pieces of CUDA's syntax. Three sed rules (see build.mk) rewrite them, each on
- * its own line, one launch or one shared array per line:
+ * C++ lacks three pieces of CUDA's syntax, which three sed rules (see build.mk) rewrite line by
+ * line; write one launch per line, all up to the "(" on it, and one shared array per declaration:
  *
  *   name<T, 4><<<grid, block, bytes>>>(x) -> launch("name", name<T, 4>, grid, block, bytes)(x)
  *   __shared__ float tile[A][B];   -> auto &tile = shared_array<float [A][B]>("tile", []{});
  *   extern __shared__ float buf[]; -> auto *buf = dynamic_shared<float>();
  *
- * A launched kernel needs its template arguments spelled out, and no default arguments.
+ * A launched kernel needs its template arguments spelled out, and no default arguments. Compile
+ * with -fno-strict-aliasing, since kernels read arrays of one type through pointers to another.
  *
  * How it runs: the blocks of a grid are shared out to the cores by OpenMP. The threads of a block
  * are fibers (stacks of their own, switched by hand) of one core: each runs until it must wait
@@ -21,15 +22,16 @@
  *     the launch), host pointers passed to kernels, wrong pointers, sizes or directions in
  *     cudaMemcpy and the like;
  *   compiled with g++ -fsanitize=thread but linked without it: every memory access of a kernel
- *     is checked for bounds, alignment, uninitialized reads and races (the last section).
+ *     is checked for bounds, alignment, uninitialized reads and races (the last section), and
+ *     host code may not touch device memory.
  *
  * CUDA_ON_CPU_ORDER=reverse or =shuffle runs blocks and threads in another order.
  *
  * What it does not see: host pointers inside structs passed to a kernel; faults in local arrays;
- * memory touched by memcpy() or memset() inside a kernel; in the plain build, small overruns that
- * only read. It takes memory ordered by __threadfence() and atomics alone for a race, and a
- * misplaced struct of two 8 byte members for a misaligned access. Barriers of part of a warp, and
- * __device__ variables in cudaMemcpyToSymbol(), are missing.
+ * what memcpy() or memset() touch inside a kernel; races on single bytes; in the plain build, small
+ * overruns that only read. The checked build takes memory that only atomics order for a race, and
+ * a 16 byte struct of two 8 byte members off a multiple of 16 for a misaligned access. Warp
+ * functions need all lanes; __threadfence() and cudaMemcpyToSymbol() are missing.
  */
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H
@@ -59,9 +61,9 @@
 #error "compile with -U_FORTIFY_SOURCE: it takes a switch between fibers for a broken stack"
 #endif
 
-#ifdef __has_feature
-#if __has_feature(thread_sanitizer) && !defined __SANITIZE_THREAD__
-#define __SANITIZE_THREAD__ 1
+#ifdef __clang__
+#if __has_feature(thread_sanitizer)
+#error "the checked build needs g++: clang++ hides struct copies from the checks"
 #endif
 #endif
 #ifdef __SANITIZE_THREAD__
@@ -214,7 +216,7 @@ struct Worker {
     uint32_t clock, serial, launch_base;  // serial: of the block, launch_base: of block 0
     void (*body)(void *);
     void *args;
-    char *shared;
+    char *shared, *handler_stack;
     size_t shared_used, shared_sum, shared_limit;
     Range arrays[MAX_ARRAYS];
     int arrays_used;
@@ -230,6 +232,7 @@ inline const size_t STACK_GUARD = round_up(20 << 10, PAGE);  // odd, else stacks
 
 inline thread_local Worker *worker;
 inline int workers_made;
+inline std::vector<Worker *> free_workers;
 inline size_t arena_bytes, device_used, device_live;
 inline Range **range_of_slot;
 inline Cell *shadow;
@@ -313,7 +316,7 @@ RUNTIME size_t distance(const Range &r, const char *p) {
     return p < r.start ? r.start - p : p < r.start + r.size ? 0 : p - (r.start + r.size) + 1;
 }
 
-// Says where n bytes at p are: "start 4 bytes past the end of a cudaMalloc of 400 bytes".
+// Says where n bytes at p are: "4 past the end of a cudaMalloc of 400 bytes".
 RUNTIME const char *place(const char *p, size_t n) {
     static thread_local char text[200];
     const Range *best = nullptr;
@@ -496,9 +499,9 @@ RUNTIME void on_fault(int, siginfo_t *info, void *interrupted) {
     report(nullptr, "segmentation fault, %s", place(p, 1));
 }
 
-RUNTIME void catch_faults() {
+RUNTIME void catch_faults(char *handler_stack) {
     stack_t stack = {};
-    stack.ss_sp = reserve(SLOT, PROT_READ | PROT_WRITE);
+    stack.ss_sp = handler_stack;
     stack.ss_size = SLOT;
     sigaltstack(&stack, nullptr);
     struct sigaction action = {};
@@ -508,14 +511,35 @@ RUNTIME void catch_faults() {
     sigaction(SIGBUS, &action, nullptr);
 }
 
+RUNTIME Worker *new_worker() {
+    if (workers_made == MAX_WORKERS) report("launch", "more than %d OS threads", MAX_WORKERS);
+    Worker *w = new Worker();
+    w->shared = arena + DEVICE_BYTES + workers_made++ * 2 * SHARED_BYTES;
+    w->handler_stack = reserve(SLOT, PROT_READ | PROT_WRITE);
+    if (!open_pages(w->shared, SHARED_BYTES)) report("launch", "out of memory");
+    return w;
+}
+
+// Takes a worker for an OS thread and, when that ends, puts it back: OpenMP may end and start
+// threads whenever a launch uses another number of them.
+struct WorkerLease {
+    WorkerLease() {
+        #pragma omp critical (cuda_on_cpu)
+        {
+            worker = free_workers.empty() ? new_worker() : free_workers.back();
+            if (!free_workers.empty()) free_workers.pop_back();
+        }
+        catch_faults(worker->handler_stack);
+    }
+    ~WorkerLease() {
+        #pragma omp critical (cuda_on_cpu)
+        free_workers.push_back(worker);
+        worker = nullptr;
+    }
+};
+
 RUNTIME Worker &this_worker() {
-    if (worker) return *worker;
-    int number = __atomic_fetch_add(&workers_made, 1, __ATOMIC_SEQ_CST);
-    if (number >= MAX_WORKERS) report("launch", "more than %d OS threads launch", MAX_WORKERS);
-    worker = new Worker();
-    worker->shared = arena + DEVICE_BYTES + number * 2 * SHARED_BYTES;
-    if (!open_pages(worker->shared, SHARED_BYTES)) report("launch", "out of memory");
-    catch_faults();
+    static thread_local WorkerLease lease;
     return *worker;
 }
 
@@ -1287,12 +1311,11 @@ template <class T> RUNTIME T atomicMax(T *p, std::common_type_t<T> v) {
 }
 
 #if CUDA_ON_CPU_CHECKED
-#define HOOK extern "C" __attribute__((used, no_sanitize("thread"))) inline
+#define HOOK extern "C" __attribute__((used)) RUNTIME
 #define HOOK_SIZE(name, n, access) HOOK void name(void *p) \
     { if (on_cpu::in_arena(p)) on_cpu::check((char *)p, n, on_cpu::access, true, \
                                              __builtin_return_address(0)); }
-#define HOOKS_OF_SIZE(n) HOOK_SIZE(__tsan_read##n, n, READ) HOOK_SIZE(__tsan_write##n, n, WRITE) \
-    HOOK_SIZE(__tsan_unaligned_read##n, n, READ) HOOK_SIZE(__tsan_unaligned_write##n, n, WRITE)
+#define HOOKS_OF_SIZE(n) HOOK_SIZE(__tsan_read##n, n, READ) HOOK_SIZE(__tsan_write##n, n, WRITE)
 HOOKS_OF_SIZE(1) HOOKS_OF_SIZE(2) HOOKS_OF_SIZE(4) HOOKS_OF_SIZE(8) HOOKS_OF_SIZE(16)
 
 #define HOOK_RANGE(name, access) HOOK void name(void *p, long n) \
@@ -1317,6 +1340,7 @@ HOOK_RANGE(__tsan_read_range, READ) HOOK_RANGE(__tsan_write_range, WRITE)
 HOOKS_OF_ATOMIC(8, unsigned char) HOOKS_OF_ATOMIC(16, unsigned short)
 HOOKS_OF_ATOMIC(32, unsigned) HOOKS_OF_ATOMIC(64, unsigned long)
 
+HOOK void __tsan_atomic_thread_fence(int) {}
 HOOK void __tsan_init() {}
 HOOK void __tsan_func_entry(void *) {}
 HOOK void __tsan_func_exit() {}
