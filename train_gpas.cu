@@ -1429,8 +1429,8 @@ The twelve networks are those of train_gpas.c:
     mix                   the first L/4 layers norm last, the others norm first
 
 A fused kernel reaches from the end of one branch to the beginning of the next. So norm first, a
-sublayer ends with the norm that the next sublayer, or the output matrix, begins with: norm_after().
-Only where no norm-first sublayer comes before, there is a norm by itself: norm_by_itself().
+sublayer ends with the norm that the next one, or the output, begins with: norm_before(s + 1).
+A norm by itself is left only where no norm-first sublayer comes before: norm_by_itself(s).
 */
 template <class real> struct Norm {
     real *normed;      // (B,T,C)
@@ -1525,8 +1525,8 @@ static void network_forward(const Model *m, const Network<real> *net, int B, int
     matmul_forward(net->logits, net->final_normed, output, N, C, m->V);
 }
 
-// dx: the gradient along the shortcut, dinp: that of a branch's input, dsum: both together, which
-// is how it comes out of a norm by itself.
+// From the logits back to the embedding. Two gradients of a sublayer's output are on their way:
+// dnext down the shortcut, dnormed out of the branch above. A norm by itself makes one of them.
 template <class real>
 static void network_backward(const Model *m, const Network<real> *net, float scale, int B, int T) {
     int C = m->o->channels, V = m->o->vocab_size, end = 2 * m->o->layers, N = B * T;
