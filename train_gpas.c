@@ -313,9 +313,11 @@ data serve many multiply-adds:
   L1, L2     pack() copies A and B into panels that lie in memory in the very order in which the
              tile reads them, so every load is the next one. Depth is cut to KC: an MC x KC block of
              A stays in the L2 cache while all panels of B pass by it.
-  L3         B is cut to NC columns, A to AC rows, so that the packed copies stay in the L3 cache.
-  cores      panels and blocks are shared out. Every result is summed by one thread, in the order of
-             k: who computes it changes nothing.
+  L3         B is cut to NC columns, so that its packed copy stays in the L3 cache.
+  memory     what will be needed next is asked for in advance (__builtin_prefetch, which reads
+             nothing: an address beyond the matrix does no harm).
+  cores      B is packed once for all; then each core takes some rows of A at a time. Every result
+             is summed by one thread, in the order of k: who computes it changes nothing.
 
 The vectors are the compiler's own extension: the same lines become AVX-512, AVX2, SSE or NEON.
 */
@@ -329,11 +331,7 @@ enum { VECTOR_BYTES = 16, MR = 12 };  // 24 of 32
 enum { VECTOR_BYTES = 16, MR = 6 };   // 12 of 16
 #endif
 enum { LANES = VECTOR_BYTES / sizeof(float), NR = 2 * LANES };
-#ifndef XKC
-#define XKC 512
-#define XMC 8
-#endif
-enum { KC = XKC, MC = XMC * MR, NC = 4096 };
+enum { KC = 384, MC = 8 * MR, NC = 4096 };
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(float)), may_alias));
 typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(sizeof(float)),
                                   may_alias));
@@ -386,17 +384,22 @@ static inline void pack_lines(float *dst, const float *src, size_t line_step, si
                               int lines, int width, int depth) {
     int copied = line_step == 1 ? lines / width * width : 0;
     for (int k = 0; k < depth && copied; k++)
-        for (int line = 0; line < copied; line += width)
-            memcpy(dst + (size_t)line * depth + k * width, src + k * k_step + line,
-                   width * sizeof(float));
+        for (int line = 0; line < copied; line += width) {
+            const float *from = src + k * k_step + line;
+            for (int i = 0; i < width; i += 16) __builtin_prefetch(from + 8 * k_step + i);
+            memcpy(dst + (size_t)line * depth + k * width, from, width * sizeof(float));
+        }
     for (int line = copied; line < lines; line += width) {
         float *panel = dst + (size_t)line * depth;
         const float *from = src + line * line_step;
         int full = imin(width, lines - line);
         int turned = k_step == 1 ? full / 4 * 4 : 0, turned_depth = depth / 4 * 4;
-        for (int k = 0; k < turned_depth; k += 4)
+        for (int k = 0; k < turned_depth; k += 4) {
+            for (int i = 0; i < turned && k % 16 == 0; i++)
+                __builtin_prefetch(from + (i + width) * line_step + k);
             for (int i = 0; i < turned; i += 4)
                 turn_square(panel + k * width + i, width, from + i * line_step + k, line_step);
+        }
         for (int k = 0; k < depth; k++)
             for (int i = k < turned_depth ? turned : 0; i < width; i++)
                 panel[k * width + i] = i < full ? from[i * line_step + k * k_step] : 0;
@@ -416,7 +419,10 @@ static inline void multiply_height(int height, float *c, size_t ldc, const float
                                    const float *b, int depth, int rows, int columns,
                                    int accumulate) {
     Vector zero = {0}, tile[MR][2];
-    for (int i = 0; i < height; i++) tile[i][0] = tile[i][1] = zero;
+    for (int i = 0; i < height; i++) {
+        tile[i][0] = tile[i][1] = zero;
+        __builtin_prefetch(c + i * ldc), __builtin_prefetch(c + i * ldc + LANES);
+    }
     for (int k = 0; k < depth; k++, a += a_step, b += NR) {
         Vector b0 = *(const Vector *)b, b1 = *(const Vector *)(b + LANES);
         for (int i = 0; i < height; i++) {
@@ -623,7 +629,8 @@ static void softmax_block_backward(float *p, float *ds, const float *lse, const 
 
 // One head's gradients from `queries` queries, of which the first stands at position t0. q (T,hs),
 // keys and values C and 2C after it, and their gradients, have rows 3C apart; dy, o (queries,hs)
-// rows C apart.
+// rows C apart. Called for t0 = 0, QUERIES, ...: dk and dv are first written by the queries that
+// stand among their keys, then added to.
 static void attention_backward_block(float *dq, const float *q, const float *dy, const float *o,
                                      const float *lse, int t0, int queries, int C, int hs) {
     int row = 3 * C, wide = (hs + NR - 1) / NR * NR;
@@ -654,11 +661,13 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
         multiply(p, NR, rows_q + first * hs, MR * hs, MR, pk, 0, n, NR, hs, 0);
         multiply(ds, NR, rows_dy + first * hs, MR * hs, MR, pv, 0, n, NR, hs, 0);
         softmax_block_backward(p, ds, lse + first, delta + first, n, t0 + first - s0, scale);
-        multiply(dv, row, p, MR, NR, columns_dy + first * NR, NR * queries, keys, hs, n, 1);
-        multiply(dk, row, ds, MR, NR, columns_q + first * NR, NR * queries, keys, hs, n, 1);
+        multiply(dv, row, p, MR, NR, columns_dy + first * NR, NR * queries, keys, hs, n,
+                 s0 < t0);
+        multiply(dk, row, ds, MR, NR, columns_q + first * NR, NR * queries, keys, hs, n,
+                 s0 < t0);
         pack(pds, ds, NR, 1, n, MR, keys);
         multiply(dq + (size_t)(t0 + first) * row, row, pds, MR * keys, MR, columns_k, NR * keys, n,
-                 hs, keys, 1);
+                 hs, keys, s0 > 0);
     }
 }
 
@@ -669,7 +678,6 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
 static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse,
                                const float *qkv, int B, int T, int C, int NH) {
     int hs = C / NH;
-    memset(dqkv, 0, (size_t)B * T * 3 * C * sizeof(float));
     #pragma omp parallel for schedule(dynamic)
     for (int task = 0; task < B * NH; task++) {
         int b = task / NH, h = task % NH;
