@@ -467,32 +467,30 @@ static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_
     }
 }
 
-// The size of equal parts of n that are at most `most`, rounded up to a multiple of `unit`.
-static int equal_part(int n, int most, int unit) {
-    int parts = (n + most - 1) / most;
-    return ((n + parts - 1) / parts + unit - 1) / unit * unit;
-}
-
-// A block of C at a depth of at most KC: B is packed by all threads, then each takes the next few
-// rows of A, packs them for itself and multiplies.
+// A block of C at a depth of at most KC: B is packed by all threads, then each takes some rows of A
+// at a time, packs them for itself and multiplies. The rows are cut into equal parts, as many for
+// each thread.
 static void multiply_block(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k,
                            const float *b, size_t b_column, size_t b_k, int M, int N, int depth,
                            int accumulate) {
-    enum { LINES = 8 * NR };  // of B, packed at once
-    int rows = imin(MC, equal_part(M, imax(1, M / (4 * omp_get_max_threads())), MR));
+    enum { LINES = 2 * NR };  // of B, packed at once
+    int panels = (M + MR - 1) / MR, threads = omp_get_max_threads();
+    int parts = imin(panels, (M / MC / threads + 1) * threads);
     float *pb = packing_space(1, (size_t)(N + NR) * depth);
     #pragma omp parallel if ((double)M * N * depth > 1e5)
     {
-        float *pa = packing_space(0, MC * KC);
+        float *pa = packing_space(0, (MC + MR) * KC);
         #pragma omp for
         for (int j = 0; j < N; j += LINES)
             pack(pb + (size_t)j * depth, b + j * b_column, b_column, b_k, imin(LINES, N - j), NR,
                  depth);
         #pragma omp for schedule(dynamic)
-        for (int i = 0; i < M; i += rows) {
-            pack(pa, a + i * a_row, a_row, a_k, imin(rows, M - i), MR, depth);
-            multiply(c + i * ldc, ldc, pa, (size_t)MR * depth, MR, pb, (size_t)NR * depth,
-                     imin(rows, M - i), N, depth, accumulate);
+        for (int part = 0; part < parts; part++) {
+            int i = (int)((int64_t)panels * part / parts) * MR;
+            int rows = imin(M, (int)((int64_t)panels * (part + 1) / parts) * MR) - i;
+            pack(pa, a + i * a_row, a_row, a_k, rows, MR, depth);
+            multiply(c + i * ldc, ldc, pa, (size_t)MR * depth, MR, pb, (size_t)NR * depth, rows, N,
+                     depth, accumulate);
         }
     }
 }
@@ -502,11 +500,11 @@ static void multiply_block(float *c, size_t ldc, const float *a, size_t a_row, s
 // matrix is only a change of strides. M, N and K at least 1.
 static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k, const float *b,
                  size_t b_column, size_t b_k, int M, int N, int K, int accumulate) {
-    int columns = equal_part(N, NC, NR), depth = equal_part(K, KC, 1);
-    for (int j = 0; j < N; j += columns)
+    int depth = (K - 1) / ((K + KC - 1) / KC) + 1;  // equal parts of at most KC
+    for (int j = 0; j < N; j += NC)
         for (int k = 0; k < K; k += depth)
             multiply_block(c + j, ldc, a + k * a_k, a_row, a_k, b + j * b_column + k * b_k,
-                           b_column, b_k, M, imin(columns, N - j), imin(depth, K - k),
+                           b_column, b_k, M, imin(NC, N - j), imin(depth, K - k),
                            accumulate || k > 0);
 }
 
