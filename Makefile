@@ -35,19 +35,25 @@ sanitize:
 	$(MAKE) test CFLAGS="-O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all"
 	$(MAKE) clean
 
+# Nothing is linked: OpenBLAS, the yardstick, is looked for when the program runs.
+bench: dev/bench.c train_gpas.c dev/plumbing.h
+	$(CC) $(FLAGS) $< -o dev/bench -lm -ldl
+	dev/bench
+
 reference:
 	$(PYTHON) dev/reference.py
 
 clean:
-	rm -f train_gpas test_gpas test_gpas_double
+	rm -f train_gpas test_gpas test_gpas_double dev/bench
 
 help:
 	@echo "make              builds train_gpas; then: ./train_gpas --help"
 	@echo "make run          trains without and with GPAS and compares"
 	@echo "make test         all checks; needs gcc, make, python3"
 	@echo "make sanitize     the same checks under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make bench        times a training step beside the machine's matrix rate"
 	@echo "make reference    computes dev/reference.safetensors again, byte for byte the same"
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler (make clean first)"
 
-.PHONY: run test sanitize reference clean help
+.PHONY: run test sanitize bench reference clean help

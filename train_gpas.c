@@ -358,22 +358,21 @@ static void free_packing_space(void) {
     }
 }
 
-// Turns a square of 4 x 4 numbers: dst[k * width + line] = src[line * line_step + k].
+// Turns a square of 4 x 4 numbers, a b c d: dst[k * width + line] = src[line * line_step + k].
 static inline void turn_square(float *dst, int width, const float *src, size_t line_step) {
 #if defined(__clang__) || __GNUC__ >= 12
-    Four a = *(const Four *)src, b = *(const Four *)(src + line_step);
-    Four c = *(const Four *)(src + 2 * line_step), d = *(const Four *)(src + 3 * line_step);
-    Four ac01 = __builtin_shufflevector(a, c, 0, 4, 1, 5);  // a0 c0 a1 c1
-    Four ac23 = __builtin_shufflevector(a, c, 2, 6, 3, 7);
-    Four bd01 = __builtin_shufflevector(b, d, 0, 4, 1, 5);
-    Four bd23 = __builtin_shufflevector(b, d, 2, 6, 3, 7);
-    *(Four *)dst = __builtin_shufflevector(ac01, bd01, 0, 4, 1, 5);  // a0 b0 c0 d0
-    *(Four *)(dst + width) = __builtin_shufflevector(ac01, bd01, 2, 6, 3, 7);
-    *(Four *)(dst + 2 * width) = __builtin_shufflevector(ac23, bd23, 0, 4, 1, 5);
-    *(Four *)(dst + 3 * width) = __builtin_shufflevector(ac23, bd23, 2, 6, 3, 7);
+    Four line[4], pair[4];  // pairs: a0 c0 a1 c1, a2 c2 a3 c3, b0 d0 b1 d1, b2 d2 b3 d3
+    for (int i = 0; i < 4; i++) line[i] = *(const Four *)(src + i * line_step);
+    for (int i = 0; i < 2; i++) {
+        pair[2 * i] = __builtin_shufflevector(line[i], line[i + 2], 0, 4, 1, 5);
+        pair[2 * i + 1] = __builtin_shufflevector(line[i], line[i + 2], 2, 6, 3, 7);
+    }
+    for (int i = 0; i < 2; i++, dst += 2 * width) {
+        *(Four *)dst = __builtin_shufflevector(pair[i], pair[i + 2], 0, 4, 1, 5);
+        *(Four *)(dst + width) = __builtin_shufflevector(pair[i], pair[i + 2], 2, 6, 3, 7);
+    }
 #else
-    for (int k = 0; k < 4; k++)
-        for (int line = 0; line < 4; line++) dst[k * width + line] = src[line * line_step + k];
+    for (int k = 0; k < 16; k++) dst[k / 4 * width + k % 4] = src[k % 4 * line_step + k / 4];
 #endif
 }
 
@@ -413,11 +412,11 @@ static void pack(float *dst, const float *src, size_t line_step, size_t k_step, 
     else pack_lines(dst, src, line_step, k_step, lines, NR, depth);
 }
 
-// C (rows,columns), with rows <= height and columns <= NR, = or += a panel of A times one of B.
-// The compiler makes one function for each height.
-static inline void multiply_height(int height, float *c, size_t ldc, const float *a, size_t a_step,
-                                   const float *b, int depth, int rows, int columns,
-                                   int accumulate) {
+// C (rows,columns), with rows <= height <= MR and columns <= NR, = or += a panel of A times one of
+// B. The compiler makes one function for each height.
+static inline void multiply_tile(int height, float *c, size_t ldc, const float *a, size_t a_step,
+                                 const float *b, int depth, int rows, int columns,
+                                 int accumulate) {
     Vector zero = {0}, tile[MR][2];
     for (int i = 0; i < height; i++) {
         tile[i][0] = tile[i][1] = zero;
@@ -444,27 +443,23 @@ static inline void multiply_height(int height, float *c, size_t ldc, const float
         for (int j = 0; j < columns; j++) c[j] = (accumulate ? c[j] : 0) + edge[i][j];
 }
 
-// C (M,N) = or += A B from panels. Step k of A's row i is a[i / MR * a_panel + k * a_step + i % MR]:
-// packed, a_panel = MR * depth and a_step = MR; but rows that lie side by side in memory, as in the
-// transpose of a narrow matrix, are panels already. Step k of B's column j is
-// b[j / NR * b_panel + k * NR + j % NR]. The last rows are a lower tile, of a third or two.
+// C (M,N) = or += A B from panels. A (i,k) is a[i / MR * a_panel + k * a_step + i % MR].
+// Packed, a_panel is MR * depth and a_step MR; but rows that lie side by side, as in the transpose
+// of a narrow matrix, are panels already. B (k,j) is
+// b[j / NR * b_panel + k * NR + j % NR]. The last rows may be a tile of one or two thirds.
 static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_t a_step,
                      const float *b, size_t b_panel, int M, int N, int depth, int accumulate) {
-    for (int j = 0; j < N; j += NR, c += NR, b += b_panel) {
-        const float *from = a;
-        float *to = c;
-        int columns = imin(NR, N - j);
-        for (int i = 0; i < M; i += MR, from += a_panel, to += MR * ldc) {
-            int rows = imin(MR, M - i), third = MR / 3;
-            if (rows > 2 * third)
-                multiply_height(MR, to, ldc, from, a_step, b, depth, rows, columns, accumulate);
-            else if (rows > third)
-                multiply_height(2 * third, to, ldc, from, a_step, b, depth, rows, columns,
-                                accumulate);
-            else
-                multiply_height(third, to, ldc, from, a_step, b, depth, rows, columns, accumulate);
+    enum { LOW = MR / 3, HIGH = MR - LOW };
+    for (int j = 0; j < N; j += NR, b += b_panel)
+        for (int i = 0; i < M; i += MR) {
+            const float *from = a + i / MR * a_panel;
+            float *to = c + i * ldc + j;
+            int rows = imin(MR, M - i), columns = imin(NR, N - j), add = accumulate;
+            if (rows > HIGH) multiply_tile(MR, to, ldc, from, a_step, b, depth, rows, columns, add);
+            else if (rows > LOW)
+                multiply_tile(HIGH, to, ldc, from, a_step, b, depth, rows, columns, add);
+            else multiply_tile(LOW, to, ldc, from, a_step, b, depth, rows, columns, add);
         }
-    }
 }
 
 // A block of C at a depth of at most KC: B is packed by all threads, then each takes some rows of A

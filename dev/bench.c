@@ -1,16 +1,18 @@
 /*
 bench.c: how fast is a training step, beside what the machine can do?
 
-    make bench                                               the three shapes below
-    ./bench --channels 128 --seq-len 8192 --batch 1 ...      any other: options of train_gpas
-    OMP_NUM_THREADS=1 ./bench ...                            any number of threads
+    make bench                                                the three shapes below
+    dev/bench --vocab-size 259 --seq-len 8192 --batch 1 ...   any other: options of train_gpas
+    OMP_NUM_THREADS=1 dev/bench ...                           any number of threads
 
 For each shape a table: the whole step (forward, backward, update), then every kind of layer by
-itself, at its shape and as often as the step has it; at the end one line of JSON per shape.
-Flops are 6 for each parameter and token, without the embedding (a table is only read), and
-6 L C T a token for causal attention: what the mathematics needs, not what is computed again.
+itself, as often as the step has it, its numbers coming from memory, not from a cache; at the end
+one line of JSON per shape. Flops are 6 for each parameter and token, without the embedding (a table
+is only read), and 6 L C T a token for causal attention: what the mathematics needs, not what is
+computed again.
 The yardstick is OpenBLAS's sgemm at 4096 x 512 x 4096 if libopenblas.so.0 is found, else gemm() of
-train_gpas.c. It and the step take turns, and both are medians: other programs disturb both alike.
+train_gpas.c. It and the step take turns, so that other programs disturb both alike; times are
+medians, and the share is the median of each turn's share.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -23,6 +25,7 @@ train_gpas.c. It and the step take turns, and both are medians: other programs d
 #include "../train_gpas.c"
 
 enum { ROUNDS = 7, M_SIZE = 4096, K_SIZE = 512, N_SIZE = 4096 };
+#define GEMM_FLOPS (2.0 * M_SIZE * K_SIZE * N_SIZE)
 
 static const char *const shapes[][2] = {
     {"c256", "--channels 256 --layers 12 --heads 8 --hidden 688 --vocab-size 4096 --batch 8 "
@@ -31,7 +34,13 @@ static const char *const shapes[][2] = {
     {"toy", "--preset toy --vocab-size 259"},
 };
 
-typedef struct { Model m; int *tokens, B, T, C, H, NH, V, N, L; size_t n; } Bench;
+// A network and its sizes; n = B T C.
+typedef struct {
+    Model m;
+    int *tokens, B, T, C, H, NH, V, N, L;
+    size_t n;
+    double *norms;  // (L)
+} Bench;
 
 /* ------------------------------------------------------------------------------------------------
 The yardstick
@@ -42,28 +51,28 @@ typedef void Sgemm(int, int, int, int, int, int, float, const float *, int, cons
                    float, float *, int);
 typedef struct { Sgemm *sgemm; char name[64]; float *a, *b, *c; } Yardstick;
 
-// OpenBLAS 0.3.21 knows no processor newer than itself and then falls back to AVX2; it is told
-// that AVX-512 is there, or the yardstick would be half as long.
+// An OpenBLAS older than the processor takes its AVX2 kernel: it is told that AVX-512 is there, or
+// the yardstick would be half as long. A choice in the environment stands.
 static void yardstick_open(Yardstick *y) {
 #ifdef __AVX512F__
     setenv("OPENBLAS_CORETYPE", "SkylakeX", 0);
 #endif
-    void *library = dlopen("libopenblas.so.0", RTLD_NOW), *threads, *core;
+    void *library = dlopen("libopenblas.so.0", RTLD_NOW);
     y->a = (float *)allocate(M_SIZE * K_SIZE, sizeof(float));
     y->b = (float *)allocate(N_SIZE * K_SIZE, sizeof(float));
     y->c = (float *)allocate((size_t)M_SIZE * N_SIZE, sizeof(float));
     for (int i = 0; i < M_SIZE * K_SIZE; i++) y->a[i] = y->b[i] = (float)(i % 7) - 3;
-    snprintf(y->name, sizeof y->name, "gemm of train_gpas.c");
-    y->sgemm = NULL;
-    if (!library || !(threads = dlsym(library, "openblas_set_num_threads"))) return;
-    core = dlsym(library, "openblas_get_corename");
+    snprintf(y->name, sizeof y->name, "gemm of train_gpas.c, no libopenblas.so.0 found");
+    if (!library) return;
+    void *symbols[] = {dlsym(library, "cblas_sgemm"), dlsym(library, "openblas_set_num_threads"),
+                       dlsym(library, "openblas_get_corename")};
     void (*set_threads)(int);
-    char *(*get_core)(void);
-    void *sgemm = dlsym(library, "cblas_sgemm");
-    memcpy(&set_threads, &threads, sizeof threads), memcpy(&get_core, &core, sizeof core);
-    memcpy(&y->sgemm, &sgemm, sizeof sgemm);
+    char *(*core)(void);
+    if (!symbols[0] || !symbols[1] || !symbols[2]) return;
+    memcpy(&y->sgemm, &symbols[0], sizeof y->sgemm);  // C cannot cast data to a function
+    memcpy(&set_threads, &symbols[1], sizeof set_threads), memcpy(&core, &symbols[2], sizeof core);
     set_threads(omp_get_max_threads());
-    snprintf(y->name, sizeof y->name, "OpenBLAS, %s", core ? get_core() : "");
+    snprintf(y->name, sizeof y->name, "OpenBLAS, its kernel for %s", core());
 }
 
 static void yardstick_run(const Yardstick *y) {
@@ -78,11 +87,11 @@ Layers by themselves. Each function does all of one kind that a forward or a bac
 
 static void run_step(Bench *z) {
     Model *m = &z->m;
-    double norms[1024], gates;
+    double gates;
     memset(m->gradients, 0, m->num_parameters * sizeof(float));
     model_forward(m, z->tokens, z->tokens, z->B, z->T);
     model_backward(m, z->tokens, z->tokens, z->B, z->T, 1.0 / z->N);
-    double norm = gradient_norms(m, norms, &gates);
+    double norm = gradient_norms(m, z->norms, &gates);
     model_update(m, 0, norm, gates);
 }
 
@@ -204,7 +213,7 @@ static void loss_backward(Bench *z) {
 }
 
 static void update(Bench *z) {
-    double norms[1024], gates, norm = gradient_norms(&z->m, norms, &gates);
+    double gates, norm = gradient_norms(&z->m, z->norms, &gates);
     model_update(&z->m, 0, norm, gates);
 }
 
@@ -266,49 +275,62 @@ static void print_layers(Bench *z, double step) {
     printf("  %-22s %9.2f %9s %8.1f%%\n", "all of these", 1e3 * sum, "", 100 * sum / step);
 }
 
+static void open_bench(Bench *z, const Options *o) {
+    model_create(&z->m, o, o->batch, 1);
+    z->B = o->batch, z->T = o->seq_len, z->C = o->channels, z->H = o->hidden, z->NH = o->heads;
+    z->V = o->vocab_size, z->L = o->layers, z->N = z->B * z->T, z->n = (size_t)z->N * z->C;
+    z->norms = (double *)allocate(z->L, sizeof(double));
+    z->tokens = (int *)allocate(z->N, sizeof(int));
+    for (int i = 0; i < z->N; i++) z->tokens[i] = (int)((uint64_t)i * i % z->V);
+}
+
+// The step and the yardstick in turns, about as long each. Seconds of a step, of a product, and the
+// share: the step's flops a second over the product's.
+static void take_turns(Bench *z, const Yardstick *y, double flops, double *step, double *product,
+                       double *share) {
+    double s[ROUNDS], p[ROUNDS], ratio[ROUNDS];
+    int products = 1;
+    for (int round = -1; round < ROUNDS; round++) {
+        double start = omp_get_wtime();
+        run_step(z);
+        double took = omp_get_wtime() - start;
+        usleep(50000);  // until the threads that wait have stopped spinning
+        start = omp_get_wtime();
+        for (int i = 0; i < products; i++) yardstick_run(y);
+        double each = (omp_get_wtime() - start) / products;
+        usleep(50000);
+        if (round < 0) products = imax(1, (int)(took / each));
+        else s[round] = took, p[round] = each, ratio[round] = flops / took * each / GEMM_FLOPS;
+    }
+    *step = median(s, ROUNDS), *product = median(p, ROUNDS), *share = median(ratio, ROUNDS);
+}
+
 // Measures one shape and prints its table; its line of JSON goes to `json`.
 static void measure(const char *name, const Options *o, FILE *json) {
     static Bench z;
     static Yardstick y;
     struct rusage usage;
-    double step[ROUNDS], blas[ROUNDS];
-    int B = o->batch, T = o->seq_len, N = B * T, calls = 1;
-    model_create(&z.m, o, B, 1);
-    z.B = B, z.T = T, z.N = N, z.C = o->channels, z.H = o->hidden, z.NH = o->heads;
-    z.V = o->vocab_size, z.L = o->layers, z.n = (size_t)N * z.C;
-    z.tokens = (int *)allocate(N, sizeof(int));
-    for (int i = 0; i < N; i++) z.tokens[i] = (int)((uint64_t)i * i % z.V);
+    double step, product, share;
+    int threads = omp_get_max_threads();
+    open_bench(&z, o);
     double weights = (double)z.m.num_parameters - (double)z.V * z.C;
-    double flops = N * (6 * weights + 6.0 * z.L * z.C * T);
+    double flops = z.N * (6 * weights + 6.0 * z.L * z.C * z.T);
     run_step(&z), run_step(&z);
     getrusage(RUSAGE_SELF, &usage);  // before the yardstick takes memory
     yardstick_open(&y);
-    for (int round = -1; round < ROUNDS; round++) {
-        double t[3];
-        t[0] = omp_get_wtime();
-        run_step(&z);
-        t[1] = omp_get_wtime();
-        usleep(50000);  // until the threads that wait have stopped spinning
-        t[2] = omp_get_wtime();
-        for (int i = 0; i < calls; i++) yardstick_run(&y);
-        double rest = (omp_get_wtime() - t[2]) / calls;
-        usleep(50000);
-        if (round < 0) calls = imax(1, (int)((t[1] - t[0]) / rest));
-        else step[round] = t[1] - t[0], blas[round] = rest;
-    }
-    double s = median(step, ROUNDS), gflops = 1e-9 * flops / s;
-    double sgemm = 2e-9 * M_SIZE * K_SIZE * N_SIZE / median(blas, ROUNDS);
+    take_turns(&z, &y, flops, &step, &product, &share);
+    double gflops = 1e-9 * flops / step, sgemm = 1e-9 * GEMM_FLOPS / product;
     double mib = usage.ru_maxrss / 1024.0;
-    printf("%s: C %d, L %d, NH %d, H %d, V %d, B %d, T %d; %.1f M parameters, %d threads\n", name,
-           z.C, z.L, z.NH, z.H, z.V, B, T, 1e-6 * z.m.num_parameters, omp_get_max_threads());
-    printf("  step %.1f ms, %.0f tokens/s, %.1f GFLOP/s, %.0f MiB\n", 1e3 * s, N / s, gflops, mib);
-    printf("  sgemm %.1f GFLOP/s (%s): the step reaches %.2f of it\n", sgemm, y.name,
-           gflops / sgemm);
-    print_layers(&z, s);
+    printf("%s: C %d, L %d, NH %d, H %d, V %d, B %d, T %d; %.1f M parameters; threads: %d\n", name,
+           z.C, z.L, z.NH, z.H, z.V, z.B, z.T, 1e-6 * z.m.num_parameters, threads);
+    printf("  a step  %.1f ms, %.0f tokens/s, %.1f GFLOP/s, peak memory %.0f MiB\n", 1e3 * step,
+           z.N / step, gflops, mib);
+    printf("  sgemm   %.1f GFLOP/s (%s); the step reaches %.2f of it\n", sgemm, y.name, share);
+    print_layers(&z, step);
     printf("\n");
     fprintf(json, "{\"shape\": \"%s\", \"threads\": %d, \"tokens_per_s\": %.0f, \"gflops\": %.1f, "
-            "\"sgemm_gflops\": %.1f, \"share\": %.3f, \"peak_mib\": %.0f}\n", name,
-            omp_get_max_threads(), N / s, gflops, sgemm, gflops / sgemm, mib);
+            "\"sgemm_gflops\": %.1f, \"share\": %.3f, \"peak_mib\": %.0f}\n", name, threads,
+            z.N / step, gflops, sgemm, share, mib);
 }
 
 // A process of its own for each shape: the system keeps the peak of memory by process.
