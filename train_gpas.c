@@ -379,8 +379,10 @@ static inline void turn_square(float *dst, int width, const float *src, size_t l
 // Packs `lines` rows of A (width MR) or columns of B (width NR) as panels of `width` lines: number
 // k of a line is src[line * line_step + k * k_step]. dst (panels,depth,width), the last panel
 // filled up with zeros. Lines side by side are copied, all panels at once; others are turned.
-static inline void pack_lines(float *dst, const float *src, size_t line_step, size_t k_step,
-                              int lines, int width, int depth) {
+// Always inline: the compiler makes the code for one width.
+static inline __attribute__((always_inline)) void pack(float *dst, const float *src,
+                                                       size_t line_step, size_t k_step, int lines,
+                                                       int width, int depth) {
     int copied = line_step == 1 ? lines / width * width : 0;
     for (int k = 0; k < depth && copied; k++)
         for (int line = 0; line < copied; line += width) {
@@ -403,13 +405,6 @@ static inline void pack_lines(float *dst, const float *src, size_t line_step, si
             for (int i = k < turned_depth ? turned : 0; i < width; i++)
                 panel[k * width + i] = i < full ? from[i * line_step + k * k_step] : 0;
     }
-}
-
-// The same; here the compiler sees that the width is one of two constants.
-static void pack(float *dst, const float *src, size_t line_step, size_t k_step, int lines,
-                 int width, int depth) {
-    if (width == MR) pack_lines(dst, src, line_step, k_step, lines, MR, depth);
-    else pack_lines(dst, src, line_step, k_step, lines, NR, depth);
 }
 
 // C (rows,columns), with rows <= height <= MR and columns <= NR, = or += a panel of A times one of
@@ -462,45 +457,35 @@ static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_
         }
 }
 
-// A block of C at a depth of at most KC: B is packed by all threads, then each takes some rows of A
-// at a time, packs them for itself and multiplies. The rows are cut into equal parts, as many for
-// each thread.
-static void multiply_block(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k,
-                           const float *b, size_t b_column, size_t b_k, int M, int N, int depth,
-                           int accumulate) {
-    enum { LINES = 2 * NR };  // of B, packed at once
-    int panels = (M + MR - 1) / MR, threads = omp_get_max_threads();
-    int parts = imin(panels, (M / MC / threads + 1) * threads);
-    float *pb = packing_space(1, (size_t)(N + NR) * depth);
-    #pragma omp parallel if ((double)M * N * depth > 1e5)
-    {
-        float *pa = packing_space(0, (MC + MR) * KC);
-        #pragma omp for
-        for (int j = 0; j < N; j += LINES)
-            pack(pb + (size_t)j * depth, b + j * b_column, b_column, b_k, imin(LINES, N - j), NR,
-                 depth);
-        #pragma omp for schedule(dynamic)
-        for (int part = 0; part < parts; part++) {
-            int i = (int)((int64_t)panels * part / parts) * MR;
-            int rows = imin(M, (int)((int64_t)panels * (part + 1) / parts) * MR) - i;
-            pack(pa, a + i * a_row, a_row, a_k, rows, MR, depth);
-            multiply(c + i * ldc, ldc, pa, (size_t)MR * depth, MR, pb, (size_t)NR * depth, rows, N,
-                     depth, accumulate);
-        }
-    }
-}
-
 // C = A B, or C += A B with accumulate. C (M,N) with rows ldc apart; A (M,K): element (i,k) is
 // a[i * a_row + k * a_k]; B (K,N): element (k,j) is b[j * b_column + k * b_k]. So a transposed
 // matrix is only a change of strides. M, N and K at least 1.
+// For each block of NC columns and KC steps all threads pack B; then each takes some rows of A at a
+// time, packs them for itself and multiplies. The rows are cut into equal parts, as many for each.
 static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k, const float *b,
                  size_t b_column, size_t b_k, int M, int N, int K, int accumulate) {
-    int depth = (K - 1) / ((K + KC - 1) / KC) + 1;  // equal parts of at most KC
-    for (int j = 0; j < N; j += NC)
-        for (int k = 0; k < K; k += depth)
-            multiply_block(c + j, ldc, a + k * a_k, a_row, a_k, b + j * b_column + k * b_k,
-                           b_column, b_k, M, imin(NC, N - j), imin(depth, K - k),
-                           accumulate || k > 0);
+    enum { LINES = 2 * NR };  // of B, packed at once
+    int depth = (K - 1) / ((K + KC - 1) / KC) + 1, threads = omp_get_max_threads();
+    int panels = (M + MR - 1) / MR, parts = imin(panels, (M / MC / threads + 1) * threads);
+    float *pb = packing_space(1, (size_t)(imin(N, NC) + NR) * depth);
+    #pragma omp parallel if ((double)M * N * K > 1e5)
+    for (int j0 = 0; j0 < N; j0 += NC)
+        for (int k0 = 0; k0 < K; k0 += depth) {
+            int columns = imin(NC, N - j0), steps = imin(depth, K - k0);
+            float *pa = packing_space(0, (MC + MR) * KC);
+            #pragma omp for
+            for (int j = 0; j < columns; j += LINES)
+                pack(pb + (size_t)j * steps, b + (j0 + j) * b_column + k0 * b_k, b_column, b_k,
+                     imin(LINES, columns - j), NR, steps);
+            #pragma omp for schedule(dynamic)
+            for (int part = 0; part < parts; part++) {
+                int i = (int)((int64_t)panels * part / parts) * MR;
+                int rows = imin(M, (int)((int64_t)panels * (part + 1) / parts) * MR) - i;
+                pack(pa, a + i * a_row + k0 * a_k, a_row, a_k, rows, MR, steps);
+                multiply(c + i * ldc + j0, ldc, pa, (size_t)MR * steps, MR, pb, (size_t)NR * steps,
+                         rows, columns, steps, accumulate || k0 > 0);
+            }
+        }
 }
 
 // A linear layer without bias: out = inp weight^T. out (N,OC), inp (N,C), weight (OC,C).
