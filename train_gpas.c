@@ -1038,7 +1038,7 @@ static void adamw_update(float *p, const float *grad, float *m, float *v, size_t
                          float beta1, float beta2, float eps, float weight_decay, float grad_scale,
                          int t) {
     float unbias_m = (float)(1 / (1 - pow(beta1, t))), unbias_v = (float)(1 / (1 - pow(beta2, t)));
-    #pragma omp parallel for
+    #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) {
         float g = grad[i] * grad_scale;
         m[i] = beta1 * m[i] + (1 - beta1) * g;

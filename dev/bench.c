@@ -333,25 +333,32 @@ static void measure(const char *name, const Options *o, FILE *json) {
             z.N / step, gflops, sgemm, share, mib);
 }
 
-// A process of its own for each shape: the system keeps the peak of memory by process.
+// A process of its own for each shape: the system keeps the peak of memory by process. A shape
+// without a name gets its sizes as one.
 static void measure_apart(const char *name, int argc, char **argv, FILE *json) {
     int status;
     fflush(NULL);
     pid_t child = fork();
     if (child == 0) {
         Options o;
+        char sizes[100];
         parse_options(&o, argc, argv);
-        measure(name, &o, json);
+        if (o.vocab_size == 0) die("the bench reads no data: give --vocab-size");
+        snprintf(sizes, sizeof sizes, "C%d L%d NH%d H%d V%d B%d T%d", o.channels, o.layers, o.heads,
+                 o.hidden, o.vocab_size, o.batch, o.seq_len);
+        measure(name ? name : sizes, &o, json);
         fflush(NULL);
         _exit(0);
     }
-    if (child < 0 || waitpid(child, &status, 0) < 0 || status) die("%s was not measured", name);
+    if (child < 0 || waitpid(child, &status, 0) < 0) die("cannot start: %s", strerror(errno));
+    if (WIFSIGNALED(status)) die("the measuring process ended by signal %d", WTERMSIG(status));
+    if (status) exit(1);  // it has said why
 }
 
 int main(int argc, char **argv) {
     FILE *json = tmpfile();
     if (!json) die("no temporary file: %s", strerror(errno));
-    if (argc > 1) measure_apart("given", argc, argv, json);
+    if (argc > 1) measure_apart(NULL, argc, argv, json);
     for (size_t i = 0; argc == 1 && i < sizeof shapes / sizeof *shapes; i++) {
         char line[256], *words[32];
         int n = 1;
