@@ -269,7 +269,7 @@ static void print_layers(Bench *z, double step) {
     print_layer("swiglu", swiglus_forward, swiglus_backward, z, 0, step, &sum);
     print_layer("rmsnorm", norms_forward, norms_backward, z, 0, step, &sum);
     print_layer("residual", residuals_forward, residuals_backward, z, 0, step, &sum);
-    print_layer("gpas", gates_forward, gates_backward, z, 0, step, &sum);
+    if (z->m.o->gpas) print_layer("gpas", gates_forward, gates_backward, z, 0, step, &sum);
     print_layer("crossentropy", loss_forward, loss_backward, z, 0, step, &sum);
     print_layer("norms, adamw; zeroing", update, zero_gradients, z, 0, step, &sum);
     printf("  %-22s %9.2f %9s %8.1f%%\n", "all of these", 1e3 * sum, "", 100 * sum / step);
@@ -320,7 +320,11 @@ static void measure(const char *name, const Options *o, FILE *json) {
     yardstick_open(&y);
     take_turns(&z, &y, flops, &step, &product, &share);
     double gflops = 1e-9 * flops / step, sgemm = 1e-9 * GEMM_FLOPS / product;
+#ifdef __APPLE__
+    double mib = usage.ru_maxrss / 1048576.0;  // there in bytes, elsewhere in KiB
+#else
     double mib = usage.ru_maxrss / 1024.0;
+#endif
     printf("%s: C %d, L %d, NH %d, H %d, V %d, B %d, T %d; %.1f M parameters; threads: %d\n", name,
            z.C, z.L, z.NH, z.H, z.V, z.B, z.T, 1e-6 * z.m.num_parameters, threads);
     printf("  a step  %.1f ms, %.0f tokens/s, %.1f GFLOP/s, peak memory %.0f MiB\n", 1e3 * step,
