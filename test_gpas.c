@@ -631,6 +631,7 @@ static void test_gemm_threads(void) {
         omp_set_num_threads(threads);
         gemm(out, N, a, K, 1, b, K, 1, M, N, K, 0);
         gemm(out, N, a, 1, M, b, 1, N, M, N, K, 1);
+        free_packing_space(); // each thread's, while there are so many
     }
     omp_set_num_threads(most);
     for (int i = 1; i < 4; i++) {
