@@ -107,13 +107,18 @@ sanitize:
 	$(MAKE) test CFLAGS="-O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all"
 	$(MAKE) clean
 
+# Nothing is linked: OpenBLAS, the yardstick, is looked for when the program runs.
+bench: dev/bench.c train_gpas.c dev/plumbing.h
+	$(CC) $(FLAGS) $< -o dev/bench -lm -ldl
+	dev/bench
+
 reference:
 	$(PYTHON) dev/reference.py
 
 clean:
 	rm -rf build
 	rm -f train_gpas test_gpas test_gpas_double train_gpas_cuda_on_cpu
-	rm -f train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16 bench_cuda
+	rm -f train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16 bench_cuda dev/bench
 
 help:
 	@echo "make              builds train_gpas; then: ./train_gpas --help"
@@ -125,9 +130,10 @@ help:
 	@echo "make train_gpas_cuda_on_cpu    the GPU's program on the CPU, slowly"
 	@echo "make test-cuda-on-cpu   the kernels' checks on the CPU, with every memory access checked"
 	@echo "make sanitize     the same checks under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make bench        times a training step beside the machine's matrix rate"
 	@echo "make reference    computes dev/reference.safetensors again, byte for byte the same"
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler (make clean first)"
 
-.PHONY: run test sanitize reference clean help
+.PHONY: run test sanitize bench reference clean help
 .PHONY: test-cuda bench-cuda cuda-on-cpu test-cuda-on-cpu

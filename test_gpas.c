@@ -903,6 +903,73 @@ static void test_long_attention(void) {
     free(qkv), free(out), free(expected), free(lse);
 }
 
+// Heads wider than a panel and no multiple of one, several blocks, two sequences: both passes
+// against their definition, in double.
+static void test_wide_attention(void) {
+    enum { B = 2, T = 290, NH = 2, hs = 70, C = NH * hs, ROW = 3 * C };
+    size_t n = (size_t)B * T * C;
+    float *qkv = random_floats(3 * n, 0.7, 5), *dout = random_floats(n, 1, 6);
+    float *out = random_floats(n, 1, 1), *lse = random_floats(B * NH * T, 1, 1);
+    float *dqkv = random_floats(3 * n, 1, 1);
+    double *want = (double *)allocate(n, sizeof(double)), scale = 1 / sqrt(hs), p[T], dp[T];
+    double *dwant = (double *)allocate(3 * n, sizeof(double));
+    for (int head = 0; head < B * NH; head++)
+        for (int t = 0; t < T; t++) {
+            size_t begin = head / NH * T, at = (begin + t) * C + head % NH * hs;
+            const float *q = qkv + (begin + t) * ROW + head % NH * hs, *dy = dout + at;
+            double *dq = dwant + (begin + t) * ROW + head % NH * hs, sum = 0, delta = 0;
+            for (int s = 0; s <= t; s++) {
+                const float *k = qkv + (begin + s) * ROW + C + head % NH * hs;
+                p[s] = dp[s] = 0;
+                for (int c = 0; c < hs; c++)
+                    p[s] += scale * q[c] * k[c], dp[s] += (double)dy[c] * k[C + c];
+                sum += p[s] = exp(p[s]);
+            }
+            for (int s = 0; s <= t; s++) delta += (p[s] /= sum) * dp[s];
+            for (int s = 0; s <= t; s++) {
+                const float *k = qkv + (begin + s) * ROW + C + head % NH * hs;
+                double *dk = dwant + (begin + s) * ROW + C + head % NH * hs;
+                double ds = scale * p[s] * (dp[s] - delta);
+                for (int c = 0; c < hs; c++) {
+                    want[at + c] += p[s] * k[C + c], dq[c] += ds * k[c];
+                    dk[c] += ds * q[c], dk[C + c] += p[s] * dy[c];
+                }
+            }
+        }
+    attention_forward(out, lse, qkv, B, T, C, NH);
+    attention_backward(dqkv, dout, out, lse, qkv, B, T, C, NH);
+    float *expected = (float *)allocate(3 * n, sizeof(float));
+    for (size_t i = 0; i < n; i++) expected[i] = (float)want[i];
+    check_close("attention_forward: heads of 70 channels", out, expected, n, 1e-5, 0);
+    for (size_t i = 0; i < 3 * n; i++) expected[i] = (float)dwant[i];
+    check_close("attention_backward: heads of 70 channels", dqkv, expected, 3 * n, 1e-4, 0);
+    free(qkv), free(dout), free(out), free(lse), free(dqkv), free(want), free(dwant);
+    free(expected);
+}
+
+// Products that several threads share, with more than one block in each direction: the same bits.
+static void test_gemm_threads(void) {
+    enum { M = 301, N = 4200, K = 800 };
+    float *a = random_floats((size_t)M * K, 1, 1), *b = random_floats((size_t)N * K, 1, 2);
+    float *c[4];
+    int most = omp_get_max_threads();
+    for (int threads = 1; threads <= 4; threads++) {
+        float *out = c[threads - 1] = random_floats((size_t)M * N, 1, 3);
+        omp_set_num_threads(threads);
+        gemm(out, N, a, K, 1, b, K, 1, M, N, K, 0);
+        gemm(out, N, a, 1, M, b, 1, N, M, N, K, 1);
+        free_packing_space(); // each thread's, while there are so many
+    }
+    omp_set_num_threads(most);
+    for (int i = 1; i < 4; i++) {
+        char name[100];
+        snprintf(name, sizeof name, "gemm: %d threads give the bits of one", i + 1);
+        check(memcmp(c[0], c[i], (size_t)M * N * sizeof(float)) == 0, name, "they do not");
+    }
+    for (int i = 0; i < 4; i++) free(c[i]);
+    free(a), free(b);
+}
+
 static void test_exp(void) {
     double worst = 0;
     for (int i = -86000; i <= 87000; i++) {
@@ -1639,6 +1706,7 @@ int main(void) {
     test_gpas(), test_residual(), test_embedding(), test_rmsnorm(), test_rope(), test_swiglu();
     test_matmul(), test_attention(), test_crossentropy(), test_adamw();
     test_gemm(), test_long_attention(), test_exp();
+    test_wide_attention(), test_gemm_threads();
     test_networks();
     test_initial_values(), test_learning(), test_threads(), test_training_rules(), test_sampling();
     if (!mkdtemp(folder)) die("cannot make a folder in /tmp");

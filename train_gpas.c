@@ -305,9 +305,11 @@ data serve many multiply-adds:
   L1, L2     pack() copies A and B into panels that lie in memory in the very order in which the
              tile reads them, so every load is the next one. Depth is cut to KC: an MC x KC block of
              A stays in the L2 cache while all panels of B pass by it.
-  L3         B is cut to NC columns, A to AC rows, so that the packed copies stay in the L3 cache.
-  cores      panels and blocks are shared out. Every result is summed by one thread, in the order of
-             k: who computes it changes nothing.
+  L3         B is cut to NC columns, so that its packed copy stays in the L3 cache.
+  memory     what will be needed next is asked for in advance (__builtin_prefetch, which reads
+             nothing: an address beyond the matrix does no harm).
+  cores      B is packed once for all; then each core takes some rows of A at a time. Every result
+             is summed by one thread, in the order of k: who computes it changes nothing.
 
 The vectors are the compiler's own extension: the same lines become AVX-512, AVX2, SSE or NEON.
 */
@@ -321,12 +323,12 @@ enum { VECTOR_BYTES = 16, MR = 12 };  // 24 of 32
 enum { VECTOR_BYTES = 16, MR = 6 };   // 12 of 16
 #endif
 enum { LANES = VECTOR_BYTES / sizeof(float), NR = 2 * LANES };
-enum { KC = 512, MC = 8 * MR, NC = 4096, AC = 340 * MR };
+enum { KC = 384, MC = 8 * MR, NC = 4096 };
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(float)), may_alias));
 typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(sizeof(float)),
                                   may_alias));
 
-// Memory for packed panels, one pair per thread that calls gemm(), kept from call to call.
+// Memory for packed panels, one pair per thread, kept from call to call.
 static float *packed[2];
 static size_t packed_size[2];
 #pragma omp threadprivate(packed, packed_size)
@@ -348,46 +350,74 @@ static void free_packing_space(void) {
     }
 }
 
-// One panel: for each k the `lines` numbers src[line * line_step + k * k_step], filled up with
-// zeros to `width`. dst (depth,width). Where k is the step that lies close, most goes by squares of
-// 4 x 4.
-static void pack(float *dst, const float *src, size_t line_step, size_t k_step, int lines,
-                 int width, int depth) {
-    int square_lines = k_step == 1 ? lines / 4 * 4 : 0, square_depth = depth / 4 * 4;
-    if (line_step == 1 && lines == width) {
-        for (int k = 0; k < depth; k++)
-            memcpy(dst + k * width, src + k * k_step, width * sizeof(float));
-        return;
+// Turns a square of 4 x 4 numbers, a b c d: dst[k * width + line] = src[line * line_step + k].
+static inline void turn_square(float *dst, int width, const float *src, size_t line_step) {
+#if defined(__clang__) || __GNUC__ >= 12
+    Four line[4], pair[4];  // pairs: a0 c0 a1 c1, a2 c2 a3 c3, b0 d0 b1 d1, b2 d2 b3 d3
+    for (int i = 0; i < 4; i++) line[i] = *(const Four *)(src + i * line_step);
+    for (int i = 0; i < 2; i++) {
+        pair[2 * i] = __builtin_shufflevector(line[i], line[i + 2], 0, 4, 1, 5);
+        pair[2 * i + 1] = __builtin_shufflevector(line[i], line[i + 2], 2, 6, 3, 7);
     }
-    for (int k = 0; k < square_depth; k += 4)
-        for (int line = 0; line < square_lines; line += 4) {
-            const float *from = src + line * line_step + k, *middle = from + 2 * line_step;
-            Four a = *(const Four *)from, b = *(const Four *)(from + line_step);
-            Four c = *(const Four *)middle, d = *(const Four *)(middle + line_step);
-            for (int i = 0; i < 4; i++) {
-                Four column = {a[i], b[i], c[i], d[i]};
-                *(Four *)(dst + (k + i) * width + line) = column;
-            }
-        }
-    for (int k = 0; k < depth; k++)
-        for (int line = k < square_depth ? square_lines : 0; line < width; line++)
-            dst[k * width + line] = line < lines ? src[line * line_step + k * k_step] : 0;
+    for (int i = 0; i < 2; i++, dst += 2 * width) {
+        *(Four *)dst = __builtin_shufflevector(pair[i], pair[i + 2], 0, 4, 1, 5);
+        *(Four *)(dst + width) = __builtin_shufflevector(pair[i], pair[i + 2], 2, 6, 3, 7);
+    }
+#else
+    for (int k = 0; k < 16; k++) dst[k / 4 * width + k % 4] = src[k % 4 * line_step + k / 4];
+#endif
 }
 
-// C (rows,columns), with rows <= MR and columns <= NR, = or += a panel of A times a panel of B.
-static void multiply_tile(float *c, size_t ldc, const float *a, const float *b, int depth, int rows,
-                          int columns, int accumulate) {
+// Packs `lines` rows of A (width MR) or columns of B (width NR) as panels of `width` lines: number
+// k of a line is src[line * line_step + k * k_step]. dst (panels,depth,width), the last panel
+// filled up with zeros. Lines side by side are copied, all panels at once; others are turned.
+// Always inline: the compiler makes the code for one width.
+static inline __attribute__((always_inline)) void pack(float *dst, const float *src,
+                                                       size_t line_step, size_t k_step, int lines,
+                                                       int width, int depth) {
+    int copied = line_step == 1 ? lines / width * width : 0;
+    for (int k = 0; k < depth && copied; k++)
+        for (int line = 0; line < copied; line += width) {
+            const float *from = src + k * k_step + line;
+            for (int i = 0; i < width; i += 16) __builtin_prefetch(from + 8 * k_step + i);
+            memcpy(dst + (size_t)line * depth + k * width, from, width * sizeof(float));
+        }
+    for (int line = copied; line < lines; line += width) {
+        float *panel = dst + (size_t)line * depth;
+        const float *from = src + line * line_step;
+        int full = imin(width, lines - line);
+        int turned = k_step == 1 ? full / 4 * 4 : 0, turned_depth = depth / 4 * 4;
+        for (int k = 0; k < turned_depth; k += 4) {
+            for (int i = 0; i < turned && k % 16 == 0; i++)
+                __builtin_prefetch(from + (i + width) * line_step + k);
+            for (int i = 0; i < turned; i += 4)
+                turn_square(panel + k * width + i, width, from + i * line_step + k, line_step);
+        }
+        for (int k = 0; k < depth; k++)
+            for (int i = k < turned_depth ? turned : 0; i < width; i++)
+                panel[k * width + i] = i < full ? from[i * line_step + k * k_step] : 0;
+    }
+}
+
+// C (rows,columns), with rows <= height <= MR and columns <= NR, = or += a panel of A times one of
+// B. The compiler makes one function for each height.
+static inline void multiply_tile(int height, float *c, size_t ldc, const float *a, size_t a_step,
+                                 const float *b, int depth, int rows, int columns,
+                                 int accumulate) {
     Vector zero = {0}, tile[MR][2];
-    for (int i = 0; i < MR; i++) tile[i][0] = tile[i][1] = zero;
-    for (int k = 0; k < depth; k++, a += MR, b += NR) {
+    for (int i = 0; i < height; i++) {
+        tile[i][0] = tile[i][1] = zero;
+        __builtin_prefetch(c + i * ldc), __builtin_prefetch(c + i * ldc + LANES);
+    }
+    for (int k = 0; k < depth; k++, a += a_step, b += NR) {
         Vector b0 = *(const Vector *)b, b1 = *(const Vector *)(b + LANES);
-        for (int i = 0; i < MR; i++) {
+        for (int i = 0; i < height; i++) {
             tile[i][0] += a[i] * b0;
             tile[i][1] += a[i] * b1;
         }
     }
-    if (rows == MR && columns == NR) {
-        for (int i = 0; i < MR; i++, c += ldc) {
+    if (rows == height && columns == NR) {
+        for (int i = 0; i < height; i++, c += ldc) {
             Vector *c0 = (Vector *)c, *c1 = (Vector *)(c + LANES);
             if (accumulate) tile[i][0] += *c0, tile[i][1] += *c1;
             *c0 = tile[i][0], *c1 = tile[i][1];
@@ -395,51 +425,59 @@ static void multiply_tile(float *c, size_t ldc, const float *a, const float *b, 
         return;
     }
     float edge[MR][NR];
-    memcpy(edge, tile, sizeof edge);
+    memcpy(edge, tile, height * sizeof *edge);
     for (int i = 0; i < rows; i++, c += ldc)
         for (int j = 0; j < columns; j++) c[j] = (accumulate ? c[j] : 0) + edge[i][j];
 }
 
-// One block of A, B and C at a depth of at most KC: pack both, then multiply panel by panel.
-static void multiply_block(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k,
-                           const float *b, size_t b_column, size_t b_k, int M, int N, int depth,
-                           int accumulate) {
-    int panels_a = (M + MR - 1) / MR, panels_b = (N + NR - 1) / NR;
-    int step = imin(MC, (M / (4 * omp_get_max_threads()) / MR + 1) * MR);  // rows shared at once
-    float *pa = packing_space(0, (size_t)panels_a * MR * depth);
-    float *pb = packing_space(1, (size_t)panels_b * NR * depth);
-    #pragma omp parallel if ((double)M * N * depth > 1e5)
-    {
-        #pragma omp for nowait
-        for (int p = 0; p < panels_b; p++)
-            pack(pb + (size_t)p * NR * depth, b + p * NR * b_column, b_column, b_k,
-                 imin(NR, N - p * NR), NR, depth);
-        #pragma omp for
-        for (int p = 0; p < panels_a; p++)
-            pack(pa + (size_t)p * MR * depth, a + p * MR * a_row, a_row, a_k,
-                 imin(MR, M - p * MR), MR, depth);
-        #pragma omp for schedule(dynamic)
-        for (int i0 = 0; i0 < M; i0 += step)
-            for (int j = 0; j < N; j += NR)
-                for (int i = i0; i < imin(M, i0 + step); i += MR)
-                    multiply_tile(c + i * ldc + j, ldc, pa + (size_t)i * depth,
-                                  pb + (size_t)j * depth, depth, imin(MR, M - i), imin(NR, N - j),
-                                  accumulate);
-    }
+// C (M,N) = or += A B from panels. A (i,k) is a[i / MR * a_panel + k * a_step + i % MR].
+// Packed, a_panel is MR * depth and a_step MR; but rows that lie side by side, as in the transpose
+// of a narrow matrix, are panels already. B (k,j) is
+// b[j / NR * b_panel + k * NR + j % NR]. The last rows may be a tile of one or two thirds.
+static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_t a_step,
+                     const float *b, size_t b_panel, int M, int N, int depth, int accumulate) {
+    enum { LOW = MR / 3, HIGH = MR - LOW };
+    for (int j = 0; j < N; j += NR, b += b_panel)
+        for (int i = 0; i < M; i += MR) {
+            const float *from = a + i / MR * a_panel;
+            float *to = c + i * ldc + j;
+            int rows = imin(MR, M - i), columns = imin(NR, N - j), add = accumulate;
+            if (rows > HIGH) multiply_tile(MR, to, ldc, from, a_step, b, depth, rows, columns, add);
+            else if (rows > LOW)
+                multiply_tile(HIGH, to, ldc, from, a_step, b, depth, rows, columns, add);
+            else multiply_tile(LOW, to, ldc, from, a_step, b, depth, rows, columns, add);
+        }
 }
 
 // C = A B, or C += A B with accumulate. C (M,N) with rows ldc apart; A (M,K): element (i,k) is
 // a[i * a_row + k * a_k]; B (K,N): element (k,j) is b[j * b_column + k * b_k]. So a transposed
 // matrix is only a change of strides. M, N and K at least 1.
+// For each block of NC columns and KC steps all threads pack B; then each takes some rows of A at a
+// time, packs them for itself and multiplies. The rows are cut into equal parts, as many for each.
 static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k, const float *b,
                  size_t b_column, size_t b_k, int M, int N, int K, int accumulate) {
-    int depth = (K - 1) / ((K + KC - 1) / KC) + 1;  // equal parts of at most KC
-    for (int j = 0; j < N; j += NC)
-        for (int i = 0; i < M; i += AC)
-            for (int k = 0; k < K; k += depth)
-                multiply_block(c + i * ldc + j, ldc, a + i * a_row + k * a_k, a_row, a_k,
-                               b + j * b_column + k * b_k, b_column, b_k, imin(AC, M - i),
-                               imin(NC, N - j), imin(depth, K - k), accumulate || k > 0);
+    enum { LINES = 2 * NR };  // of B, packed at once
+    int depth = (K - 1) / ((K + KC - 1) / KC) + 1, threads = omp_get_max_threads();
+    int panels = (M + MR - 1) / MR, parts = imin(panels, (M / MC / threads + 1) * threads);
+    float *pb = packing_space(1, (size_t)(imin(N, NC) + NR) * depth);
+    #pragma omp parallel if ((double)M * N * K > 1e5)
+    for (int j0 = 0; j0 < N; j0 += NC)
+        for (int k0 = 0; k0 < K; k0 += depth) {
+            int columns = imin(NC, N - j0), steps = imin(depth, K - k0);
+            float *pa = packing_space(0, (MC + MR) * KC);
+            #pragma omp for
+            for (int j = 0; j < columns; j += LINES)
+                pack(pb + (size_t)j * steps, b + (j0 + j) * b_column + k0 * b_k, b_column, b_k,
+                     imin(LINES, columns - j), NR, steps);
+            #pragma omp for schedule(dynamic)
+            for (int part = 0; part < parts; part++) {
+                int i = (int)((int64_t)panels * part / parts) * MR;
+                int rows = imin(M, (int)((int64_t)panels * (part + 1) / parts) * MR) - i;
+                pack(pa, a + i * a_row + k0 * a_k, a_row, a_k, rows, MR, steps);
+                multiply(c + i * ldc + j0, ldc, pa, (size_t)MR * steps, MR, pb, (size_t)NR * steps,
+                         rows, columns, steps, accumulate || k0 > 0);
+            }
+        }
 }
 
 // A linear layer without bias: out = inp weight^T. out (N,OC), inp (N,C), weight (OC,C).
@@ -464,32 +502,42 @@ Causal attention, each head by itself. With q_t, k_s, v_s (hs numbers each) of o
     S_ts = q_t . k_s / sqrt(hs) for s <= t    P_t = softmax over s of S_t    o_t = sum_s P_ts v_s
 
 P has T x T numbers per head: too many to keep. As in FlashAttention (arXiv 2205.14135) it exists
-only in blocks of QUERIES x KEYS. The softmax is carried along: after each block of keys a row knows
-the largest score so far, m, and the sum of e^(S - m). When a larger score turns up, what has been
-summed is corrected by e^(m_old - m_new). At the end only lse_t = m + log(sum) is kept, one number
-per row, from which the backward pass gets any P_ts = e^(S_ts - lse_t) again.
-*/
-enum { QUERIES = 96, KEYS = 256 };
+only in blocks, NR columns wide. The softmax is carried along: after each block of keys a query
+knows the largest score so far, m, and the sum of e^(S - m). When a larger score turns up, what has
+been summed is corrected by e^(m_old - m_new). At the end only lse_t = m + log(sum) is kept, one
+number per row, from which the backward pass gets any P_ts = e^(S_ts - lse_t) again.
 
-// The scores of a block become P times its rows' sums: masks, exponentiates, and carries along m
-// and sum. score (queries,keys) with rows KEYS apart; query i stands at position t0 + i, key j at
-// s0 + j; m, sum (queries); out (queries,hs) with rows C apart: what has been summed so far,
-// corrected here.
-static void softmax_block(float *score, float *m, float *sum, float *out, int queries, int keys,
-                          int t0, int s0, float scale, int hs, int C) {
-    for (int i = 0; i < queries; i++, score += KEYS, out += C) {
-        int seen = imax(0, imin(keys, t0 + i - s0 + 1));  // keys at or before the query
-        float largest = scale * largest_of(score, seen, m[i] / scale), block = 0;
-        #pragma omp simd reduction(+ : block)
-        for (int j = 0; j < seen; j++) {
-            score[j] = exp_fast(score[j] * scale - largest);
-            block += score[j];
+The products are gemm's own pack() and multiply(), so that each head's rows are packed once for many
+blocks. A block of P, being NR wide, is already a panel and need not be packed at all. Blocks that
+lie wholly after their queries are skipped.
+*/
+enum { QUERIES = 256, KEYS = 256 };  // packed at once; multiples of NR
+
+// Key j against query i of a block: the scores (keys,NR), one column for each query, become P times
+// the queries' sums. m, sum (NR) are carried along; correction (NR) gets the factor for what has
+// been summed so far. Key j stands after query i where j > i + diagonal: there P is 0.
+static void softmax_block(float *score, float *m, float *sum, float *correction, int keys,
+                          int diagonal, float scale) {
+    float largest[NR], block[NR] = {0};
+    memcpy(largest, m, sizeof largest);
+    for (int j = 0; j < keys; j++)
+        #pragma omp simd
+        for (int i = 0; i < NR; i++) {
+            float s = j <= i + diagonal ? score[j * NR + i] : -1e30f;
+            largest[i] = s > largest[i] ? s : largest[i];
         }
-        for (int j = seen; j < keys; j++) score[j] = 0;
-        float correction = exp_fast(m[i] - largest);
-        sum[i] = sum[i] * correction + block;
-        m[i] = largest;
-        for (int c = 0; c < hs && s0 > 0; c++) out[c] *= correction;
+    for (int j = 0; j < keys; j++)
+        #pragma omp simd
+        for (int i = 0; i < NR; i++) {
+            float p = exp_fast(scale * (score[j * NR + i] - largest[i]));
+            p = j <= i + diagonal ? p : 0;
+            score[j * NR + i] = p;
+            block[i] += p;
+        }
+    for (int i = 0; i < NR; i++) {
+        correction[i] = exp_fast(scale * (m[i] - largest[i]));
+        sum[i] = sum[i] * correction[i] + block[i];
+        m[i] = largest[i];
     }
 }
 
@@ -504,18 +552,30 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
         int queries = imin(QUERIES, T - t0);
         const float *q = qkv + ((size_t)b * T + t0) * row + h * hs;
         float *o = out + ((size_t)b * T + t0) * C + h * hs;
-        float score[QUERIES * KEYS], m[QUERIES], sum[QUERIES];
-        for (int i = 0; i < queries; i++) m[i] = -1e30f, sum[i] = 0;
+        float score[KEYS * NR], m[QUERIES], sum[QUERIES], correction[NR];
+        float *pq = packing_space(0, (size_t)QUERIES * hs);
+        float *pk = packing_space(1, (size_t)(KEYS + MR) * hs + KEYS * (hs + NR));
+        float *pv = pk + (size_t)(KEYS + MR) * hs;
+        for (int i = 0; i < QUERIES; i++) m[i] = -1e30f, sum[i] = 0;
+        pack(pq, q, row, 1, queries, NR, hs);
         for (int s0 = 0; s0 < t0 + queries; s0 += KEYS) {
             int keys = imin(KEYS, t0 + queries - s0);
             const float *k = qkv + ((size_t)b * T + s0) * row + C + h * hs, *v = k + C;
-            gemm(score, KEYS, q, row, 1, k, row, 1, queries, keys, hs, 0);
-            softmax_block(score, m, sum, o, queries, keys, t0, s0, scale, hs, C);
-            gemm(o, C, score, KEYS, 1, v, 1, row, queries, hs, keys, s0 > 0);
+            pack(pk, k, row, 1, keys, MR, hs);
+            pack(pv, v, 1, row, hs, NR, keys);
+            for (int i = 0; i < queries; i += NR) {
+                int rows = imin(NR, queries - i), seen = imin(keys, t0 + i + rows - s0);
+                multiply(score, NR, pk, MR * hs, MR, pq + i * hs, 0, seen, NR, hs, 0);
+                softmax_block(score, m + i, sum + i, correction, seen, t0 + i - s0, scale);
+                for (int r = 0; r < rows && s0 > 0; r++)
+                    for (int c = 0; c < hs; c++) o[(size_t)(i + r) * C + c] *= correction[r];
+                multiply(o + (size_t)i * C, C, score, MR, NR, pv, (size_t)NR * keys, rows, hs,
+                         seen, s0 > 0);
+            }
         }
         for (int i = 0; i < queries; i++) {
             for (int c = 0; c < hs; c++) o[(size_t)i * C + c] /= sum[i];
-            lse[((size_t)b * NH + h) * T + t0 + i] = m[i] + logf(sum[i]);
+            lse[((size_t)b * NH + h) * T + t0 + i] = scale * m[i] + logf(sum[i]);
         }
     }
 }
@@ -524,18 +584,60 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 //   P_ts = e^(scale S_ts - lse_t), 0 for a key after the query
 //   dS_ts = scale P_ts (dP_ts - sum_r P_tr dP_tr)       (the derivative of softmax)
 // and that last sum needs no row of P: dP_tr = do_t . v_r, so it is do_t . (sum_r P_tr v_r), that
-// is do_t . o_t, called delta_t. p: S in, P out; ds: dP in, dS out, both (queries,keys) with rows
-// KEYS apart; lse, delta (queries).
+// is do_t . o_t, called delta_t. p: S in, P out; ds: dP in, dS out, both (queries,NR), a column for
+// each key; lse, delta (queries). Key j stands after query i where j > i + diagonal.
 static void softmax_block_backward(float *p, float *ds, const float *lse, const float *delta,
-                                   int queries, int keys, int t0, int s0, float scale) {
-    for (int i = 0; i < queries; i++, p += KEYS, ds += KEYS) {
-        int seen = imax(0, imin(keys, t0 + i - s0 + 1));
+                                   int queries, int diagonal, float scale) {
+    for (int i = 0; i < queries; i++, p += NR, ds += NR)
         #pragma omp simd
-        for (int j = 0; j < seen; j++) {
-            p[j] = exp_fast(p[j] * scale - lse[i]);
+        for (int j = 0; j < NR; j++) {
+            float e = exp_fast(p[j] * scale - lse[i]);
+            p[j] = j <= i + diagonal ? e : 0;
             ds[j] = scale * p[j] * (ds[j] - delta[i]);
         }
-        for (int j = seen; j < keys; j++) p[j] = ds[j] = 0;
+}
+
+// One head's gradients from `queries` queries, of which the first stands at position t0. q (T,hs),
+// keys and values C and 2C after it, and their gradients, have rows 3C apart; dy, o (queries,hs)
+// rows C apart. Called for t0 = 0, QUERIES, ...: dk and dv are first written by the queries that
+// stand among their keys, then added to.
+static void attention_backward_block(float *dq, const float *q, const float *dy, const float *o,
+                                     const float *lse, int t0, int queries, int C, int hs) {
+    int row = 3 * C, wide = (hs + NR - 1) / NR * NR;
+    float p[QUERIES * NR], ds[QUERIES * NR], delta[QUERIES], scale = 1 / sqrtf((float)hs);
+    // As rows of A, depth hs: q, dy. As columns of B, depth queries: q, dy.
+    float *rows_q = packing_space(0, (size_t)2 * QUERIES * (hs + wide) + 2 * MR * hs);
+    float *rows_dy = rows_q + (size_t)(QUERIES + MR) * hs;
+    float *columns_q = rows_dy + (size_t)(QUERIES + MR) * hs;
+    float *columns_dy = columns_q + (size_t)QUERIES * wide;
+    const float *qt = q + (size_t)t0 * row;
+    pack(rows_q, qt, row, 1, queries, MR, hs), pack(columns_q, qt, 1, row, hs, NR, queries);
+    pack(rows_dy, dy, C, 1, queries, MR, hs), pack(columns_dy, dy, 1, C, hs, NR, queries);
+    for (int i = 0; i < queries; i++) {
+        float sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int c = 0; c < hs; c++) sum += o[(size_t)i * C + c] * dy[(size_t)i * C + c];
+        delta[i] = sum;
+    }
+    float *pk = packing_space(1, (size_t)2 * NR * hs + NR * wide + (QUERIES + MR) * NR);
+    float *pv = pk + NR * hs, *columns_k = pv + NR * hs, *pds = columns_k + NR * wide;
+    for (int s0 = 0; s0 < t0 + queries; s0 += NR) {
+        int keys = imin(NR, t0 + queries - s0);
+        int first = imax(0, s0 - t0) / MR * MR, n = queries - first;  // those before see no key
+        const float *k = q + (size_t)s0 * row + C, *v = k + C;
+        float *dk = dq + (size_t)s0 * row + C, *dv = dk + C;
+        pack(pk, k, row, 1, keys, NR, hs), pack(pv, v, row, 1, keys, NR, hs);
+        pack(columns_k, k, 1, row, hs, NR, keys);
+        multiply(p, NR, rows_q + first * hs, MR * hs, MR, pk, 0, n, NR, hs, 0);
+        multiply(ds, NR, rows_dy + first * hs, MR * hs, MR, pv, 0, n, NR, hs, 0);
+        softmax_block_backward(p, ds, lse + first, delta + first, n, t0 + first - s0, scale);
+        multiply(dv, row, p, MR, NR, columns_dy + first * NR, NR * queries, keys, hs, n,
+                 s0 < t0);
+        multiply(dk, row, ds, MR, NR, columns_q + first * NR, NR * queries, keys, hs, n,
+                 s0 < t0);
+        pack(pds, ds, NR, 1, n, MR, keys);
+        multiply(dq + (size_t)(t0 + first) * row, row, pds, MR * keys, MR, columns_k, NR * keys, n,
+                 hs, keys, s0 > 0);
     }
 }
 
@@ -545,37 +647,16 @@ static void softmax_block_backward(float *p, float *ds, const float *lse, const 
 // dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T). Every block of P is computed again.
 static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse,
                                const float *qkv, int B, int T, int C, int NH) {
-    int hs = C / NH, row = 3 * C;
-    float scale = 1 / sqrtf((float)hs);
-    memset(dqkv, 0, (size_t)B * T * row * sizeof(float));
+    int hs = C / NH;
     #pragma omp parallel for schedule(dynamic)
     for (int task = 0; task < B * NH; task++) {
         int b = task / NH, h = task % NH;
-        float p[QUERIES * KEYS], ds[QUERIES * KEYS], delta[QUERIES];
-        for (int t0 = 0; t0 < T; t0 += QUERIES) {
-            int queries = imin(QUERIES, T - t0);
-            size_t here = (size_t)b * T + t0;
-            const float *q = qkv + here * row + h * hs;
-            const float *o = out + here * C + h * hs, *dy = dout + here * C + h * hs;
-            float *dq = dqkv + here * row + h * hs;
-            memset(delta, 0, sizeof delta);
-            for (int i = 0; i < queries; i++)
-                for (int c = 0; c < hs; c++)
-                    delta[i] += o[(size_t)i * C + c] * dy[(size_t)i * C + c];
-            for (int s0 = 0; s0 < t0 + queries; s0 += KEYS) {
-                int keys = imin(KEYS, t0 + queries - s0);
-                size_t there = ((size_t)b * T + s0) * row + C + h * hs;
-                const float *k = qkv + there, *v = k + C;
-                float *dk = dqkv + there, *dv = dk + C;
-                gemm(p, KEYS, q, row, 1, k, row, 1, queries, keys, hs, 0);
-                gemm(ds, KEYS, dy, C, 1, v, row, 1, queries, keys, hs, 0);
-                softmax_block_backward(p, ds, lse + ((size_t)b * NH + h) * T + t0, delta, queries,
-                                       keys, t0, s0, scale);
-                gemm(dv, row, p, 1, KEYS, dy, 1, C, keys, hs, queries, 1);
-                gemm(dq, row, ds, KEYS, 1, k, 1, row, queries, hs, keys, 1);
-                gemm(dk, row, ds, 1, KEYS, q, 1, row, keys, hs, queries, 1);
-            }
-        }
+        size_t begin = (size_t)b * T;
+        for (int t0 = 0; t0 < T; t0 += QUERIES)
+            attention_backward_block(dqkv + begin * 3 * C + h * hs, qkv + begin * 3 * C + h * hs,
+                                     dout + (begin + t0) * C + h * hs,
+                                     out + (begin + t0) * C + h * hs, lse + (size_t)task * T + t0,
+                                     t0, imin(QUERIES, T - t0), C, hs);
     }
 }
 
@@ -1023,7 +1104,7 @@ static void adamw_update(float *p, const float *grad, float *m, float *v, size_t
                          float beta1, float beta2, float eps, float weight_decay, float grad_scale,
                          int t) {
     float unbias_m = (float)(1 / (1 - pow(beta1, t))), unbias_v = (float)(1 / (1 - pow(beta2, t)));
-    #pragma omp parallel for
+    #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) {
         float g = grad[i] * grad_scale;
         m[i] = beta1 * m[i] + (1 - beta1) * g;
