@@ -217,7 +217,7 @@ static void update(Bench *z) {
     model_update(&z->m, 0, norm, gates);
 }
 
-static void zero_gradients(Bench *z) {
+static void part_zero_gradients(Bench *z) {
     memset(z->m.gradients, 0, z->m.num_parameters * sizeof(float));
 }
 
@@ -271,7 +271,7 @@ static void print_layers(Bench *z, double step) {
     print_layer("residual", residuals_forward, residuals_backward, z, 0, step, &sum);
     if (z->m.o->gpas) print_layer("gpas", gates_forward, gates_backward, z, 0, step, &sum);
     print_layer("crossentropy", loss_forward, loss_backward, z, 0, step, &sum);
-    print_layer("norms, adamw; zeroing", update, zero_gradients, z, 0, step, &sum);
+    print_layer("norms, adamw; zeroing", update, part_zero_gradients, z, 0, step, &sum);
     printf("  %-22s %9.2f %9s %8.1f%%\n", "all of these", 1e3 * sum, "", 100 * sum / step);
 }
 
