@@ -7,8 +7,9 @@ CFLAGS = -O3 -march=native
 # Always: contract a * b + c to one instruction; sqrtf may be vectorized, for nobody reads errno.
 FLAGS = -std=c11 -Wall -Wextra -Wpedantic -fopenmp -ffp-contract=fast -fno-math-errno $(CFLAGS)
 PYTHON = python3
+SOURCES = train_gpas.c dev/plumbing.h dev/evaluation.h
 
-train_gpas: train_gpas.c dev/plumbing.h
+train_gpas: $(SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm
 
 data/toy/tokenizer.bin:
@@ -19,10 +20,10 @@ run: train_gpas data/toy/tokenizer.bin
 	./train_gpas --norm pre --gpas on --out out/pre_gpas
 	@$(PYTHON) dev/compare.py out/pre out/pre_gpas
 
-test_gpas: test_gpas.c train_gpas.c dev/plumbing.h
+test_gpas: test_gpas.c $(SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm
 
-test_gpas_double: test_gpas.c train_gpas.c dev/plumbing.h
+test_gpas_double: test_gpas.c $(SOURCES)
 	$(CC) $(FLAGS) -DDOUBLE $< -o $@ -lm
 
 test: train_gpas test_gpas test_gpas_double cuda-on-cpu
@@ -34,7 +35,6 @@ test: train_gpas test_gpas test_gpas_double cuda-on-cpu
 NVCC = nvcc
 NVCC_FLAGS = -std=c++17 -O3 -gencode arch=compute_80,code=sm_80 \
     -gencode arch=compute_90,code=[sm_90,compute_90] -Xcompiler -Wall,-Wextra,-fopenmp,-march=native
-SOURCES = train_gpas.c dev/plumbing.h
 CUDA_SOURCES = train_gpas.cu $(SOURCES)
 
 train_gpas_cuda: $(CUDA_SOURCES)
