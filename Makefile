@@ -28,7 +28,7 @@ test_gpas_double: test_gpas.c $(SOURCES)
 
 test: train_gpas test_gpas test_gpas_double cuda-on-cpu
 	@sh dev/run_tests.sh ./test_gpas ./test_gpas_double "$(PYTHON) dev/test_prepro.py" \
-	    "$(PYTHON) dev/reference.py --check" $(CUDA_ON_CPU_TESTS)
+	    "$(PYTHON) dev/test_export.py" "$(PYTHON) dev/reference.py --check" $(CUDA_ON_CPU_TESTS)
 
 # ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
 
@@ -51,7 +51,7 @@ bench_cuda: dev/bench.cu $(CUDA_SOURCES)
 
 test-cuda: train_gpas train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16
 	@sh dev/run_tests.sh "./test_gpas_cuda_fp32 ./train_gpas_cuda" \
-	    "./test_gpas_cuda_bf16 ./train_gpas_cuda"
+	    "./test_gpas_cuda_bf16 ./train_gpas_cuda" "$(PYTHON) dev/test_export.py ./train_gpas_cuda"
 
 bench-cuda: bench_cuda
 	./bench_cuda
@@ -68,7 +68,8 @@ ON_CPU = $(CXX) -std=c++17 -g -Wall -Wextra -fno-strict-aliasing -fopenmp -U_FOR
 CHECKED = -O1 -fno-tree-sra -fno-ipa-sra -fsanitize=thread -DTRAIN_GPAS_CU='"build/train_gpas.cu"'
 ON_CPU_SOURCES = build/train_gpas.cu dev/cuda_on_cpu.h $(SOURCES)
 CUDA_ON_CPU_TESTS = ./build/test_cuda_on_cpu ./build/test_cuda_on_cpu_unchecked \
-    "./build/test_fp32 ./train_gpas_cuda_on_cpu" "./build/test_bf16 ./train_gpas_cuda_on_cpu"
+    "./build/test_fp32 ./train_gpas_cuda_on_cpu" "./build/test_bf16 ./train_gpas_cuda_on_cpu" \
+    "$(PYTHON) dev/test_export.py ./train_gpas_cuda_on_cpu"
 
 build/%.cu: %.cu Makefile
 	@mkdir -p $(@D)

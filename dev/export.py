@@ -24,7 +24,7 @@ import sys
 from array import array
 
 EPS = 1e-6                          # of train_gpas's RMSNorm
-LLAMA2C_EPS = 1e-5                  # of llama2.c's, which cannot be chosen
+LLAMA2C_EPS = 1e-5                  # of llama2.c's
 BYTES = range(3, 3 + 256)           # ids of the bytes, after <unk>, <s>, </s>; then come the pieces
 SPACE = "\u2581"                    # how sentencepiece and its heirs write a space
 CHUNK = 4096                        # numbers scaled at a time: their list stays in the cache
@@ -38,7 +38,7 @@ class Error(Exception):
 # The checkpoint. Nothing is copied: tensors are views of the mapped file.
 
 class Checkpoint:
-    """options: text by name, the sizes of them as C, H, ...; tensors: little-endian fp32 by name."""
+    """options: text by name; C, H, ...: their sizes; tensors: little-endian fp32 by name."""
 
     def __init__(self, path):
         with open(path, "rb") as file:
@@ -113,7 +113,7 @@ def refuse_what_does_not_fold(checkpoint):
         raise Error(f"{path}: --norm sandwich has a norm behind each branch, x + N2 f(N1 x); "
                     "a LLaMA has none there")
     if norm in ("post", "deepnorm") or (norm == "mix" and checkpoint.L >= 4):
-        raise Error(f"{path}: --norm {norm} normalizes the sum, N(x + f(x)), and the gates' factors "
+        raise Error(f"{path}: --norm {norm} normalizes the sum, N(x + f(x)), and the gates "
                     "do not cancel there; a LLaMA normalizes only what enters f")
     if norm not in ("pre", "lns", "mix"):
         raise Error(f"{path} is damaged: its --norm is {norm!r}")
@@ -166,18 +166,14 @@ def products(checkpoint):
 
 
 class Folded:
-    """The plain LLaMA: its weights under the names of the checkpoint. The target's eps is given, or
-    found where it is None; `scale` goes to embedding, wo and w2 alike, which no norm notices.
+    """The plain LLaMA for a target with this eps: its weights, under the names of the checkpoint.
 
-    A norm of the LLaMA adds eps to the square of scale x / c, where that of the network adds EPS to
-    the square of x. So EPS scale^2 / c^2 would be right, and differs from norm to norm. As it is,
-    the LLaMA's eps is the network's EPS times (c / the largest c)^2, never more than EPS."""
+    A larger eps is undone by a larger stream: embedding, wo and w2 times `scale`. One thing does
+    not fold: where the network adds EPS to the mean square of x, the LLaMA in effect adds EPS c^2.
+    Beside the mean square both are nothing, unless the gates shrink the stream a thousandfold."""
 
-    def __init__(self, checkpoint, eps=None):
-        self.checkpoint, self.c = checkpoint, products(checkpoint)
-        largest = max(map(abs, self.c))
-        self.eps = EPS / largest ** 2 if eps is None else eps
-        self.scale = 1.0 if eps is None else math.sqrt(eps / EPS) * largest
+    def __init__(self, checkpoint, eps):
+        self.checkpoint, self.c, self.scale = checkpoint, products(checkpoint), math.sqrt(eps / EPS)
 
     def __getitem__(self, name):
         view = self.checkpoint.tensors[name]
@@ -368,7 +364,7 @@ def hf_name(name):
 
 
 def hf_files(checkpoint, tokenizer):
-    folded = Folded(checkpoint)
+    folded = Folded(checkpoint, EPS)
     header, begin, names = {"__metadata__": {"format": "pt"}}, 0, []
     for name, shape in checkpoint.shapes():
         if not name.endswith(".gate"):
@@ -386,23 +382,23 @@ def hf_files(checkpoint, tokenizer):
             yield halves(folded[name], checkpoint.C, checkpoint.NH) if turned else folded[name]
 
     files = {"model.safetensors": model()}
-    if len(tokenizer.pieces) > BYTES.stop:
-        files["tokenizer.model"] = [sentencepiece_model(tokenizer)]
-    for name, value in (("config.json", hf_config(checkpoint, folded.eps)),
+    for name, value in (("config.json", hf_config(checkpoint)),
                         ("generation_config.json", {"bos_token_id": 1, "eos_token_id": [1, 2]}),
                         ("tokenizer.json", hf_tokenizer(tokenizer)),
                         ("tokenizer_config.json", hf_tokenizer_config(checkpoint))):
         files[name] = [json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"]
+    if len(tokenizer.pieces) > BYTES.stop:
+        files["tokenizer.model"] = [sentencepiece_model(tokenizer)]
     return files
 
 
-def hf_config(checkpoint, eps):
+def hf_config(checkpoint):
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
             "vocab_size": checkpoint.V, "hidden_size": checkpoint.C,
             "intermediate_size": checkpoint.H, "num_hidden_layers": checkpoint.L,
             "num_attention_heads": checkpoint.NH, "num_key_value_heads": checkpoint.NH,
             "head_dim": checkpoint.C // checkpoint.NH, "hidden_act": "silu",
-            "max_position_embeddings": checkpoint.T, "rms_norm_eps": eps, "rope_theta": 10000.0,
+            "max_position_embeddings": checkpoint.T, "rms_norm_eps": EPS, "rope_theta": 10000.0,
             "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
             "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32"}
 
