@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """
-Does an exported network say the same? Compares train_gpas, llama2.c and transformers, and if asked
-llama.cpp's converter, on checkpoints of trained networks:
+Does an exported network say the same? Compares train_gpas, llama2.c, transformers and, if asked,
+llama.cpp on checkpoints of trained networks:
 
-    pip install torch transformers gguf
+    pip install torch transformers                  # for --converter also: gguf llama-cpp-python
     python3 dev/check_export.py --llama2c ../llama2.c out/*/ckpt_000800.safetensors
 
 Each of ten prompts is continued by the likeliest token, at most 64 times. The tokens must be equal,
@@ -159,22 +159,29 @@ def compare(checkpoint, folder):
     return hf
 
 
-def compare_llamacpp(hf, converter, folder):
-    """The converter accepts the folder; its fp32 file has the same pieces and q and k back in our
-    order."""
+def compare_llamacpp(checkpoint, hf, converter, folder):
+    """llama.cpp, with a cache of fp32 (its default is fp16, and moves logits by 0.01)."""
     import torch
-    from gguf import GGUFReader
-    from safetensors.torch import load_file
-    from transformers import AutoTokenizer
-    call(sys.executable, converter, hf, "--outtype", "f32", "--outfile", f"{folder}/model.gguf")
-    reader = GGUFReader(f"{folder}/model.gguf")
-    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
-    weights = load_file(f"{hf}/model.safetensors")
-    check(torch.equal(tensors["output.weight"], weights["lm_head.weight"])
-          and len(tensors) == len(weights), "llama.cpp's converter accepts it: the same tensors")
-    pieces = reader.fields["tokenizer.ggml.tokens"].contents()
-    expected = AutoTokenizer.from_pretrained(hf).convert_ids_to_tokens(range(len(pieces)))
-    check(pieces == expected, "llama.cpp's converter finds the same pieces")
+    from llama_cpp import GGML_TYPE_F32, Llama
+    name, gguf = os.path.relpath(checkpoint), f"{folder}/model.gguf"
+    call(sys.executable, converter, hf, "--outtype", "f32", "--outfile", gguf)
+    model = Llama(gguf, n_ctx=256, logits_all=True, verbose=False, n_gpu_layers=0,
+                  type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
+    ours = [f"{folder}/ours", "--steps", "0", "--load", checkpoint, "--prompt"]
+    encoded, equal, worst = [], [], 0.0
+    for prompt in PROMPTS:
+        length, tokens, raw = drive(LENGTH, *ours, prompt)
+        made = model.tokenize(prompt.encode(), special=False) if prompt else [1]
+        encoded.append(made == tokens[:length])
+        model.reset()
+        model.eval(tokens)
+        logits = torch.tensor(model.scores[:len(tokens)])
+        worst = max(worst, difference(logits, torch.frombuffer(
+            bytearray(raw), dtype=torch.float32).view_as(logits)))
+        equal.append(logits[length - 1:-1].argmax(1).tolist() == tokens[length:])
+    check(all(encoded), f"{name}: llama.cpp finds the same tokens in the prompts", encoded)
+    check(all(equal), f"{name}: llama.cpp's likeliest tokens are the same", equal)
+    check(worst <= TOLERANCE, f"{name}: logits of llama.cpp differ by at most {worst:.1e}")
 
 
 def main():
@@ -192,7 +199,7 @@ def main():
             call("gcc", "-O3", f"{args.llama2c}/run.c", "-o", f"{folder}/run", "-lm")
             hf = compare(checkpoint, folder)
             if args.converter:
-                compare_llamacpp(hf, args.converter, folder)
+                compare_llamacpp(checkpoint, hf, args.converter, folder)
     print(f"{passed} passed, {failed} failed")
     return failed > 0
 

@@ -434,7 +434,8 @@ def hf_tokenizer(tokenizer):
 def hf_tokenizer_config(checkpoint):
     return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
             "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False,
-            "clean_up_tokenization_spaces": False, "model_max_length": checkpoint.T}
+            "clean_up_tokenization_spaces": False, "model_max_length": checkpoint.T,
+            "model_input_names": ["input_ids", "attention_mask"]}
 
 
 # ------------------------------------------------------------------------------------------------
