@@ -170,7 +170,7 @@ class Folded:
 
     A larger eps is undone by a larger stream: embedding, wo and w2 times `scale`. One thing does
     not fold: where the network adds EPS to the mean square of x, the LLaMA in effect adds EPS c^2.
-    Beside a stream of order 1 both are fp32's rounding."""
+    Beside a stream of order 1 both are but a few roundings of fp32."""
 
     def __init__(self, checkpoint, eps):
         self.checkpoint, self.c, self.scale = checkpoint, products(checkpoint), math.sqrt(eps / EPS)
