@@ -7,8 +7,9 @@ CFLAGS = -O3 -march=native
 # Always: contract a * b + c to one instruction; sqrtf may be vectorized, for nobody reads errno.
 FLAGS = -std=c11 -Wall -Wextra -Wpedantic -fopenmp -ffp-contract=fast -fno-math-errno $(CFLAGS)
 PYTHON = python3
+SOURCES = train_gpas.c dev/plumbing.h dev/evaluation.h
 
-train_gpas: train_gpas.c dev/plumbing.h
+train_gpas: $(SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm
 
 data/toy/tokenizer.bin:
@@ -19,22 +20,21 @@ run: train_gpas data/toy/tokenizer.bin
 	./train_gpas --norm pre --gpas on --out out/pre_gpas
 	@$(PYTHON) dev/compare.py out/pre out/pre_gpas
 
-test_gpas: test_gpas.c train_gpas.c dev/plumbing.h
+test_gpas: test_gpas.c $(SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm
 
-test_gpas_double: test_gpas.c train_gpas.c dev/plumbing.h
+test_gpas_double: test_gpas.c $(SOURCES)
 	$(CC) $(FLAGS) -DDOUBLE $< -o $@ -lm
 
 test: train_gpas test_gpas test_gpas_double cuda-on-cpu
 	@sh dev/run_tests.sh ./test_gpas ./test_gpas_double "$(PYTHON) dev/test_prepro.py" \
-	    "$(PYTHON) dev/reference.py --check" $(CUDA_ON_CPU_TESTS)
+	    "$(PYTHON) dev/test_export.py" "$(PYTHON) dev/reference.py --check" $(CUDA_ON_CPU_TESTS)
 
 # ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
 
 NVCC = nvcc
 NVCC_FLAGS = -std=c++17 -O3 -gencode arch=compute_80,code=sm_80 \
     -gencode arch=compute_90,code=[sm_90,compute_90] -Xcompiler -Wall,-Wextra,-fopenmp,-march=native
-SOURCES = train_gpas.c dev/plumbing.h
 CUDA_SOURCES = train_gpas.cu $(SOURCES)
 
 train_gpas_cuda: $(CUDA_SOURCES)
@@ -51,7 +51,7 @@ bench_cuda: dev/bench.cu $(CUDA_SOURCES)
 
 test-cuda: train_gpas train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16
 	@sh dev/run_tests.sh "./test_gpas_cuda_fp32 ./train_gpas_cuda" \
-	    "./test_gpas_cuda_bf16 ./train_gpas_cuda"
+	    "./test_gpas_cuda_bf16 ./train_gpas_cuda" "$(PYTHON) dev/test_export.py ./train_gpas_cuda"
 
 bench-cuda: bench_cuda
 	./bench_cuda
@@ -68,7 +68,8 @@ ON_CPU = $(CXX) -std=c++17 -g -Wall -Wextra -fno-strict-aliasing -fopenmp -U_FOR
 CHECKED = -O1 -fno-tree-sra -fno-ipa-sra -fsanitize=thread -DTRAIN_GPAS_CU='"build/train_gpas.cu"'
 ON_CPU_SOURCES = build/train_gpas.cu dev/cuda_on_cpu.h $(SOURCES)
 CUDA_ON_CPU_TESTS = ./build/test_cuda_on_cpu ./build/test_cuda_on_cpu_unchecked \
-    "./build/test_fp32 ./train_gpas_cuda_on_cpu" "./build/test_bf16 ./train_gpas_cuda_on_cpu"
+    "./build/test_fp32 ./train_gpas_cuda_on_cpu" "./build/test_bf16 ./train_gpas_cuda_on_cpu" \
+    "$(PYTHON) dev/test_export.py ./train_gpas_cuda_on_cpu"
 
 build/%.cu: %.cu Makefile
 	@mkdir -p $(@D)

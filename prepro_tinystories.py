@@ -5,7 +5,10 @@
   prepro_tinystories.py --download                       TinyStories, 2 GB (needs sentencepiece)
   prepro_tinystories.py --input my.txt --out data/my     your own text, its stories separated by
                                                          lines <|endoftext|>
-Each writes into its --out folder
+  prepro_tinystories.py --multiple-choice hellaswag_val.jsonl --out data/my
+                                                         questions for --eval-choice, in the
+                                                         vocabulary of data/my
+Each but the last writes into its --out folder
   train.bin, val.bin   llm.c's format: 256 int32 (magic, version, number of tokens), then uint16
                        tokens; train_000.bin, train_001.bin, ... where one file is not enough
   tokenizer.bin        llama2.c's format: the text that each token stands for
@@ -19,6 +22,7 @@ import argparse
 import http.client
 import io
 import itertools
+import json
 import os
 import random
 import re
@@ -189,7 +193,15 @@ class ByteVocabulary:
 class BpeVocabulary:
     """Byte-pair encoding by sentencepiece, with the settings of llama2.c."""
 
-    def __init__(self, size, lines):
+    def __init__(self, model):
+        self.model, self.damaged = model, False
+        self.processor = import_module("sentencepiece").SentencePieceProcessor(model_proto=model)
+        self.pieces = [(self.processor.id_to_piece(i).replace("\u2581", " ").encode(),
+                        self.processor.get_score(i)) for i in range(len(self.processor))]
+        self.pieces[BOS:EOS + 1] = ByteVocabulary.pieces[BOS:EOS + 1]
+
+    @classmethod
+    def make(cls, size, lines):
         spm, writer = import_module("sentencepiece"), io.BytesIO()
         say(f"making a BPE vocabulary of {size:,} pieces")
         try:
@@ -204,11 +216,7 @@ class BpeVocabulary:
             reason = str(error).split("] ")[-1].strip() or "there is none"
             raise Error(f"this text gives no BPE vocabulary of {size:,} pieces, take another "
                         f"--vocab-size or more text ({reason})")
-        self.model, self.damaged = writer.getvalue(), False
-        self.processor = spm.SentencePieceProcessor(model_proto=self.model)
-        self.pieces = [(self.processor.id_to_piece(i).replace("\u2581", " ").encode(),
-                        self.processor.get_score(i)) for i in range(size)]
-        self.pieces[BOS:EOS + 1] = ByteVocabulary.pieces[BOS:EOS + 1]
+        return cls(writer.getvalue())
 
     def encode(self, stories):
         """sentencepiece uses all cores, and puts the space before each story itself."""
@@ -283,11 +291,15 @@ class TokenWriter:
             os.rename(f"{self.path}_000.bin", f"{self.path}.bin")
 
 
+def tokenizer_bytes(vocabulary):
+    return (struct.pack("<i", max(len(text) for text, score in vocabulary.pieces))
+            + b"".join(struct.pack("<fi", score, len(text)) + text
+                       for text, score in vocabulary.pieces))
+
+
 def write_tokenizer(folder, vocabulary):
     with open(f"{folder}/tokenizer.bin", "wb") as file:
-        file.write(struct.pack("<i", max(len(text) for text, score in vocabulary.pieces)))
-        for text, score in vocabulary.pieces:
-            file.write(struct.pack("<fi", score, len(text)) + text)
+        file.write(tokenizer_bytes(vocabulary))
     if vocabulary.model:
         with open(f"{folder}/tokenizer.model", "wb") as file:
             file.write(vocabulary.model)
@@ -311,7 +323,7 @@ def write_files(args):
     try:
         vocabulary = ByteVocabulary()
         if args.vocab_size > BYTE_VOCABULARY:
-            vocabulary = BpeVocabulary(args.vocab_size, sample_lines(args))
+            vocabulary = BpeVocabulary.make(args.vocab_size, sample_lines(args))
         writers = {split: TokenWriter(folder, split, vocabulary, args.shard_tokens)
                    for split in ("train", "val")}
         for held_out, story in read_corpus(args, progress):
@@ -330,6 +342,78 @@ def write_files(args):
     for split, writer in writers.items():
         print(f"{split}: {writer.stories:,} stories, {writer.tokens:,} tokens")
     print(f"vocabulary: {len(vocabulary.pieces):,} pieces\nall of it is in {args.out}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Multiple choice: a context and several endings, of which one is right. The lines are HellaSwag's,
+# the file is llm.c's: 256 int32 (magic, version, number of questions, bytes of the longest), then
+# uint16: for each question 65535, its bytes, its number, which ending is right, how many there are;
+# the context's length and tokens; each ending's length and tokens.
+
+def read_vocabulary(folder):
+    """The vocabulary of the token files in a folder."""
+    try:
+        with open(f"{folder}/tokenizer.bin", "rb") as file:
+            expected = file.read()
+    except FileNotFoundError:
+        raise Error(f"{folder}/tokenizer.bin is missing; --out is a folder that this script filled")
+    vocabulary = ByteVocabulary()
+    if os.path.exists(f"{folder}/tokenizer.model"):
+        require_sentencepiece()
+        with open(f"{folder}/tokenizer.model", "rb") as file:
+            model = file.read()
+        try:
+            vocabulary = BpeVocabulary(model)
+        except RuntimeError:
+            raise Error(f"{folder}/tokenizer.model is damaged")
+    if tokenizer_bytes(vocabulary) != expected:
+        raise Error(f"{folder}: tokenizer.bin and tokenizer.model are not of the same vocabulary")
+    return vocabulary
+
+
+def encode_question(line, number, vocabulary):
+    """A line of JSON as bytes of the file. An ending goes on from the context after a space."""
+    question = json.loads(line)
+    context, endings, label = question["ctx"], question["endings"], int(question["label"])
+    if not (isinstance(context, str) and isinstance(endings, list) and len(endings) > 1
+            and all(isinstance(text, str) and text for text in endings)):
+        raise ValueError("needs a text ctx and several texts endings")
+    if not 0 <= label < len(endings):
+        raise ValueError(f"label {label} is none of the {len(endings)} endings")
+    texts = [vocabulary.encode([text.encode()]) for text in [context] + endings]
+    texts[1:] = [tokens[2:] for tokens in texts[1:]]        # BOS begins the context only
+    body = struct.pack("<2H", label, len(endings))
+    for tokens in texts:
+        body += struct.pack("<H", min(len(tokens) // 2, 65535)) + tokens
+    if len(body) + 6 > 65535:
+        raise ValueError("longer than the 65,535 bytes that a question may have")
+    return struct.pack("<3H", 65535, len(body) + 6, number) + body
+
+
+def write_questions(args):
+    path, lines, questions = args.multiple_choice, [], []
+    name = os.path.splitext(os.path.basename(path))[0] + ".bin"
+    if OUR_FILES.fullmatch(name):
+        raise Error(f"{path}: {args.out}/{name} is a name of a file to train on; rename {path}")
+    vocabulary = read_vocabulary(args.out)
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                questions.append(encode_question(line, len(questions), vocabulary))
+        except KeyError as error:
+            raise Error(f"{path}, line {number}: it has no {error.args[0]!r}")
+        except (ValueError, TypeError, struct.error) as error:
+            raise Error(f"{path}, line {number}: {error}")
+    if not 0 < len(questions) < 65536:
+        raise Error(f"{path} has {len(questions):,} questions, not 1 to 65,535")
+    part = f"{args.out}/{name}.part"
+    with open(part, "wb") as file:
+        header = struct.pack("<4i", 20240522, 1, len(questions), max(map(len, questions)))
+        file.write(header.ljust(1024, b"\0") + b"".join(questions))
+    os.replace(part, f"{args.out}/{name}")
+    print(f"{len(questions):,} questions are in {args.out}/{name}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -367,6 +451,10 @@ def parse_options():
     add("--input", metavar="FILE", nargs="+", help="text files to train on")
     add("--val-input", metavar="FILE", nargs="+",
         help="text files to validate on, instead of held-out stories")
+    add = parser.add_argument_group("multiple choice").add_argument
+    add("--multiple-choice", metavar="FILE",
+        help="lines of JSON with ctx, endings and label, as HellaSwag is published; --out is the "
+             "folder of a vocabulary")
     add = parser.add_argument_group("TinyStories").add_argument
     add("--download", action="store_true",
         help="fetch it into the --out folder; a download that broke off is resumed")
@@ -379,9 +467,11 @@ def parse_options():
 def check_options(args):
     """Refuse options that would do nothing, then fill in those that were left out."""
     source = ("--show" if args.show else "--download" if args.download else
+              "--multiple-choice" if args.multiple_choice else
               "--input" if args.input else "the toy stories")
     files = {"out", "vocab_size", "shard_tokens"}
     allowed = {"--show": {"show", "seed"}, "--download": files | {"download", "url"},
+               "--multiple-choice": {"out", "multiple_choice"},
                "--input": files | {"input", "val_input", "val_fraction"},
                "the toy stories": files | {"seed", "val_fraction"}}
     for option, value in vars(args).items():
@@ -391,6 +481,8 @@ def check_options(args):
         raise Error("--val-fraction cannot be used with --val-input")
     if args.input and not args.out:
         raise Error("--input needs --out, a folder for the token files")
+    if args.multiple_choice and not args.out:
+        raise Error("--multiple-choice needs --out, the folder of the network's data")
     if args.url and not re.match("https?://", args.url):
         raise Error(f"--url {args.url}: an address starts with http:// or https://")
     args.out = args.out or ("data/tinystories" if args.download else "data/toy")
@@ -401,17 +493,23 @@ def check_options(args):
     args.url = args.url or DOWNLOAD_URL
 
 
+def require_sentencepiece():
+    try:
+        import_module("sentencepiece")
+    except ImportError:
+        raise Error("a BPE vocabulary needs sentencepiece: pip install sentencepiece "
+                    f"(or take bytes, which need nothing: --vocab-size {BYTE_VOCABULARY})")
+
+
 def run(args):
+    if args.multiple_choice:
+        return write_questions(args)
     if args.show:
         for story in itertools.islice(toy_stories(args.seed), args.show):
             print(f"{story.decode()}\n{SEPARATOR.decode()}")
         return
     if args.vocab_size > BYTE_VOCABULARY:
-        try:                                    # better to miss it now than after 2 GB
-            import_module("sentencepiece")
-        except ImportError:
-            raise Error("a BPE vocabulary needs sentencepiece: pip install sentencepiece "
-                        f"(or take bytes, which need nothing: --vocab-size {BYTE_VOCABULARY})")
+        require_sentencepiece()                 # better to miss it now than after 2 GB
     if args.download:
         os.makedirs(args.out, exist_ok=True)
         args.input, args.val_input = [[f"{args.out}/{name}"] for name in DOWNLOADS]

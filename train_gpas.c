@@ -21,7 +21,7 @@ The file is a lesson, to be read from top to bottom:
     7  Training       validation, logs, the loop, main
 
 What teaches nothing about GPAS stands in dev/plumbing.h: options (o->batch is --batch), the
-tokenizer, checkpoint files.
+tokenizer, checkpoint files; and in dev/evaluation.h: perplexity, multiple choice.
 
 Conventions. B batch, T sequence length, C channels, H feed-forward width, L layers, NH heads,
 hs = C/NH, V vocabulary. Matrices are row-major; a pointer's shape stands in its comment: (B,T,C).
@@ -1162,18 +1162,27 @@ typedef struct {
     uint64_t random;
 } Loader;
 
-// Adds the windows of one token file. Its memory stays mapped until the program ends.
-static void loader_add(Loader *loader, const char *path) {
+// Maps a file of llm.c's into memory, where it stays until the program ends: 256 int32 (magic,
+// version 1, a count), then uint16. *bytes gets its size.
+static const int32_t *map_file(const char *path, const char *kind, int magic, size_t *bytes) {
     struct stat info;
     int file = open(path, O_RDONLY);
     if (file < 0 || fstat(file, &info) != 0) die("cannot open %s: %s", path, strerror(errno));
-    size_t bytes = (size_t)info.st_size, stride = loader->T + 1, old = loader->num_windows;
-    if (bytes < 1024) die("%s is no token file: it is shorter than a header", path);
-    const int32_t *header = (const int32_t *)mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, file, 0);
+    *bytes = (size_t)info.st_size;
+    if (*bytes < 1024) die("%s is no %s file: it is shorter than a header", path, kind);
+    const int32_t *header = (const int32_t *)mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, file, 0);
     if (header == MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
     close(file);
-    if (header[0] != 20240520 || header[1] != 1)
-        die("%s is no token file of version 1 (magic %d, version %d)", path, header[0], header[1]);
+    if (header[0] != magic || header[1] != 1)
+        die("%s is no %s file of version 1 (magic %d, version %d)", path, kind, header[0],
+            header[1]);
+    return header;
+}
+
+// Adds the windows of one token file.
+static void loader_add(Loader *loader, const char *path) {
+    size_t bytes, stride = loader->T + 1, old = loader->num_windows;
+    const int32_t *header = map_file(path, "token", 20240520, &bytes);
     if (header[2] < 0 || bytes != 1024 + 2 * (size_t)header[2])
         die("%s should hold %d tokens but is %zu bytes long", path, header[2], bytes);
     loader->num_windows += header[2] / stride;
@@ -1221,7 +1230,7 @@ static void loader_batch(Loader *loader, int64_t position, int B, int *tokens, i
     }
     for (int i = 0; i < n; i++)
         if (imax(tokens[i], targets[i]) >= loader->V)
-            die("%s.bin holds token %d, but the vocabulary has only %d", loader->split,
+            die("%s holds token %d, but the vocabulary has only %d", loader->split,
                 imax(tokens[i], targets[i]), loader->V);
 }
 
@@ -1291,7 +1300,7 @@ typedef struct {
     Tokenizer tokenizer;
     Loader train, val;
     Progress progress;
-    int *tokens, *targets;  // (B,T)
+    int *tokens, *targets;  // (B,T), of tokens one more
     double *layer_norms;    // (L) of the last gradient
     FILE *log, *layers;
     int start_step, val_windows, on_terminal;
@@ -1328,7 +1337,7 @@ static void make_folder(const char *path) {
 
 // Prepares everything that the options ask for; sets --vocab-size from the tokenizer.
 static void open_run(Run *run, Options *o) {
-    int training = o->steps > 0;
+    int training = o->steps > 0, evaluating = evaluates(o);
     char path[2048];
     size_t N = (size_t)o->batch * o->seq_len;
     memset(run, 0, sizeof *run);
@@ -1337,7 +1346,7 @@ static void open_run(Run *run, Options *o) {
             die("--vocab-size is %d, but %s/tokenizer.bin has %d pieces", o->vocab_size, o->data,
                 run->tokenizer.V);
         o->vocab_size = run->tokenizer.V;
-    } else if (!training || !o->vocab_size)
+    } else if (!(training || evaluating) || !o->vocab_size)
         die("%s/tokenizer.bin is missing; prepro_tinystories.py --out %s writes it", o->data,
             o->data);
     if (training) {
@@ -1346,7 +1355,7 @@ static void open_run(Run *run, Options *o) {
         int64_t windows = run->val.num_windows, limit = (int64_t)o->val_batches * o->batch;
         run->val_windows = (int)(limit && windows > limit ? limit : windows);
     }
-    model_create(&run->model, o, training ? o->batch : 1, training);
+    model_create(&run->model, o, training || evaluating ? o->batch : 1, training);
     run->progress.random = o->seed;
     if (*o->load || *o->resume) {
         Holdings h = holdings(&run->model);
@@ -1356,7 +1365,8 @@ static void open_run(Run *run, Options *o) {
     if (training && run->progress.step >= o->steps)
         die("%s is at step %d; give more --steps to go on", o->resume, run->progress.step);
     run->start_step = run->progress.step;
-    run->tokens = (int *)allocate(N, sizeof(int)), run->targets = (int *)allocate(N, sizeof(int));
+    run->tokens = (int *)allocate(N + 1, sizeof(int));
+    run->targets = (int *)allocate(N, sizeof(int));
     run->layer_norms = (double *)allocate(o->layers, sizeof(double));
     run->on_terminal = isatty(1);
     if (!training || *o->dump_grads) return;
@@ -1519,15 +1529,18 @@ static void train(Run *run) {
     printf("Logs, stories and checkpoints are in %s.\n", o->out);
 }
 
+#include "dev/evaluation.h"
+
 #ifndef TRAIN_GPAS_NO_MAIN
 int main(int argc, char **argv) {
     static Options options;
     static Run run;
     parse_options(&options, argc, argv);
     open_run(&run, &options);
-    if (options.steps == 0) tell_story(&run.model, &run.tokenizer, &run.progress.random, stdout);
+    if (evaluates(&options)) evaluate(&run);
     else if (*options.dump_grads) dump_gradients(&run);
-    else train(&run);
+    else if (options.steps > 0) train(&run);
+    else tell_story(&run.model, &run.tokenizer, &run.progress.random, stdout);
     close_run(&run);
     return 0;
 }

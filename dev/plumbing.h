@@ -83,7 +83,7 @@ typedef struct {
     int val_every, val_batches, sample_every, save_every, keep, print_every, length;
     double temperature, top_p;
     char data[TEXT_SIZE], out[TEXT_SIZE], resume[TEXT_SIZE], load[TEXT_SIZE], prompt[TEXT_SIZE];
-    char dump_grads[TEXT_SIZE];
+    char dump_grads[TEXT_SIZE], eval[TEXT_SIZE], eval_choice[TEXT_SIZE];
 } Options;
 
 // What an option in a checkpoint is to --load and --resume: NETWORK the law for both, NETWORK_DATA
@@ -149,6 +149,10 @@ static const OptionRow option_rows[] = {
     {"load", "", STRING(load), NOT_STORED, "start from the weights in this checkpoint"},
     {"dump-grads", "", STRING(dump_grads), NOT_STORED,
      "write the first batch's gradients here, then end"},
+    HEADING("Evaluation of the network that --load names, instead of training"),
+    {"eval", "", STRING(eval), NOT_STORED, "loss and perplexity on this token file"},
+    {"eval-choice", "", STRING(eval_choice), NOT_STORED,
+     "accuracy on this file of multiple-choice questions"},
     HEADING("Stories"),
     {"prompt", "", STRING(prompt), NOT_STORED, "how the story begins"},
     {"length", "512", INT(length), 1, 1e6, RUN, "most tokens in a story"},
@@ -236,8 +240,12 @@ static void print_help(void) {
            "  ./%s --norm pre --gpas on --out out/gpas\n"
            "  ./%s --resume out/gpas/ckpt_000800.safetensors --steps 1600\n"
            "  ./%s --steps 0 --load out/gpas/ckpt_000800.safetensors --prompt \"Lily\"\n"
-           "OMP_NUM_THREADS sets the number of threads.\n", program, program, program);
+           "  ./%s --load out/gpas/ckpt_000800.safetensors --eval data/toy/val.bin\n"
+           "OMP_NUM_THREADS sets the number of threads.\n", program, program, program, program);
 }
+
+// Is an evaluation all that is asked for?
+static int evaluates(const Options *o) { return *o->eval || *o->eval_choice; }
 
 // Ends the program when options, each allowed by itself, cannot mean anything together.
 static void check_options(const Options *o, const char *const given[NUM_ROWS]) {
@@ -257,6 +265,8 @@ static void check_options(const Options *o, const char *const given[NUM_ROWS]) {
     if (o->gpas && o->gate_train && o->gate_act == GATE_RELU && o->gate_init <= 0)
         die("a relu gate that starts at %g never moves; give a positive --gate-init", o->gate_init);
     if (!o->gate_train && o->gate_clip > 0) die("--gate-clip needs --gate-train on");
+    if (evaluates(o) && !*o->load) die("--eval and --eval-choice need --load, a checkpoint");
+    if (evaluates(o) && *o->dump_grads) die("--dump-grads excludes --eval and --eval-choice");
     if (*o->dump_grads && (*o->resume || o->total_batch != o->batch || o->steps == 0))
         die("--dump-grads takes one batch; it excludes --resume, --total-batch and --steps 0");
 }
@@ -302,6 +312,7 @@ static void parse_options(Options *o, int argc, char **argv) {
             die("--dtype bf16 needs a GPU and train_gpas_cuda; the CPU computes in fp32");
     o->dtype = DTYPE_FP32;  // whatever the GPU did that wrote the checkpoint
 #endif
+    if (evaluates(o)) o->steps = 0;
     if (o->total_batch == 0) o->total_batch = o->batch;
     if (o->warmup < 0) o->warmup = o->steps / 10;
     check_options(o, given);
@@ -405,12 +416,18 @@ static int tokenizer_encode(const Tokenizer *k, const char *text, int *tokens) {
     return n;
 }
 
+// How many bytes of text a token is: none for BOS, one less where it has the space before a story.
+static int tokenizer_bytes(const Tokenizer *k, int previous, int token) {
+    int length = token < TOKEN_BYTE ? 0 : token < TOKEN_PIECE ? 1 : k->lengths[token];
+    char first = token < TOKEN_PIECE ? (char)(token - TOKEN_BYTE) : *k->pieces[token];
+    return length - (previous == TOKEN_BOS && length && first == ' ');
+}
+
 // Writes a token's text, without the space that begins a story and without terminal control bytes.
 static void tokenizer_print(const Tokenizer *k, int previous, int token, FILE *file) {
     char byte = (char)(token - TOKEN_BYTE);
-    const char *piece = token < TOKEN_PIECE ? &byte : k->pieces[token];
-    int length = token < TOKEN_BYTE ? 0 : token < TOKEN_PIECE ? 1 : k->lengths[token];
-    if (previous == TOKEN_BOS && length && *piece == ' ') piece++, length--;
+    int length = tokenizer_bytes(k, previous, token);
+    const char *piece = token < TOKEN_PIECE ? &byte : k->pieces[token] + k->lengths[token] - length;
     for (int i = 0; i < length; i++)
         if (piece[i] == '\n' || ((unsigned char)piece[i] >= ' ' && piece[i] != 127))
             fputc(piece[i], file);
