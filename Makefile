@@ -26,7 +26,17 @@ test_gpas: test_gpas.c $(SOURCES)
 test_gpas_double: test_gpas.c $(SOURCES)
 	$(CC) $(FLAGS) -DDOUBLE $< -o $@ -lm
 
-test: train_gpas test_gpas test_gpas_double cuda-on-cpu
+# The kernels' tests on the CPU need Linux, and have a checker of their own.
+KERNELS = $(shell uname)
+ifeq ($(KERNELS),Linux)
+CUDA_ON_CPU = train_gpas_cuda_on_cpu build/test_cuda_on_cpu build/test_cuda_on_cpu_unchecked \
+    build/test_fp32 build/test_bf16
+CUDA_ON_CPU_TESTS = ./build/test_cuda_on_cpu ./build/test_cuda_on_cpu_unchecked \
+    "./build/test_fp32 ./train_gpas_cuda_on_cpu" "./build/test_bf16 ./train_gpas_cuda_on_cpu" \
+    "$(PYTHON) dev/test_export.py ./train_gpas_cuda_on_cpu"
+endif
+
+test: train_gpas test_gpas test_gpas_double $(CUDA_ON_CPU)
 	@sh dev/run_tests.sh ./test_gpas ./test_gpas_double "$(PYTHON) dev/test_prepro.py" \
 	    "$(PYTHON) dev/test_export.py" "$(PYTHON) dev/reference.py --check" $(CUDA_ON_CPU_TESTS)
 
@@ -67,9 +77,6 @@ ON_CPU = $(CXX) -std=c++17 -g -Wall -Wextra -fno-strict-aliasing -fopenmp -U_FOR
 # -fsanitize=thread, linked without it. No optimization that splits or joins accesses.
 CHECKED = -O1 -fno-tree-sra -fno-ipa-sra -fsanitize=thread -DTRAIN_GPAS_CU='"build/train_gpas.cu"'
 ON_CPU_SOURCES = build/train_gpas.cu dev/cuda_on_cpu.h $(SOURCES)
-CUDA_ON_CPU_TESTS = ./build/test_cuda_on_cpu ./build/test_cuda_on_cpu_unchecked \
-    "./build/test_fp32 ./train_gpas_cuda_on_cpu" "./build/test_bf16 ./train_gpas_cuda_on_cpu" \
-    "$(PYTHON) dev/test_export.py ./train_gpas_cuda_on_cpu"
 
 build/%.cu: %.cu Makefile
 	@mkdir -p $(@D)
@@ -94,18 +101,15 @@ build/test_cuda_on_cpu: build/dev/test_cuda_on_cpu.cu dev/cuda_on_cpu.h
 build/test_cuda_on_cpu_unchecked: build/dev/test_cuda_on_cpu.cu dev/cuda_on_cpu.h
 	$(ON_CPU) $< -o $@
 
-cuda-on-cpu: train_gpas_cuda_on_cpu build/test_cuda_on_cpu build/test_cuda_on_cpu_unchecked \
-    build/test_fp32 build/test_bf16
-
-test-cuda-on-cpu: train_gpas cuda-on-cpu
+test-cuda-on-cpu: train_gpas $(CUDA_ON_CPU)
 	@sh dev/run_tests.sh $(CUDA_ON_CPU_TESTS)
 
 # ----
 
-# The same programs, slower, stopping at the first wrong access or undefined operation.
+# The C programs, slower, stopping at the first wrong access or undefined operation.
 sanitize:
 	$(MAKE) clean
-	$(MAKE) test CFLAGS="-O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all"
+	$(MAKE) test KERNELS=none CFLAGS="-O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all"
 	$(MAKE) clean
 
 # Nothing is linked: OpenBLAS, the yardstick, is looked for when the program runs.
@@ -130,11 +134,11 @@ help:
 	@echo "make bench-cuda         its speed on a GPU"
 	@echo "make train_gpas_cuda_on_cpu    the GPU's program on the CPU, slowly"
 	@echo "make test-cuda-on-cpu   the kernels' checks on the CPU, with every memory access checked"
-	@echo "make sanitize     the same checks under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize     the C programs' checks under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench        times a training step beside the machine's matrix rate"
 	@echo "make reference    computes dev/reference.safetensors again, byte for byte the same"
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler (make clean first)"
 
 .PHONY: run test sanitize bench reference clean help
-.PHONY: test-cuda bench-cuda cuda-on-cpu test-cuda-on-cpu
+.PHONY: test-cuda bench-cuda test-cuda-on-cpu

@@ -62,6 +62,7 @@ namespace on_gpu {  // hides the launchers of train_gpas.cu behind functions for
 using cpu::dot;
 using cpu::gate_slope;
 using cpu::exp_fast;
+using cpu::free_packing_space;
 using cpu::gemm;
 #endif
 
@@ -911,7 +912,7 @@ static void test_wide_attention(void) {
     float *qkv = random_floats(3 * n, 0.7, 5), *dout = random_floats(n, 1, 6);
     float *out = random_floats(n, 1, 1), *lse = random_floats(B * NH * T, 1, 1);
     float *dqkv = random_floats(3 * n, 1, 1);
-    double *want = (double *)allocate(n, sizeof(double)), scale = 1 / sqrt(hs), p[T], dp[T];
+    double *want = (double *)allocate(n, sizeof(double)), scale = 1 / sqrt((double)hs), p[T], dp[T];
     double *dwant = (double *)allocate(3 * n, sizeof(double));
     for (int head = 0; head < B * NH; head++)
         for (int t = 0; t < T; t++) {

@@ -38,6 +38,17 @@ typedef __nv_bfloat16 bf16;
 
 /* ------------------------------------------------------------------------------------------------
 1. Tools
+
+A GPU in ten lines. kernel<<<blocks, threads>>>(...) runs the function `kernel` once for every
+thread of every block; blockIdx and threadIdx tell a thread which one it is. A block's threads run
+on one of the GPU's processors (an H100 has 132) and share 48 KiB of fast memory there, declared
+__shared__; __syncthreads() waits until all of them have arrived. 32 threads with neighbouring
+numbers are a warp and go in step, each is a lane of it: when they load neighbouring addresses, that
+is one wide access to memory, which is what counts, for memory is slow; and they can read each
+other's variables by a shuffle. A thread's own variables are in registers, up to 255; what finds no
+room there, or is indexed by a number not known to the compiler, spills to slow "local" memory. A
+tensor core multiplies small matrices that a warp holds in its registers. Blocks run in any order:
+they cannot wait for each other.
 */
 
 #define CUDA_CHECK(call) cuda_check(call, __LINE__)
@@ -55,7 +66,8 @@ static void cublas_check(cublasStatus_t status, int line) {
 // After every launch: was it possible? (What goes wrong inside shows at the next synchronization.)
 #define LAUNCH_CHECK() CUDA_CHECK(cudaGetLastError())
 
-// W neighbours in memory, moved by one instruction. 16 bytes is the most that one can load.
+// W neighbours in memory, moved at once. One instruction loads at most 16 bytes, so kernels take
+// W = 16 / sizeof(real); floats beside bf16 then take two instructions.
 template <class real, int W> struct alignas(W * sizeof(real)) Pack { real x[W]; };
 
 __device__ inline float to_float(float x) { return x; }
@@ -74,8 +86,8 @@ template <class real, int W> __device__ inline void store(real *to, const float 
     *(Pack<real, W> *)to = pack;
 }
 
-// Sum, or largest, over a warp's 32 lanes; every lane gets it. After step k the lanes whose numbers
-// differ only in the last k bits agree.
+// Sum, or largest, over a warp's 32 lanes; every lane gets it. Each step adds the number of the
+// lane that differs in one bit: after step 1 pairs of lanes agree, after 2 fours, after 16 all.
 template <class number> __device__ inline number warp_sum(number x) {
     for (int step = 1; step < 32; step *= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
     return x;
@@ -108,8 +120,9 @@ __device__ inline float block_max(float x) {
     return x;
 }
 
-// The launchers below call a kernel with W = 16 bytes of numbers a thread where rows allow it, and
-// with W = 1 where their width is odd. Threads for a row of `width`: whole warps, at most 256.
+// The launchers below call a kernel with W = 16 bytes of numbers a thread where a row's width is a
+// multiple of W, and with W = 1 where it is not. Threads for a row of `width`: whole warps, at most
+// 256.
 static int row_threads(int width, int W) { return imin(256, ((width + W - 1) / W + 31) / 32 * 32); }
 
 // Blocks of `threads` that cover n.
@@ -223,7 +236,10 @@ __device__ inline float gate_slope(float g, int act) {
 
 // One block a row. The row is computed twice, before and after its mean square is known: the second
 // time its numbers come from the cache.
-// sum, out, normed (N,C), rstd (N): written, NULL if not wanted; inp, branch (N,C); weight (C).
+// In bf16 `normed` comes from the unrounded sum, while the backward pass reads it rounded: that
+// moves a gradient by no more than the rounding of any other activation.
+// sum, out, normed (N,C), rstd (N): written, NULL if not wanted, never the same as inp or branch;
+// inp, branch (N,C); weight (C).
 template <class real, int W>
 __global__ void residual_gpas_rmsnorm_forward_kernel(real *sum, real *out, real *normed,
                                                      float *rstd, const real *inp,
@@ -274,7 +290,8 @@ Backwards. dnext is the gradient that comes down the shortcut (NULL: none), dnor
 train_gpas.c, with u = weight dy and x what was normalized:
 
     RMSNorm    dx = r (u - x r^2 mean(u x))         dweight = sum over rows of dy x r
-    GPAS       norm first:   dsum = dout            (stop_grad; else (1 - a(g)) dout)
+    GPAS       norm first:   dsum = dout            (stop_grad; else (1 - a(g)) dout),
+                             where dout = dnext + the norm's dx
                norm last:    dinp = A dsum          (stop_grad; else A (1 - a(g)) dsum)
                dg = -a'(g) sum of (what was scaled) (gradient of what came out)
     residual   dbranch = dsum, and norm first dinp = dsum too: the same array
@@ -359,7 +376,8 @@ __global__ void add_partial_kernel(float *dweight, float *dgate, const float *pa
 }
 
 // dweight (C), dgate (1): added to, NULL if not wanted; partial (ROW_BLOCKS,C+1): scratch.
-enum { ROW_BLOCKS = 1024 };
+// C at most MAX_CHANNELS: 48 KiB of shared memory hold dweight and block_sum()'s 32 numbers.
+enum { ROW_BLOCKS = 1024, MAX_CHANNELS = 48 * 1024 / sizeof(float) - 32 };
 template <class real>
 static void residual_gpas_rmsnorm_backward(real *dsum, real *dinp, float *dweight, float *dgate,
                                            float *partial, const real *dnext, const real *dnormed,
@@ -426,21 +444,21 @@ __global__ void swiglu_forward_kernel(real *out, const real *inp, size_t n, int 
     store(out + i, a);
 }
 
-// With s = sigmoid(a):  db = dy a s,  da = dy b (s + a s (1 - s)).  dinp, inp (N,2H); dout (N,H).
+// With s = sigmoid(a):  da = dy b (s + a s (1 - s)),  db = dy a s.  dinp, inp (N,2H); dout (N,H).
 template <class real, int W>
 __global__ void swiglu_backward_kernel(real *dinp, const real *dout, const real *inp, size_t n,
                                        int H) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= n) return;
     size_t at = i / H * 2 * H + i % H;
-    float a[W], b[W], dy[W];
+    float a[W], b[W], dy[W], da[W], db[W];
     load(a, inp + at), load(b, inp + at + H), load(dy, dout + i);
     for (int k = 0; k < W; k++) {
         float s = 1 / (1 + expf(-a[k]));
-        b[k] *= dy[k] * (s + a[k] * s * (1 - s));
-        a[k] *= dy[k] * s;
+        da[k] = dy[k] * b[k] * (s + a[k] * s * (1 - s));
+        db[k] = dy[k] * a[k] * s;
     }
-    store(dinp + at, b), store(dinp + at + H, a);
+    store(dinp + at, da), store(dinp + at + H, db);
 }
 
 template <class real> static void swiglu_forward(real *out, const real *inp, int N, int H) {
@@ -469,7 +487,8 @@ Matrix multiplication is cuBLASLt's. It thinks in columns: a row-major (rows,col
 the transpose, cols x rows with cols numbers between columns. So for out = inp weight^T we ask for
 out^T = weight inp^T. To describe a product and to find the best of cuBLASLt's kernels for it takes
 longer than to run a small one; so the last PLANS products are remembered. The choice is cuBLASLt's
-own estimate, never a race, for a race could end differently in the next run.
+own estimate, never a race, for a race could end differently in the next run. A sum that it splits
+into parts must be put together in float.
 */
 typedef struct {
     int trans_a, trans_b, m, n, k, real_size, result_size;
@@ -506,6 +525,7 @@ static Plan *plan_for(Product p) {
     cudaDataType_t type = types[p.real_size == 4], result = types[p.result_size == 4];
     cublasLtMatmulPreference_t preference;
     size_t room = WORKSPACE;
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     int count = 0;
     free_plan(plan);
     plan->product = p;
@@ -521,12 +541,15 @@ static Plan *plan_for(Product p) {
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
     CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(
         preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room));
-    CUBLAS_CHECK(cublasLtMatmulAlgoGetHeuristic(cublaslt, plan->operation, plan->a, plan->b,
-                                                plan->d, plan->d, preference, 1, &plan->found,
-                                                &count));
-    if (!count)
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+        cublaslt, plan->operation, plan->a, plan->b, plan->d, plan->d, preference, 1, &plan->found,
+        &count);
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED || count == 0)
         die("cuBLASLt has no kernel for a product of %d x %d x %d; make --channels a multiple of 8",
             p.m, p.n, p.k);
+    CUBLAS_CHECK(status);
     CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(preference));
     return plan;
 }
@@ -563,7 +586,8 @@ Causal attention, after FlashAttention-2 (arXiv 2307.08691); the mathematics is 
     S_ts = q_t . k_s / sqrt(hs) for s <= t    P_t = softmax over s of S_t    o_t = sum_s P_ts v_s
 
 A block of 4 warps has 64 rows (queries, or keys going backwards), a warp 16 of them. Tiles of COLS
-rows of the other side pass through shared memory. S, P and the results never leave the registers.
+rows of the other side pass through shared memory. S, P and the results stay in registers (in bf16;
+the float version is there to be exact, and its matrices overflow to local memory).
 
 What multiplies is the tensor core: D (16,8) += A (16,16) B (16,8), one instruction of a whole warp,
 in which each lane holds a few numbers of each matrix. With group = lane / 4 and pair = lane % 4:
@@ -627,8 +651,9 @@ __device__ inline void load_rows(Pack<real, 2> (&a)[HS / 16][4], const real *row
         }
 }
 
-// A tile (COLS,HS) in shared memory. Its rows are PAD longer: 16 bytes, so that the 8 groups of a
-// warp, which read 8 rows at once, meet 8 different banks.
+// A tile (COLS,HS) in shared memory. Shared memory has 32 banks, each 4 bytes wide and each serving
+// one lane at a time. Rows that are 16 bytes longer than HS put the 8 rows that a warp reads at
+// once into different banks (in bf16).
 template <class real, int HS> struct Tile { real x[HS + 16 / sizeof(real)]; };
 
 template <class real, int HS, int COLS>
@@ -736,7 +761,8 @@ attention_forward_kernel(real *out, float *lse, const real *qkv, int T, int C, i
     __shared__ Tile<real, HS> keys[COLS];
     __shared__ Tile<real, HS> values[COLS];
     int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
-    int h = blockIdx.x / tiles % NH, first = (tiles - 1 - blockIdx.x % tiles) * ROWS;
+    int h = blockIdx.x / tiles % NH;
+    int first = (tiles - 1 - blockIdx.x % tiles) * ROWS;  // the last rows see most keys: they begin
     int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, t0 = first + 16 * warp;
     size_t stride = 3 * (size_t)C;
     const real *q = qkv + (size_t)b * T * stride + h * hs, *k = q + C, *v = k + C;
@@ -846,10 +872,10 @@ attention_backward_q_kernel(real *dqkv, const real *dout, const float *lse, cons
     int t0 = first + 16 * warp;
     size_t stride = 3 * (size_t)C, head = (size_t)b * T * stride + h * hs;
     const real *k = qkv + head + C, *v = k + C, *dy = dout + ((size_t)b * T + t0) * C + h * hs;
-    Pack<real, 2> q[HS / 16][4], o[HS / 16][4];
+    Pack<real, 2> q[HS / 16][4], dy_rows[HS / 16][4];
     float dq[HS / 8][4] = {}, p[COLS / 8][4], ds[COLS / 8][4], row_lse[2], row_delta[2];
     load_rows<real, HS>(q, qkv + head + t0 * stride, stride, T - t0, hs);
-    load_rows<real, HS>(o, dy, C, T - t0, hs);
+    load_rows<real, HS>(dy_rows, dy, C, T - t0, hs);
     for (int half = 0; half < 2; half++) {
         int t = t0 + group + 8 * half;
         row_lse[half] = t < T ? lse[((size_t)b * NH + h) * T + t] : 0;
@@ -861,7 +887,7 @@ attention_backward_q_kernel(real *dqkv, const real *dout, const float *lse, cons
         __syncthreads();
         if (t0 < T) {
             multiply_transposed<real, HS, COLS>(p, q, keys);
-            multiply_transposed<real, HS, COLS>(ds, o, values);
+            multiply_transposed<real, HS, COLS>(ds, dy_rows, values);
             for (int j = 0; j < COLS / 8; j++)
                 for (int i = 0; i < 4; i++) {
                     int t = t0 + group + i / 2 * 8, s = s0 + 8 * j + 2 * pair + i % 2;
@@ -940,7 +966,7 @@ __global__ void crossentropy_forward_kernel(float *losses, float *lse, const rea
         }
     }
     float m = block_max(largest);
-    sum = block_sum(largest > -INFINITY ? sum * expf(largest - m) : 0);
+    sum = block_sum(sum != 0 ? sum * expf(largest - m) : 0);  // 0: a thread without a logit
     if (threadIdx.x > 0) return;
     lse[blockIdx.x] = m + logf(sum);
     losses[blockIdx.x] = m + logf(sum) - to_float(row[targets[blockIdx.x]]);
@@ -987,9 +1013,9 @@ static void crossentropy_backward(real *logits, const float *lse, const int *tar
 /* ------------------------------------------------------------------------------------------------
 3. Optimizer
 
-All parameters lie in one block, gradients and moments in three more. A kernel that goes over all of
-them at once must know what each number belongs to: the block is cut into chunks of at most
-CHUNK numbers, none across two tensors, and a thread block takes one.
+All parameters lie in one piece of memory, gradients and moments in three more. A kernel that goes
+over all of them at once must know what each number belongs to: they are cut into chunks of at most
+CHUNK numbers, none across two tensors, and a block of threads takes one.
 */
 enum { CHUNK = 4096 };
 enum { MATRIX, VECTOR, GATE };  // decays; does not; is clipped by itself and may be fixed
@@ -1087,7 +1113,8 @@ template <class real> struct Network {
     real *weights;               // the parameters in `real`; for fp32 the parameters themselves
     Sublayer<real> *sublayers;   // (2L)
     real *embedded, *final_normed, *logits;      // (B,T,C), (B,T,C), (B,T,V)
-    real *scratch, *shared, *dx, *dinp, *dinner, *dwide;  // (B,T,C) four times, (B,T,C or H), ...
+    real *scratch, *branches, *dx, *dinp;        // (B,T,C)
+    real *dinner, *dwide;        // (B,T,C or H), (B,T,3C or 2H)
 };
 
 typedef struct {
@@ -1096,22 +1123,22 @@ typedef struct {
     int num_tensors, in_bf16;
     size_t num_parameters, layer_size;
     float *parameters, *gradients, *adam_m, *adam_v;  // on the host, as in the files; when needed
-    size_t *offsets, room;       // on the GPU: where each tensor is, and the whole block's length
+    size_t *offsets, room;       // on the GPU: where each tensor is, and the length of all
     int H, V;                    // rounded up
     float *p, *d, *m, *v;        // on the GPU (room): parameters, gradients, Adam's moments
     Chunk *chunks, *host_chunks;
     int num_chunks;
     float *squares, *host_squares;     // (num_chunks)
-    Network<float> fp32;         // one of the two is in use
-    Network<bf16> half;
+    Network<float> fp32_net;     // one of the two is in use
+    Network<bf16> bf16_net;
     float *rope_table, *final_rstd, *logits_lse, *losses, *delta, *partial;
     Pack<double, 2> *moments;
     int *tokens, *targets, *positions, *starts;  // (B,T) three times, (V+1)
     int *host_order;             // (B,T) and (V+1): positions and starts
-    float *host_losses, *host_logits;  // (B,T), (V)
+    float *host_losses, *host_logits;  // (B,T), (2V): as floats, as they were
     size_t bytes;                // on the GPU, all together
-    void **blocks;               // all GPU memory, to be freed
-    int num_blocks, planning;    // planning: take() only counts
+    void **pieces;               // all GPU memory, to be freed
+    int num_pieces, planning;    // planning: take() only counts
 } Model;
 
 // What train_gpas.c's training loop asks of a model.
@@ -1139,7 +1166,7 @@ template <class number> static void take(Model *m, number **place, size_t n) {
         return;
     }
     CUDA_CHECK(cudaMalloc((void **)place, bytes));
-    m->blocks[m->num_blocks++] = *place;
+    m->pieces[m->num_pieces++] = *place;
 }
 
 // Where each tensor lies on the GPU: at multiples of 256 bytes in bf16 too, but wk, wv and w3 right
@@ -1182,7 +1209,7 @@ template <class real> static void create_sublayers(Model *m, Network<real> *net,
         if (attention) take(m, &a->qkv, 3 * N * C), take(m, &a->lse, N * o->heads);
         else take(m, &a->pre_act, 2 * N * H);
         take(m, &a->inner, N * (attention ? C : H));
-        a->branch = net->shared;
+        a->branch = net->branches;
         if (has_branch_norm(o)) take(m, &a->branch, N * C), take(m, &a->branch_rstd, N);
         take(m, &a->sum, N * C);
         a->out = a->sum;
@@ -1199,7 +1226,7 @@ static void create_network(Model *m, Network<real> *net, int B, int training) {
     take(m, &m->p, m->room);
     net->weights = (real *)m->p;
     if (sizeof(real) < sizeof(float)) take(m, &net->weights, m->room);
-    take(m, &net->embedded, N * C), take(m, &net->shared, N * C), take(m, &net->scratch, N * C);
+    take(m, &net->embedded, N * C), take(m, &net->branches, N * C), take(m, &net->scratch, N * C);
     create_sublayers(m, net, N);
     take(m, &net->final_normed, N * C), take(m, &m->final_rstd, N);
     take(m, &net->logits, N * m->V), take(m, &m->logits_lse, N), take(m, &m->losses, N);
@@ -1216,8 +1243,8 @@ static void create_network(Model *m, Network<real> *net, int B, int training) {
 }
 
 static void create_memory(Model *m, int B, int training) {
-    if (m->in_bf16) create_network(m, &m->half, B, training);
-    else create_network(m, &m->fp32, B, training);
+    if (m->in_bf16) create_network(m, &m->bf16_net, B, training);
+    else create_network(m, &m->fp32_net, B, training);
 }
 
 // The first CUDA device, cuBLASLt and its workspace: once in a program.
@@ -1228,6 +1255,11 @@ static void open_device(void) {
         die("no CUDA device (%s); ./train_gpas trains on the CPU",
             error != cudaSuccess ? cudaGetErrorString(error) : "none is there");
     if (cublaslt) return;
+    cudaDeviceProp device;
+    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    if (device.major < 8)
+        die("%s has compute capability %d.%d; 8.0 or newer is needed", device.name, device.major,
+            device.minor);
     CUDA_CHECK(cudaSetDevice(0));
     CUBLAS_CHECK(cublasLtCreate(&cublaslt));
     CUDA_CHECK(cudaMalloc(&workspace, WORKSPACE));
@@ -1243,16 +1275,17 @@ static void model_create(Model *m, const Options *o, int B, int training) {
     if (o->channels / o->heads > MAX_HEAD)
         die("--channels %d over --heads %d is more than %d, the widest head on the GPU",
             o->channels, o->heads, MAX_HEAD);
-    if (o->channels > 12288) die("--channels %d is over 12288, the most on the GPU", o->channels);
+    if (o->channels > MAX_CHANNELS)
+        die("--channels %d is more than %d, the most on the GPU", o->channels, MAX_CHANNELS);
     open_device();
     add_tensors(m);
     m->offsets = (size_t *)allocate(m->num_tensors, sizeof(size_t));
     lay_out(m);  // how many chunks; then which
     m->host_chunks = (Chunk *)allocate(m->num_chunks, sizeof(Chunk));
     lay_out(m);
-    m->half.sublayers = (Sublayer<bf16> *)allocate(2 * o->layers, sizeof(Sublayer<bf16>));
-    m->fp32.sublayers = (Sublayer<float> *)allocate(2 * o->layers, sizeof(Sublayer<float>));
-    m->blocks = (void **)allocate(40 + 20 * o->layers, sizeof(void *));
+    m->bf16_net.sublayers = (Sublayer<bf16> *)allocate(2 * o->layers, sizeof(Sublayer<bf16>));
+    m->fp32_net.sublayers = (Sublayer<float> *)allocate(2 * o->layers, sizeof(Sublayer<float>));
+    m->pieces = (void **)allocate(40 + 20 * o->layers, sizeof(void *));
     m->planning = 1;
     create_memory(m, B, training);
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
@@ -1263,7 +1296,7 @@ static void model_create(Model *m, const Options *o, int B, int training) {
     create_memory(m, B, training);
     m->host_order = (int *)allocate(N + o->vocab_size + 1, sizeof(int));
     m->host_losses = (float *)allocate(N, sizeof(float));
-    m->host_logits = (float *)allocate(m->V, sizeof(float));
+    m->host_logits = (float *)allocate(2 * m->V, sizeof(float));
     m->host_squares = (float *)allocate(m->num_chunks, sizeof(float));
     float *table = (float *)allocate(o->seq_len * (o->channels / o->heads), sizeof(float));
     rope_angles(table, o->seq_len, o->channels / o->heads);
@@ -1284,10 +1317,10 @@ static void model_create(Model *m, const Options *o, int B, int training) {
 }
 
 static void model_free(Model *m) {
-    while (m->num_blocks) CUDA_CHECK(cudaFree(m->blocks[--m->num_blocks]));
+    while (m->num_pieces) CUDA_CHECK(cudaFree(m->pieces[--m->num_pieces]));
     free(m->parameters), free(m->gradients), free(m->adam_m), free(m->adam_v);
     free(m->tensors), free(m->offsets), free(m->host_chunks), free(m->host_squares);
-    free(m->half.sublayers), free(m->fp32.sublayers), free(m->blocks);
+    free(m->bf16_net.sublayers), free(m->fp32_net.sublayers), free(m->pieces);
     free(m->host_order), free(m->host_losses), free(m->host_logits);
 }
 
@@ -1333,7 +1366,7 @@ static void model_changed(Model *m) {
     move_tensors(m, m->parameters, m->p, 1);
     if (m->adam_m) move_tensors(m, m->adam_m, m->m, 1), move_tensors(m, m->adam_v, m->v, 1);
     if (m->in_bf16) {
-        round_kernel<bf16><<<blocks_for(m->room, 256), 256>>>(m->half.weights, m->p, m->room);
+        round_kernel<bf16><<<blocks_for(m->room, 256), 256>>>(m->bf16_net.weights, m->p, m->room);
         LAUNCH_CHECK();
     }
 }
@@ -1570,14 +1603,14 @@ static double model_forward(Model *m, const int *tokens, const int *targets, int
     int N = B * T, V = m->o->vocab_size;
     double sum = 0;
     CUDA_CHECK(cudaMemcpy(m->tokens, tokens, N * sizeof(int), cudaMemcpyHostToDevice));
-    if (m->in_bf16) network_forward(m, &m->half, B, T);
-    else network_forward(m, &m->fp32, B, T);
+    if (m->in_bf16) network_forward(m, &m->bf16_net, B, T);
+    else network_forward(m, &m->fp32_net, B, T);
     if (!targets) return 0;
     CUDA_CHECK(cudaMemcpy(m->targets, targets, N * sizeof(int), cudaMemcpyHostToDevice));
     if (m->in_bf16)
-        crossentropy_forward(m->losses, m->logits_lse, m->half.logits, m->targets, N, V, m->V);
+        crossentropy_forward(m->losses, m->logits_lse, m->bf16_net.logits, m->targets, N, V, m->V);
     else
-        crossentropy_forward(m->losses, m->logits_lse, m->fp32.logits, m->targets, N, V, m->V);
+        crossentropy_forward(m->losses, m->logits_lse, m->fp32_net.logits, m->targets, N, V, m->V);
     CUDA_CHECK(cudaMemcpy(m->host_losses, m->losses, N * sizeof(float), cudaMemcpyDeviceToHost));
     for (int n = 0; n < N; n++) sum += m->host_losses[n];
     return sum / N;
@@ -1592,20 +1625,20 @@ static void model_backward(Model *m, const int *tokens, const int *targets, int 
     sort_by_token(positions, starts, tokens, N, V);
     CUDA_CHECK(cudaMemcpy(m->positions, positions, N * sizeof(int), cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaMemcpy(m->starts, starts, (V + 1) * sizeof(int), cudaMemcpyHostToDevice));
-    if (m->in_bf16) network_backward(m, &m->half, (float)scale, B, T);
-    else network_backward(m, &m->fp32, (float)scale, B, T);
+    if (m->in_bf16) network_backward(m, &m->bf16_net, (float)scale, B, T);
+    else network_backward(m, &m->fp32_net, (float)scale, B, T);
 }
 
 // The logits (V) of row n of the last model_forward(), on the host.
 static const float *model_logits(Model *m, int n) {
     size_t at = (size_t)n * m->V;
     if (m->in_bf16) {
-        bf16 *raw = (bf16 *)m->host_logits;
-        CUDA_CHECK(cudaMemcpy(raw, m->half.logits + at, m->V * sizeof(bf16),
+        bf16 *raw = (bf16 *)(m->host_logits + m->V);
+        CUDA_CHECK(cudaMemcpy(raw, m->bf16_net.logits + at, m->V * sizeof(bf16),
                               cudaMemcpyDeviceToHost));
-        for (int v = m->V - 1; v >= 0; v--) m->host_logits[v] = __bfloat162float(raw[v]);
+        for (int v = 0; v < m->V; v++) m->host_logits[v] = __bfloat162float(raw[v]);
     } else
-        CUDA_CHECK(cudaMemcpy(m->host_logits, m->fp32.logits + at, m->V * sizeof(float),
+        CUDA_CHECK(cudaMemcpy(m->host_logits, m->fp32_net.logits + at, m->V * sizeof(float),
                               cudaMemcpyDeviceToHost));
     return m->host_logits;
 }
@@ -1642,9 +1675,11 @@ static void model_update(Model *m, int t, double norm, double gate_norm) {
     AdamW a = {(float)learning_rate(o, t), 0.9f, 0.999f, 1e-8f, (float)o->weight_decay, (float)clip,
                (float)gate_clip, 0, 0, o->gate_train};
     if (m->in_bf16)
-        adamw_update(m->half.weights, m->p, m->d, m->m, m->v, m->chunks, m->num_chunks, a, t + 1);
+        adamw_update(m->bf16_net.weights, m->p, m->d, m->m, m->v, m->chunks, m->num_chunks, a,
+                     t + 1);
     else
-        adamw_update(m->fp32.weights, m->p, m->d, m->m, m->v, m->chunks, m->num_chunks, a, t + 1);
+        adamw_update(m->fp32_net.weights, m->p, m->d, m->m, m->v, m->chunks, m->num_chunks, a,
+                     t + 1);
 }
 
 template <class real> static double variance(const Model *m, const real *x, size_t n) {
@@ -1664,8 +1699,8 @@ static void layer_state(Model *m, int l, int B, int T, double variances[2], doub
     const float *g = layer_at(m, m->p, l).gate;
     float value = NAN;
     for (int s = 0; s < 2; s++)
-        variances[s] = m->in_bf16 ? variance(m, m->half.sublayers[2 * l + s].out, n)
-                               : variance(m, m->fp32.sublayers[2 * l + s].out, n);
+        variances[s] = m->in_bf16 ? variance(m, m->bf16_net.sublayers[2 * l + s].out, n)
+                               : variance(m, m->fp32_net.sublayers[2 * l + s].out, n);
     if (g) CUDA_CHECK(cudaMemcpy(&value, g, sizeof value, cudaMemcpyDeviceToHost));
     *gate = value;
 }

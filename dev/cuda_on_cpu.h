@@ -209,7 +209,8 @@ RUNTIME void mark(const char *p, size_t n, uint64_t writer) {
     if (who || !worker->pc) _exit(fprintf(stderr, "\n"));
     auto first = [](dl_phdr_info *i, size_t, void *p) { return *(size_t *)p = i->dlpi_addr, 1; };
     dl_iterate_phdr(first, &load_address);
-    snprintf(command, sizeof command, "{ addr2line -s -e /proc/%d/exe %zx 2>&- || echo; } >&2",
+    snprintf(command, sizeof command, "{ addr2line -s -i -e /proc/%d/exe %zx 2>&- || echo; } | "
+             "sed 's/ (disc.*//' | paste -s -d '<' | sed 's/</, called from /g' >&2",
              getpid(), (size_t)worker->pc - 1 - load_address);
     fprintf(stderr, ", ");
     _exit(system(command) | 1);
@@ -625,15 +626,14 @@ RUNTIME cudaError_t cudaMemset(void *p, int value, size_t n) {
 // ------------------------------------------------------------------------------------------------
 // The device and its errors.
 
-struct cudaDeviceProp { char name[256]; };
+struct cudaDeviceProp { char name[256]; int major, minor; };
 RUNTIME cudaError_t cudaGetDeviceCount(int *n) { *n = 1; return cudaSuccess; }
 RUNTIME cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 RUNTIME cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
-    return *p = {"the CPU (cuda_on_cpu.h)"}, cudaSuccess;
+    return *p = {"the CPU (cuda_on_cpu.h)", 9, 0}, cudaSuccess;
 }
 RUNTIME cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
-    *free = (size_t)sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE);
-    *total = (size_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+    *free = *total = (size_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
     return cudaSuccess;
 }
 RUNTIME cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
@@ -647,11 +647,16 @@ RUNTIME const char *cudaGetErrorString(cudaError_t e) {
 // cuBLASLt: D = alpha op(A) op(B) + beta C of column-major matrices; op(X) is X or its transpose.
 // Each sum is taken in order of k: the result doesn't depend on the number of cores.
 
-enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7 };
+enum cublasStatus_t {
+    CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15,
+};
 enum cudaDataType_t { CUDA_R_32F, CUDA_R_16BF };
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
 enum cublasLtMatmulDescAttributes_t { CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB };
-enum { CUBLAS_COMPUTE_32F, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES };
+enum { CUBLAS_COMPUTE_32F, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE };
+enum {
+    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+};
 struct cublasLtMatmulHeuristicResult_t { int algo; };
 
 // A product's description, a matrix, or what there's nothing to say about.
