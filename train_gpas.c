@@ -1307,34 +1307,6 @@ typedef struct {
     double start_time;
 } Run;
 
-// Opens OUT/name. A resumed run goes on after its step's line, a new one begins with the header.
-static FILE *open_log(const Run *run, const char *name, const char *header) {
-    const Options *o = run->model.o;
-    char path[2048], line[1024];
-    long keep = 0;
-    snprintf(path, sizeof path, "%s/%s", o->out, name);
-    FILE *file = *o->resume ? fopen(path, "r+") : NULL;
-    while (file && fgets(line, sizeof line, file) && strchr(line, '\n') &&
-           atoi(line) <= run->start_step)
-        keep = ftell(file);
-    if (!file) file = fopen(path, "w");
-    if (!file || fseek(file, keep, SEEK_SET) != 0 || ftruncate(fileno(file), keep) != 0)
-        die("cannot write %s: %s", path, strerror(errno));
-    if (keep == 0) fprintf(file, "%s\n", header);
-    return file;
-}
-
-// Makes the folder and those above it.
-static void make_folder(const char *path) {
-    char part[TEXT_SIZE];
-    for (size_t i = 1; i <= strlen(path); i++)
-        if (path[i] == '/' || path[i] == 0) {
-            snprintf(part, sizeof part, "%.*s", (int)i, path);
-            if (mkdir(part, 0777) != 0 && errno != EEXIST)
-                die("cannot make the folder %s: %s", part, strerror(errno));
-        }
-}
-
 // Prepares everything that the options ask for; sets --vocab-size from the tokenizer.
 static void open_run(Run *run, Options *o) {
     int training = o->steps > 0, evaluating = evaluates(o);
@@ -1373,8 +1345,9 @@ static void open_run(Run *run, Options *o) {
     make_folder(o->out);
     snprintf(path, sizeof path, "%s/samples.txt", o->out);
     if (!*o->resume) unlink(path);  // a new run begins with no stories
-    run->log = open_log(run, "log.csv", "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s");
-    run->layers = open_log(run, "layers.csv",
+    run->log = open_log(o, "log.csv", run->start_step,
+                        "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s");
+    run->layers = open_log(o, "layers.csv", run->start_step,
                            "step,layer,attention_variance,mlp_variance,gate,grad_norm");
 }
 

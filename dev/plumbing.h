@@ -2,7 +2,7 @@
 plumbing.h: what train_gpas.c needs and no lesson is about.
 
     1  Errors, memory
-    2  Options        what can be chosen on the command line, and the presets
+    2  Options        what can be chosen on the command line, and the presets; the logs' files
     3  Tokenizer      text to tokens and back
     4  Checkpoints    safetensors
 
@@ -316,6 +316,34 @@ static void parse_options(Options *o, int argc, char **argv) {
     if (o->total_batch == 0) o->total_batch = o->batch;
     if (o->warmup < 0) o->warmup = o->steps / 10;
     check_options(o, given);
+}
+
+// Opens OUT/name. A run that goes on from start_step keeps the lines up to that step, a new one
+// begins with the header.
+static FILE *open_log(const Options *o, const char *name, int start_step, const char *header) {
+    char path[2048], line[1024];
+    long keep = 0;
+    snprintf(path, sizeof path, "%s/%s", o->out, name);
+    FILE *file = *o->resume ? fopen(path, "r+") : NULL;
+    while (file && fgets(line, sizeof line, file) && strchr(line, '\n') &&
+           atoi(line) <= start_step)
+        keep = ftell(file);
+    if (!file) file = fopen(path, "w");
+    if (!file || fseek(file, keep, SEEK_SET) != 0 || ftruncate(fileno(file), keep) != 0)
+        die("cannot write %s: %s", path, strerror(errno));
+    if (keep == 0) fprintf(file, "%s\n", header);
+    return file;
+}
+
+// Makes the folder and those above it.
+static void make_folder(const char *path) {
+    char part[TEXT_SIZE];
+    for (size_t i = 1; i <= strlen(path); i++)
+        if (path[i] == '/' || path[i] == 0) {
+            snprintf(part, sizeof part, "%.*s", (int)i, path);
+            if (mkdir(part, 0777) != 0 && errno != EEXIST)
+                die("cannot make the folder %s: %s", part, strerror(errno));
+        }
 }
 
 /* ------------------------------------------------------------------------------------------------
