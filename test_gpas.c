@@ -21,6 +21,7 @@ test_gpas.c: is train_gpas.c right? One line per check, `N passed, N failed` at 
 #include <limits.h>
 #include <math.h>
 #include <omp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -1272,6 +1273,36 @@ static void test_program(void) {
     free(a), free(b), free(la), free(lb), free(story);
 }
 
+#define STOPPED \
+    "--data %s --out %s/stop --layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 "\
+    "--val-every 5 --steps 1000 --sample-every 300 --length 30 "
+
+// A run that is told to stop ends its step, saves, and goes on as if it had not stopped.
+static void test_stop(void) {
+    char command[2000], errors[2000];
+    size_t a_size, b_size, log_size;
+    int status = run(STOPPED, errors);
+    char *a = whole_file("stop/ckpt_001000.safetensors", &a_size);
+    char *stories = whole_file("stop/samples.txt", &log_size);
+    snprintf(command, sizeof command,
+             "rm -r %s/stop; ./train_gpas " STOPPED "> %s/output & pid=$!\n"
+             "while kill -0 $pid && [ $(cat %s/stop/log.csv 2>&1 | wc -l) -lt 20 ]; do sleep 0.01; "
+             "done; kill -TERM $pid; wait $pid",
+             folder, folder, folder, folder, folder);
+    status = system(command);
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 128 + SIGTERM,
+          "stop: SIGTERM ends the run with status 143", "status %d", status);
+    snprintf(command, sizeof command, "cp %s/stop/ckpt_*.safetensors %s/stopped", folder, folder);
+    status = system(command) ? 1 : run("--resume %s/stopped", errors);
+    char *b = whole_file("stop/ckpt_001000.safetensors", &b_size);
+    check(status == 0 && a_size == b_size && !memcmp(a, b, a_size),
+          "stop: resumed, it ends with the same bits", "status %d, %s", status, errors);
+    free(b), b = whole_file("stop/samples.txt", &b_size);
+    check(b_size == log_size && !memcmp(b, stories, b_size), "stop: and has told the same stories",
+          "%s", b);
+    free(a), free(b), free(stories);
+}
+
 // Everything here must end with status 1 and one line on stderr that holds the given words.
 static void test_errors(void) {
     static const struct {
@@ -1323,6 +1354,7 @@ static void test_errors(void) {
         {"--load %s/value", "damaged"},
         {"--load %s/key", "version"},
         {"--load %s/gradients", "metadata"},
+        {"--resume %s/nan --steps 5", "first in layer 2, feed-forward"},
         {"--data %s/magic --vocab-size 300", "magic"},
         {"--data %s/version --vocab-size 300", "version"},
         {"--data %s/count --vocab-size 300", "bytes long"},
@@ -1361,6 +1393,11 @@ static void break_files(void) {
     write_file("value", bad, size);
     memcpy(bad, good, size);
     place = (char *)memmem(bad, size, "\"heads\"", 7), place[1] = 'x', write_file("key", bad, size);
+    memcpy(bad, good, size);
+    place = (char *)memmem(bad, size, "layers.1.feed_forward.w2", 24);
+    size_t at = strtoul(strstr(place, "offsets\":[") + 10, NULL, 10);
+    float nan = NAN;
+    memcpy(bad + 8 + header + at, &nan, 4), write_file("nan", bad, size);
     run(SMALL "--dump-grads %s/gradients", errors);
     static const char *const folders[] = {"magic", "version", "count", "header",
                                           "big",   "torn",    "few"};
@@ -1712,7 +1749,7 @@ int main(void) {
     test_initial_values(), test_learning(), test_threads(), test_training_rules(), test_sampling();
     if (!mkdtemp(folder)) die("cannot make a folder in /tmp");
     atexit(remove_folder);
-    test_loader(), test_tokenizer(), test_program();
+    test_loader(), test_tokenizer(), test_program(), test_stop();
     break_files(), test_errors();
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;

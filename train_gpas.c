@@ -1310,7 +1310,6 @@ typedef struct {
 // Prepares everything that the options ask for; sets --vocab-size from the tokenizer.
 static void open_run(Run *run, Options *o) {
     int training = o->steps > 0, evaluating = evaluates(o);
-    char path[2048];
     size_t N = (size_t)o->batch * o->seq_len;
     memset(run, 0, sizeof *run);
     if (tokenizer_open(&run->tokenizer, o->data)) {
@@ -1343,8 +1342,7 @@ static void open_run(Run *run, Options *o) {
     run->on_terminal = isatty(1);
     if (!training || *o->dump_grads) return;
     make_folder(o->out);
-    snprintf(path, sizeof path, "%s/samples.txt", o->out);
-    if (!*o->resume) unlink(path);  // a new run begins with no stories
+    cut_samples(o, *o->resume ? run->start_step : -1);
     run->log = open_log(o, "log.csv", run->start_step,
                         "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s");
     run->layers = open_log(o, "layers.csv", run->start_step,
@@ -1424,6 +1422,28 @@ static void dump_gradients(Run *run) {
     printf("loss %.6f; wrote %s\n", loss, m->o->dump_grads);
 }
 
+// Ends the program before an update that would spoil the parameters. Names the first layer whose
+// output is not finite, or else the last whose gradient is not: the first on the way back.
+static void stop_not_finite(Run *run, double loss) {
+    Model *m = &run->model;
+    const Options *o = m->o;
+    char where[64] = "the logits";
+    double variances[2] = {0, 0}, gate;
+    int l = 0;
+    for (; l < o->layers && isfinite(variances[0] + variances[1]); l++)
+        layer_state(m, l, o->batch, o->seq_len, variances, &gate);
+    if (!isfinite(variances[0] + variances[1]))
+        snprintf(where, sizeof where, "layer %d, %s", l,
+                 isfinite(variances[0]) ? "feed-forward" : "attention");
+    else if (isfinite(loss)) {
+        for (l = o->layers; l > 0 && isfinite(run->layer_norms[l - 1]);) l--;
+        snprintf(where, sizeof where, l ? "the gradient of layer %d" : "the gradient", l);
+    }
+    die("step %d: not finite (loss %g), first in %s; nothing was updated or saved. Lower --lr or "
+        "set --grad-clip 1, and go on from an earlier checkpoint",
+        run->progress.step + 1, loss, where);
+}
+
 // One step: the gradient of the mean loss over --total-batch sequences, micro-batch by micro-batch,
 // then AdamW. Returns the loss; *norm gets the gradient's norm before clipping.
 static double train_step(Run *run, double *norm) {
@@ -1434,9 +1454,11 @@ static double train_step(Run *run, double *norm) {
     for (int i = 0; i < micro_batches; i++, run->progress.position += B) {
         loader_batch(&run->train, run->progress.position, B, run->tokens, run->targets);
         loss += model_forward(m, run->tokens, run->targets, B, T) / micro_batches;
+        if (!isfinite(loss)) stop_not_finite(run, loss);
         model_backward(m, run->tokens, run->targets, B, T, 1.0 / ((double)m->o->total_batch * T));
     }
     *norm = gradient_norms(m, run->layer_norms, &gate_norm);
+    if (!isfinite(*norm)) stop_not_finite(run, loss);
     model_update(m, run->progress.step++, *norm, gate_norm);
     return loss;
 }
@@ -1482,7 +1504,8 @@ static void train(Run *run) {
         log_layers(run);
     }
     run->start_time = omp_get_wtime();
-    while (run->progress.step < o->steps) {
+    catch_signals();
+    while (run->progress.step < o->steps && !stop_signal) {
         double norm, val = NAN, lr = learning_rate(o, run->progress.step), start = omp_get_wtime();
         double loss = train_step(run, &norm), ms = 1000 * (omp_get_wtime() - start);
         int step = run->progress.step, last = step == o->steps;
@@ -1497,9 +1520,12 @@ static void train(Run *run) {
         fflush(run->log);
         report(run, loss, val, lr, norm, ms);
         if (last || (o->sample_every && step % o->sample_every == 0)) sample(run);
-        if (last || (o->save_every && step % o->save_every == 0)) save(run);
+        if (last || stop_signal || (o->save_every && step % o->save_every == 0)) save(run);
     }
-    printf("Logs, stories and checkpoints are in %s.\n", o->out);
+    if (run->progress.step < o->steps)
+        printf("\nStopped. ./%s --resume %s/ckpt_%06d.safetensors goes on.\n", program, o->out,
+               run->progress.step);
+    else printf("Logs, stories and checkpoints are in %s.\n", o->out);
 }
 
 #include "dev/evaluation.h"
@@ -1515,6 +1541,6 @@ int main(int argc, char **argv) {
     else if (options.steps > 0) train(&run);
     else tell_story(&run.model, &run.tokenizer, &run.progress.random, stdout);
     close_run(&run);
-    return 0;
+    return stop_signal ? 128 + stop_signal : 0;
 }
 #endif

@@ -17,6 +17,7 @@ Like train_gpas.c it is common to C11 and C++17. Whatever fails ends the program
 #include <limits.h>
 #include <math.h>
 #include <omp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -56,6 +57,18 @@ static void *allocate(size_t count, size_t size) {
         die("not enough memory for %.0f MiB; lower --batch, --seq-len or the network's size",
             (double)count * size / (1 << 20));
     return memset(p, 0, bytes);
+}
+
+// SIGINT and SIGTERM let the training loop end its step and save; a second one ends the program at
+// once.
+static volatile sig_atomic_t stop_signal;
+static void ask_to_stop(int number) { stop_signal = number; }
+static void catch_signals(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = ask_to_stop;
+    action.sa_flags = SA_RESETHAND | SA_RESTART;
+    sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
 }
 
 static int imin(int a, int b) { return a < b ? a : b; }
@@ -333,6 +346,24 @@ static FILE *open_log(const Options *o, const char *name, int start_step, const 
         die("cannot write %s: %s", path, strerror(errno));
     if (keep == 0) fprintf(file, "%s\n", header);
     return file;
+}
+
+// Cuts off the stories that OUT/samples.txt has from after start_step.
+static void cut_samples(const Options *o, int start_step) {
+    char path[2048], line[1024];
+    long keep = 0;
+    int step = 0;
+    snprintf(path, sizeof path, "%s/samples.txt", o->out);
+    FILE *file = fopen(path, "r+");
+    if (!file && errno == ENOENT) return;
+    if (!file) die("cannot write %s: %s", path, strerror(errno));
+    while (fgets(line, sizeof line, file)) {
+        sscanf(line, "--- step %d ---", &step);
+        if (step > start_step) break;
+        keep = ftell(file);
+    }
+    if (ftruncate(fileno(file), keep) != 0 || fclose(file) != 0)
+        die("cannot write %s: %s", path, strerror(errno));
 }
 
 // Makes the folder and those above it.
