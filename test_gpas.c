@@ -1300,6 +1300,15 @@ static void test_stop(void) {
     free(b), b = whole_file("stop/samples.txt", &b_size);
     check(b_size == log_size && !memcmp(b, stories, b_size), "stop: and has told the same stories",
           "%s", b);
+    snprintf(command, sizeof command,
+             "ulimit -f 8; ./train_gpas " STOPPED "2>%s/errors >%s/output", folder, folder, folder,
+             folder);
+    status = system(command);
+    free(b), b = whole_file("errors", &b_size);
+    free(a), a = whole_file("stop/log.csv", &a_size);
+    check(WEXITSTATUS(status) == 1 && strstr(b, "log.csv: File too large") && a[a_size - 1] == '\n',
+          "full disk: one line on stderr, and the log ends with a whole line", "status %d, %s",
+          status, b);
     free(a), free(b), free(stories);
 }
 

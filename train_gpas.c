@@ -1373,6 +1373,7 @@ static double validate(Run *run) {
 static void log_layers(Run *run) {
     Model *m = &run->model;
     int B = (run->val_windows - 1) % m->o->batch + 1, step = run->progress.step;
+    long begin = ftell(run->layers);
     for (int l = 0; l < m->o->layers; l++) {
         double variances[2], gate;
         layer_state(m, l, B, m->o->seq_len, variances, &gate);
@@ -1381,7 +1382,7 @@ static void log_layers(Run *run) {
         if (step > run->start_step) fprintf(run->layers, ",%.6g\n", run->layer_norms[l]);
         else fprintf(run->layers, ",\n");
     }
-    fflush(run->layers);
+    end_line(m->o, run->layers, begin, "layers.csv");
 }
 
 // Saves OUT/ckpt_STEP.safetensors; of those from --save-every the last --keep stay.
@@ -1407,7 +1408,7 @@ static void sample(Run *run) {
     if (!file) die("cannot write %s: %s", path, strerror(errno));
     fprintf(file, "--- step %d ---\n", run->progress.step);
     tell_story(&run->model, &run->tokenizer, &run->progress.random, file);
-    fclose(file);
+    if (fclose(file) != 0) die("cannot write %s: %s", path, strerror(errno));
 }
 
 // Writes the first batch, its loss and gradients before any clipping, and the weights they are of.
@@ -1509,6 +1510,7 @@ static void train(Run *run) {
         double norm, val = NAN, lr = learning_rate(o, run->progress.step), start = omp_get_wtime();
         double loss = train_step(run, &norm), ms = 1000 * (omp_get_wtime() - start);
         int step = run->progress.step, last = step == o->steps;
+        long begin = ftell(run->log);
         fprintf(run->log, "%d,%.6f,", step, loss);
         if (last || (o->val_every && step % o->val_every == 0)) {
             val = validate(run);
@@ -1517,7 +1519,7 @@ static void train(Run *run) {
         }
         fprintf(run->log, ",%.6g,%.6g,%.2f,%.0f\n", lr, norm, ms,
                 1000.0 * o->total_batch * o->seq_len / ms);
-        fflush(run->log);
+        end_line(o, run->log, begin, "log.csv");
         report(run, loss, val, lr, norm, ms);
         if (last || (o->sample_every && step % o->sample_every == 0)) sample(run);
         if (last || stop_signal || (o->save_every && step % o->save_every == 0)) save(run);

@@ -60,7 +60,7 @@ static void *allocate(size_t count, size_t size) {
 }
 
 // SIGINT and SIGTERM let the training loop end its step and save; a second one ends the program at
-// once.
+// once. A file that may not grow any more is an error like a full disk.
 static volatile sig_atomic_t stop_signal;
 static void ask_to_stop(int number) { stop_signal = number; }
 static void catch_signals(void) {
@@ -69,6 +69,7 @@ static void catch_signals(void) {
     action.sa_handler = ask_to_stop;
     action.sa_flags = SA_RESETHAND | SA_RESTART;
     sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
+    signal(SIGXFSZ, SIG_IGN);
 }
 
 static int imin(int a, int b) { return a < b ? a : b; }
@@ -346,6 +347,15 @@ static FILE *open_log(const Options *o, const char *name, int start_step, const 
         die("cannot write %s: %s", path, strerror(errno));
     if (keep == 0) fprintf(file, "%s\n", header);
     return file;
+}
+
+// Ends the line of OUT/name that began at `begin`: it is in the file whole, or the program ends and
+// the file ends with the line before.
+static void end_line(const Options *o, FILE *file, long begin, const char *name) {
+    if (fflush(file) == 0) return;
+    int error = errno, cut = ftruncate(fileno(file), begin);
+    close(fileno(file));  // or exit() would try once more
+    die("cannot write %s/%s: %s%s", o->out, name, strerror(error), cut ? "; its last line is not whole" : "");
 }
 
 // Cuts off the stories that OUT/samples.txt has from after start_step.
