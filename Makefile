@@ -40,10 +40,10 @@ CUDA_SOURCES = train_gpas.cu $(SOURCES)
 train_gpas_cuda: $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublasLt
 
-test_gpas_cuda_fp32: test_gpas.c $(CUDA_SOURCES)
+test_gpas_cuda_fp32: test_gpas.c dev/on_gpu.h $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=float -x cu $< -o $@ -lcublasLt
 
-test_gpas_cuda_bf16: test_gpas.c $(CUDA_SOURCES)
+test_gpas_cuda_bf16: test_gpas.c dev/on_gpu.h $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=bf16 -x cu $< -o $@ -lcublasLt
 
 bench_cuda: dev/bench.cu $(CUDA_SOURCES)
@@ -81,10 +81,10 @@ build/%.cu: %.cu Makefile
 train_gpas_cuda_on_cpu: $(ON_CPU_SOURCES)
 	$(ON_CPU) $< -o $@
 
-build/test_fp32: test_gpas.c $(ON_CPU_SOURCES)
+build/test_fp32: test_gpas.c dev/on_gpu.h $(ON_CPU_SOURCES)
 	$(ON_CPU) $(CHECKED) -DCUDA_REAL=float -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@
 
-build/test_bf16: test_gpas.c $(ON_CPU_SOURCES)
+build/test_bf16: test_gpas.c dev/on_gpu.h $(ON_CPU_SOURCES)
 	$(ON_CPU) $(CHECKED) -DCUDA_REAL=bf16 -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@
 
 build/test_cuda_on_cpu: build/dev/test_cuda_on_cpu.cu dev/cuda_on_cpu.h
@@ -98,6 +98,19 @@ cuda-on-cpu: train_gpas_cuda_on_cpu build/test_cuda_on_cpu build/test_cuda_on_cp
 
 test-cuda-on-cpu: train_gpas cuda-on-cpu
 	@sh dev/run_tests.sh $(CUDA_ON_CPU_TESTS)
+
+# ---- The classroom: docs/syllabus.md.
+
+# LAYERS="gpas attention": what is left to write, all by default. CUDA=1: train_gpas.cu too.
+OUT = assignment
+assignment:
+	@$(PYTHON) dev/assignment.py $(if $(CUDA),--cuda) --out "$(OUT)" $(LAYERS)
+
+# In the hand-out; here it grades the solution. JSON=1: for a gradebook.
+grade:
+	@$(PYTHON) dev/grade.py --cc "$(CC)" --cxx "$(CXX)" --make "$(MAKE)" \
+	    --on-cpu "$(if $(ON_CPU),$(ON_CPU) $(filter-out -DTRAIN%,$(CHECKED)))" \
+	    $(if $(JSON),--json) $(if $(SEED),--seed $(SEED)) $(ASSIGNED)
 
 # ----
 
@@ -129,5 +142,5 @@ help:
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler (make clean first)"
 
-.PHONY: run test sanitize reference clean help
+.PHONY: run test assignment grade sanitize reference clean help
 .PHONY: test-cuda bench-cuda cuda-on-cpu test-cuda-on-cpu
