@@ -51,8 +51,8 @@ FUNCTIONS = {
 LAYERS = list(FUNCTIONS["train_gpas.c"])
 
 # What a layer is built with and no part of the task, though perhaps only one layer calls it.
-TOOLS = set("dot largest_of exp_fast sigmoid gate_value gemm load_gradients block_max mma load_rows "
-            "load_tile multiply_transposed multiply_add store_rows group_sum group_max".split())
+TOOLS = set("dot largest_of exp_fast sigmoid gate_value gemm load_gradients block_max mma "
+            "load_rows load_tile multiply_transposed multiply_add store_rows group_sum group_max".split())
 
 COPIED = ["LICENSE", "dev/plumbing.h", "dev/grade.py", "dev/grade.c", "dev/grade.h",
           "dev/submission.c", "dev/compare.py", "prepro_tinystories.py"]
@@ -77,7 +77,8 @@ def read_functions(lines):
     """All function definitions. They begin in column 0 and end with a brace in column 0."""
     functions, i = [], 0
     while i < len(lines):
-        if not re.match(r"(static|template|__global__|__device__|inline|__attribute__)\b", lines[i]):
+        if not re.match(r"(static|template|__global__|__device__|inline|__attribute__)\b",
+                        lines[i]):
             i += 1
             continue
         head = i
@@ -233,22 +234,32 @@ def makefile(source, layers, cuda):
     return "\n".join(result) + "\n\n.PHONY: run grade\n"
 
 
+TASK = """# Your task
+
+Write these functions, in any order. The comment above each one says what it gets, with all
+shapes, and what it must produce; the comment of the forward pass has the mathematics. You find
+the derivative yourself.
+
+%s
+
+    make grade
+
+compiles the file with warnings and checks every layer, on new random numbers each time. Where a
+result is wrong it says what it looks like: a sign, a factor, a sum that should add. You may add
+functions of your own. Leave the parameters of the given ones as they are.
+
+When all is right, `make run` trains the network that you have completed.
+"""
+
+
 def task_sheet(layers, files):
-    text = ["# Your task", "", "Write these functions, in any order. The comment above each one says "
-            "what it gets, with all", "shapes, and what it must produce; the comment of the forward "
-            "pass has the mathematics. You find", "the derivative yourself.", ""]
+    text = []
     for file in files:
         for key, names in FUNCTIONS[file].items():
             if set(key.split()) & set(layers):
                 text.append("- %s, %s: %s" % (file, key.replace(" ", " + "),
                                               ", ".join("`%s`" % n for n in names.split())))
-    return "\n".join(text + [
-        "", "    make grade", "",
-        "compiles the file with warnings and checks every layer, on new random numbers each time. "
-        "Where",
-        "a result is wrong it says what it looks like: a sign, a factor, a sum that should add. You "
-        "may add", "functions of your own. Leave the parameters of the given ones as they are.", "",
-        "When all is right, `make run` trains the network that you have completed.", ""])
+    return TASK % "\n".join(text)
 
 
 def write(folder, name, text):

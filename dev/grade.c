@@ -1,9 +1,10 @@
 /*
 grade.c: is a layer right, and if not, what is wrong with it?
 
-    grade LAYER forward|backward SEED     writes a line per case: `case NAME`, then `wrong WHAT HINT`
-                                          with tabs between; dev/grade.py runs it, and may have to
-                                          kill it: a submission may do anything in here
+    grade LAYER forward|backward SEED
+
+writes a line per case, `case NAME`, and after it for each wrong result `wrong WHAT HINT`, with tabs
+between. dev/grade.py runs it, and may have to kill it: a submission may do anything in here.
 
     1  Reference       each layer as its plain definition, over complex numbers
     2  Explaining      from a wrong result to what a tutor would say about it
@@ -130,12 +131,13 @@ typedef struct {
 } Watched;
 static Watched watched[MAX_WATCHED];
 static int num_watched;
-static const uint32_t guard_bits = 0x7FC5A5A5;
+static const uint32_t guard_bits = 0x7FC5A500;  // plus the array's number
 
 static float *watch(const char *name, size_t n, int may_change) {
     float *base = aligned_alloc(64, ((n + 2 * GUARD) * sizeof(float) / 64 + 1) * 64);
     if (!base) exit(9);
-    for (size_t i = 0; i < n + 2 * GUARD; i++) memcpy(base + i, &guard_bits, sizeof guard_bits);
+    uint32_t bits = guard_bits + num_watched;  // so that a copied guard is noticed too
+    for (size_t i = 0; i < n + 2 * GUARD; i++) memcpy(base + i, &bits, sizeof bits);
     watched[num_watched++] = (Watched){name, base + GUARD, n, NULL, may_change};
     return base + GUARD;
 }
@@ -203,9 +205,10 @@ static void wrong(const char *what, const char *format, ...) {
 static int check_watched(void) {
     int complaints = 0;
     for (Watched *w = watched; w < watched + num_watched; w++) {
+        uint32_t bits = guard_bits + (uint32_t)(w - watched);
         for (long i = -GUARD; i < (long)w->n + GUARD; i++) {
             if (i == 0) i = (long)w->n;
-            if (memcmp(w->x + i, &guard_bits, sizeof guard_bits) == 0) continue;
+            if (memcmp(w->x + i, &bits, sizeof bits) == 0) continue;
             wrong(w->name, "writes outside of the array: to %s[%ld], which has %zu elements; check "
                   "loop bounds and row lengths", w->name, i, w->n);
             complaints++;
@@ -319,25 +322,32 @@ static size_t compare(Result *r) {
     return r->num_wrong;
 }
 
-// Does x = factor * y hold, everywhere or only where the result is wrong?
-static int equals(const Result *r, const double *x, const double *y, double factor, int everywhere) {
+// Where a hypothesis must hold: everywhere; only where the result is wrong; there, but for what is
+// NaN or infinite, because something outside of an input was read.
+enum { WRONG_PLACES, EVERYWHERE, FINITE_PLACES };
+
+// Does x = factor * y hold there?
+static int equals(const Result *r, const double *x, const double *y, double factor, int where) {
     double tolerance = r->n == 1 ? 1e-4 : 5e-4;
+    size_t seen = 0;
     for (size_t i = 0; i < r->n; i++) {
-        if (!everywhere && !r->is_wrong[i]) continue;
+        if (where != EVERYWHERE && !r->is_wrong[i]) continue;
+        if (where == FINITE_PLACES && !isfinite(x[i])) continue;
+        seen++;
         double z = factor * y[i];
         double allowed = tolerance * (fabs(z) + (r->n == 1 ? 0 : 0.5 * r->scale)) +
                          1e-7 * r->scale + (r->adds ? 1e-6 : 0);
         if (!isfinite(x[i]) && !isfinite(z)) continue;
-        if (!(fabs(x[i] - z) <= allowed)) return 0;
+        if (!isfinite(z) || !(fabs(x[i] - z) <= allowed)) return 0;
     }
-    return 1;
+    return seen >= (where == FINITE_PLACES ? 3 : 1);
 }
 
-// The factor between x and y that fits best, over all or over the wrong places.
-static double ratio(const Result *r, const double *x, const double *y, int everywhere) {
+// The factor between x and y that fits best there.
+static double ratio(const Result *r, const double *x, const double *y, int where) {
     double xy = 0, yy = 0;
     for (size_t i = 0; i < r->n; i++)
-        if (everywhere || r->is_wrong[i]) xy += x[i] * y[i], yy += y[i] * y[i];
+        if (where == EVERYWHERE || r->is_wrong[i]) xy += x[i] * y[i], yy += y[i] * y[i];
     return yy > 0 ? xy / yy : 0;
 }
 
@@ -359,16 +369,17 @@ static int name_factor(const Result *r, double k, char *text) {
     return 0;
 }
 
-// Is x a multiple of y by a factor that is the same everywhere? Then says so.
-static int constant_factor(const Result *r, const double *x, const double *y, int everywhere,
+// Is x a multiple of y by a factor that is the same everywhere? Then says so. With `known` the
+// factor must be one that has a name.
+static int constant_factor(const Result *r, const double *x, const double *y, int where, int known,
                            char *text) {
-    double k = ratio(r, x, y, everywhere);
-    size_t n = everywhere ? r->n : r->num_wrong;
-    if (equals(r, x, y, -1, everywhere)) return sprintf(text, "it has the wrong sign");
-    if (size_of(y, r->n) < 1e-9 || fabs(k) < 1e-4 || near(k, 1)) return 0;
-    if (!equals(r, x, y, k, everywhere)) return 0;
-    if (name_factor(r, k, text)) return 1;
-    if (n < 3 && fabs(k) < 1e4 && !near(fabs(k), 2) && !near(fabs(k), 0.5)) return 0;
+    double k = ratio(r, x, y, where);
+    size_t n = where == EVERYWHERE ? r->n : r->num_wrong;
+    if (equals(r, x, y, -1, where)) return sprintf(text, "it has the wrong sign");
+    if (size_of(y, r->n) < 1e-9 || !isfinite(k) || fabs(k) < 1e-4 || near(k, 1)) return 0;
+    if (!equals(r, x, y, k, where)) return 0;
+    if (known) return name_factor(r, k, text);
+    if (n < 3 && !near(fabs(k), 2) && !near(fabs(k), 0.5)) return 0;
     return sprintf(text, "it is off by the constant factor %.5g", k);
 }
 
@@ -386,28 +397,29 @@ static double power_of(double x, int power) {
 }
 
 // Is x = k y p^a q^b for two of the quantities, small a and b, and some k?
-static int quantity_factor(const Result *r, const double *x, const double *y, int everywhere,
+static int quantity_factor(const Result *r, const double *x, const double *y, int where,
                            char *text) {
     double *z = room(r->n, sizeof *z);
     char one[200], two[200];
     for (int pass = 0; pass < 3; pass++)  // one quantity; two; one and a constant
         for (int p = 0; p < r->num_quantities; p++)
             for (int q = 0; q < (pass == 1 ? p : 1); q++)
-                for (int powers = 0; powers < (pass == 1 ? 4 : 4); powers++) {
+                for (int powers = 0; powers < 4; powers++) {
                     static const int of_one[] = {-1, 1, -2, 2};
                     int a = pass == 1 ? powers % 2 * 2 - 1 : of_one[powers];
                     int b = pass == 1 ? powers / 2 * 2 - 1 : 0;
                     for (size_t i = 0; i < r->n; i++)
                         z[i] = y[i] * power_of(r->quantities[p].values[i], a) *
                                power_of(r->quantities[q].values[i], b);
-                    double k = pass == 2 ? ratio(r, x, z, everywhere) : 1;
+                    double k = pass == 2 ? ratio(r, x, z, where) : 1;
                     if (pass == 2 && (r->n == 1 || fabs(k) < 1e-4)) continue;
-                    int sign = equals(r, x, z, k, everywhere) ? 1 : -1;
-                    if (sign < 0 && !equals(r, x, z, -k, everywhere)) continue;
+                    int sign = equals(r, x, z, k, where) ? 1 : -1;
+                    if (sign < 0 && !equals(r, x, z, -k, where)) continue;
                     describe_power(one, r->quantities[p].text, a);
                     describe_power(two, r->quantities[q].text, b);
                     sprintf(text, "%s%s%s", one, b ? ", and " : "", b ? two : "");
-                    if (pass == 2) sprintf(text + strlen(text), ", and it is off by %.4g", sign * k);
+                    if (pass == 2)
+                        sprintf(text + strlen(text), ", and it is off by %.4g", sign * k);
                     else if (sign < 0) strcat(text, ", and the sign is wrong");
                     free(z);
                     return 1;
@@ -419,19 +431,25 @@ static int quantity_factor(const Result *r, const double *x, const double *y, in
 // A factor that is the same along each row but differs from row to row: then a sum over the row, or
 // something that belongs to the row, is wrong.
 static int row_factor(const Result *r, const double *x, const double *y, char *text) {
-    if (r->rows < 2 || r->columns < 3) return 0;
+    int counted = 0;
     for (int row = 0; row < r->rows; row++) {
         const double *a = x + (size_t)row * r->columns, *b = y + (size_t)row * r->columns;
+        const char *bad = r->is_wrong + (size_t)row * r->columns;
         double ab = 0, bb = 0;
-        for (int i = 0; i < r->columns; i++) ab += a[i] * b[i], bb += b[i] * b[i];
+        int n = 0;
         for (int i = 0; i < r->columns; i++)
-            if (!(fabs(a[i] - ab / bb * b[i]) <= 1e-3 * (fabs(b[i]) + 0.3 * r->scale))) return 0;
+            if (bad[i]) ab += a[i] * b[i], bb += b[i] * b[i], n++;
+        for (int i = 0; i < r->columns; i++)
+            if (bad[i] && !(fabs(a[i] - ab / bb * b[i]) <= 1e-3 * (fabs(b[i]) + 0.3 * r->scale)))
+                return 0;
+        counted += n > 2;
     }
-    return sprintf(text, "off by a factor that differs from one %s to the next: look at what is "
-                   "summed or divided once per %s", r->row, r->row);
+    return counted < 2 ? 0 : sprintf(text, "off by a factor that differs from one %s to the next: "
+                                     "look at what is summed, or divided by, once per %s", r->row,
+                                     r->row);
 }
 
-static int explain_terms(const Result *r, int everywhere, char *hint) {
+static int explain_terms(const Result *r, int where, char *hint) {
     double *x = room(r->n, sizeof *x);
     char text[400];
     int found = 0;
@@ -439,11 +457,11 @@ static int explain_terms(const Result *r, int everywhere, char *hint) {
         const double *term = r->terms[t].values;
         for (size_t i = 0; i < r->n; i++) x[i] = r->value[i] - (r->expected[i] - term[i]);
         double *zero = room(r->n, sizeof *zero);
-        if (equals(r, x, zero, 1, everywhere))
+        if (equals(r, x, zero, 1, where))
             found = sprintf(hint, "a term is missing: %s", r->terms[t].text);
-        else if (constant_factor(r, x, term, everywhere, text) ||
-                 quantity_factor(r, x, term, everywhere, text) ||
-                 (everywhere && row_factor(r, x, term, text)))
+        else if (constant_factor(r, x, term, where, 1, text) ||
+                 quantity_factor(r, x, term, where, text) ||
+                 constant_factor(r, x, term, where, 0, text) || row_factor(r, x, term, text))
             found = sprintf(hint, "one term is wrong (%s): %s", r->terms[t].text, text);
         free(zero);
     }
@@ -451,46 +469,67 @@ static int explain_terms(const Result *r, int everywhere, char *hint) {
     return found;
 }
 
-static int explain_values(const Result *r, int everywhere, char *hint) {
+// Was something written that should have been added, or not written at all?
+static int explain_writing(const Result *r, int where, char *hint) {
     const float *old = before(r->got);
     double *then = room(r->n, sizeof *then), *zero = room(r->n, sizeof *zero);
-    double *sum = room(r->n, sizeof *sum);
-    char text[400];
-    for (size_t i = 0; i < r->n; i++) then[i] = old[i], sum[i] = then[i] + r->expected[i];
-    const double *unchanged = r->adds ? zero : then;
+    double *sum = room(r->n, sizeof *sum), *set = room(r->n, sizeof *set);
     int found = 0;
-    if (equals(r, r->value, unchanged, 1, everywhere))
+    for (size_t i = 0; i < r->n; i++) {
+        then[i] = old[i];
+        sum[i] = then[i] + r->expected[i], set[i] = r->expected[i] - then[i];
+    }
+    if (equals(r, r->value, r->adds ? zero : then, 1, where))
         found = sprintf(hint, "nothing is %s there: it holds what it held before the call",
                         r->adds ? "added" : "written");
-    if (!found && r->adds) {
-        double *overwritten = room(r->n, sizeof *overwritten);
-        for (size_t i = 0; i < r->n; i++) overwritten[i] = r->expected[i] - then[i];
-        if (equals(r, r->value, overwritten, 1, everywhere))
-            found = sprintf(hint, "it is overwritten; the gradient of a parameter must be added "
-                            "with +=, for it is summed over micro-batches");
-    }
-    if (!found && !r->adds && !r->in_place && equals(r, r->value, sum, 1, everywhere))
+    else if (r->adds && equals(r, r->value, set, 1, where))
+        found = sprintf(hint, "it is overwritten; the gradient of a parameter must be added with "
+                        "+=, for it is summed over micro-batches");
+    else if (!r->adds && !r->in_place && equals(r, r->value, sum, 1, where))
         found = sprintf(hint, "it adds to what was there (+=); it must write (=)");
-    if (!found && !r->adds && equals(r, r->value, zero, 1, everywhere))
+    else if (!r->adds && equals(r, r->value, zero, 1, where))
         found = sprintf(hint, "all zeros");
-    if (!found && constant_factor(r, r->value, r->expected, everywhere, text))
-        found = sprintf(hint, "%s", text);
-    for (int h = 0; h < r->num_hypotheses && !found; h++)
-        if (equals(r, r->value, r->hypotheses[h].values, 1, everywhere))
-            found = sprintf(hint, "%s", r->hypotheses[h].text);
-    if (!found && r->num_terms < 2 &&
-        quantity_factor(r, r->value, r->expected, everywhere, text))
-        found = sprintf(hint, "%s", text);
-    if (!found) found = explain_terms(r, everywhere, hint);
-    if (!found && r->num_terms >= 2 &&
-        quantity_factor(r, r->value, r->expected, everywhere, text))
-        found = sprintf(hint, "%s", text);
-    if (!found && everywhere && row_factor(r, r->value, r->expected, text))
-        found = sprintf(hint, "%s", text);
-    for (int h = 0; h < r->num_hypotheses && !found; h++)
-        if (equals(r, r->value, r->hypotheses[h].values, -1, everywhere))
-            found = sprintf(hint, "wrong sign, and: %s", r->hypotheses[h].text);
-    free(then), free(zero), free(sum);
+    free(then), free(zero), free(sum), free(set);
+    return found;
+}
+
+static int explain_hypotheses(const Result *r, int where, int sign, char *hint) {
+    for (int h = 0; h < r->num_hypotheses; h++)
+        if (equals(r, r->value, r->hypotheses[h].values, sign, where))
+            return sprintf(hint, "%s%s", sign < 0 ? "wrong sign, and: " : "",
+                           r->hypotheses[h].text);
+    return 0;
+}
+
+static int explain_values(const Result *r, int where, char *hint) {
+    const double *x = r->value, *y = r->expected;
+    int quantities_first = r->num_terms < 2 || (where == WRONG_PLACES && r->num_wrong > 1);
+    return explain_writing(r, where, hint) ||
+           (equals(r, x, y, -1, where) && sprintf(hint, "it has the wrong sign")) ||
+           (where == EVERYWHERE && explain_hypotheses(r, where, 1, hint)) ||
+           constant_factor(r, x, y, where, 1, hint) ||
+           (quantities_first && quantity_factor(r, x, y, where, hint)) ||
+           constant_factor(r, x, y, where, 0, hint) ||
+           (where != EVERYWHERE && explain_hypotheses(r, where, 1, hint)) ||
+           explain_terms(r, where, hint) || quantity_factor(r, x, y, where, hint) ||
+           row_factor(r, x, y, hint) || explain_hypotheses(r, where, -1, hint);
+}
+
+// Section by section: dq, dk, dv.
+static int explain_sections(const Result *whole, char *hint) {
+    Result r = *whole;
+    int width = r.sections ? r.columns / r.sections : 1, found = 0;
+    r.is_wrong = room(r.n, 1);
+    for (int s = 0; s < r.sections; s++) {
+        char text[1000] = "";
+        r.num_wrong = 0;
+        for (size_t i = 0; i < r.n; i++) {
+            r.is_wrong[i] = (int)(i % r.columns / width) == s && whole->is_wrong[i];
+            r.num_wrong += r.is_wrong[i];
+        }
+        if (r.num_wrong && explain_values(&r, WRONG_PLACES, text))
+            sprintf(hint + strlen(hint), "%s%s: %s", found++ ? "; " : "", r.section_names[s], text);
+    }
     return found;
 }
 
@@ -579,7 +618,10 @@ static void report(Result *r, const char *extra) {
         if (!isfinite(r->value[i]) && !nans++) at = i;
         else if (!nans && d > worst) worst = d, at = i;
     }
-    if (explain_values(r, 1, hint) || explain_places(r, hint) || explain_values(r, 0, hint)) {
+    if (explain_values(r, EVERYWHERE, hint) || explain_places(r, hint) ||
+        explain_values(r, WRONG_PLACES, hint) || explain_sections(r, hint) ||
+        (nans && nans < r->n && explain_hypotheses(r, FINITE_PLACES, 1, hint))) {
+        if (nans) strcat(hint, "; NaN comes from what is read outside of an input, or from 0 / 0");
         wrong(r->name, "%s%s%s%s%s%s", hint, where, places, end, extra ? "; " : "",
               extra ? extra : "");
         return;
@@ -676,7 +718,7 @@ static number gate_function(number g, int act) {
 }
 
 enum { GPAS_HOLDS = 1, GPAS_PLAIN, GPAS_PLUS, GPAS_RAW, GPAS_SIGMOID, GPAS_OFF, GPAS_ONLY,
-       GPAS_LEAK, GPAS_NEGATIVE };
+       GPAS_LEAK, GPAS_NEGATIVE, GPAS_INSIDE };
 static const Mistake gpas_mistakes[] = {
     {GPAS_HOLDS, BACKWARD, "dinp is dout, unscaled: the derivative does not look into sg(x)"},
     {GPAS_PLAIN, BACKWARD, "scaled by 1 - a(g): with the stop-gradient (stop_grad 1) dinp must be "
@@ -687,6 +729,7 @@ static const Mistake gpas_mistakes[] = {
     {GPAS_OFF, FORWARD, "inp is not scaled at all"},
     {GPAS_ONLY, BOTH, "this is a(g) x; it must be x - a(g) x"},
     {GPAS_NEGATIVE, BOTH, "a(-g) in place of a(g): the sign of the gate in its activation"},
+    {GPAS_INSIDE, BOTH, "the sign inside of the sigmoid of SiLU: a = g / (1 + e^-g)"},
     {GPAS_LEAK, BOTH, "leaky ReLU has the slope 0.01 for g < 0"},
     {0, 0, NULL}};
 
@@ -696,6 +739,7 @@ static void gpas(number *out, number *const *in, const Case *c, int wrong) {
     if (wrong == GPAS_PLUS) a = -a;
     if (wrong == GPAS_RAW) a = g;
     if (wrong == GPAS_NEGATIVE) a = gate_function(-g, c->act);
+    if (wrong == GPAS_INSIDE) a = g * logistic(-g);
     if (wrong == GPAS_SIGMOID) a = logistic(g);
     if (wrong == GPAS_LEAK) a = creal(g) > 0 ? g : 0.1 * g;
     for (size_t i = 0; i < c->size[0]; i++) {
@@ -711,7 +755,7 @@ static const char *const acts[] = {"silu", "identity", "relu", "leaky_relu", "ta
 static Case gpas_case(int n, int act, double gate, const char *more) {
     Case c = {.B = 1, .T = 1, .C = n, .act = act, .stop_grad = 1, .out_size = (size_t)n};
     char *name = room(100, 1);
-    sprintf(name, "%s gate %g, %d number%s%s", acts[act], gate, n, n > 1 ? "s" : "", more);
+    sprintf(name, "%s gate %.2f, %d number%s%s", acts[act], gate, n, n > 1 ? "s" : "", more);
     c.name = name;
     c.in[0] = numbers(n, 1), c.size[0] = n;
     c.in[1] = repeated((float)gate, 1), c.size[1] = 1;
@@ -1004,7 +1048,7 @@ static void check_embedding_backward(void) {
 
 enum { NORM_HELD = 1, NORM_SUM, NORM_NO_EPS, NORM_EPS, NORM_NO_ROOT, NORM_INVERSE, NORM_MEAN,
        NORM_LAST, NORM_FIRST, NORM_ABS, NORM_MINUS_ONE, NORM_NO_R, NORM_R2, NORM_NO_WEIGHT,
-       NORM_COLUMN, NORM_EPS_OUTSIDE };
+       NORM_COLUMN, NORM_EPS_OUTSIDE, NORM_NO_X };
 static const Mistake norm_mistakes[] = {
     {NORM_HELD, 2, "r is treated as a constant, but it depends on every x of its row: a term is "
      "missing"},
@@ -1022,6 +1066,7 @@ static const Mistake norm_mistakes[] = {
     {NORM_NO_R, 3, "not divided by the root mean square: the factor r is missing"},
     {NORM_R2, 3, "the factor r is there twice"},
     {NORM_NO_WEIGHT, 3, "the weight is missing"},
+    {NORM_NO_X, 2, "x is missing: this is the sum of dout r"},
     {NORM_COLUMN, 3, "the wrong axis: the mean is over the rows, it must be over the channels"},
     {0, 0, NULL}};
 
@@ -1051,7 +1096,8 @@ static void rmsnorm(number *out, number *const *in, const Case *c, int wrong) {
         for (int i = 0; i < c->C; i++) {
             number w = wrong == NORM_NO_WEIGHT ? 1 : in[1][i];
             number times = wrong == NORM_NO_R ? 1 : wrong == NORM_R2 ? r * r : r;
-            out[n * c->C + i] = w * (in[0][n * c->C + i] - mean) * times;
+            number x = wrong == NORM_NO_X ? 1 : in[0][n * c->C + i] - mean;
+            out[n * c->C + i] = w * x * times;
         }
         if (c->out_size > (size_t)c->T * c->C) out[c->T * c->C + n] = r;
     }
@@ -1132,8 +1178,8 @@ static void check_rmsnorm_backward(void) {
             backward_mistakes(&s, rmsnorm, &c, 1, dout, c.T, c.C, norm_mistakes + 1, 0, NULL, NULL);
             Case e = c;
             e.in[0] = repeated(1, c.size[0]);
-            for (size_t i = 0; i < c.size[0]; i++) e.in[0][i] = 1;
-            add_hypothesis(&s, "x is missing, and r", differentiate(rmsnorm, &e, 1, dout, 0));
+            add_hypothesis(&s, "x and r are missing",
+                           differentiate(rmsnorm, &e, 1, dout, NORM_NO_R));
             e.in[0] = dout;
             add_hypothesis(&s, "dout in place of x",
                            differentiate(rmsnorm, &e, 1, dout, NORM_NO_R));
@@ -1188,7 +1234,8 @@ static void rope(number *out, number *const *in, const Case *c, int wrong) {
     for (int n = 0; n < c->B * c->T; n++)
         for (int i = 0; i < 3 * C; i++) {
             const number *x = in[0] + n * 3 * C + i;
-            int section = i / C, j = i % hs, t = n % c->T, second = wrong == ROPE_HALVES ? hs / 2 : 1;
+            int section = i / C, j = i % hs, t = n % c->T;
+            int second = wrong == ROPE_HALVES ? hs / 2 : 1;
             int turned = section < 2 || wrong == ROPE_VALUES;
             if (wrong == ROPE_ROW) t = n;
             t += (wrong == ROPE_NEXT) - (wrong == ROPE_BEFORE);
@@ -1357,9 +1404,14 @@ static void check_swiglu_backward(void) {
         r.sections = 2, r.section_names[0] = "da", r.section_names[1] = "db";
         if (!compare(&r)) continue;
         backward_mistakes(&r, swiglu, &c, 0, dout, c.T, c.K, swiglu_mistakes, SWIGLU_HELD,
-                          "dout b sigmoid(a) of da, and all of db", "that through the sigmoid's own "
-                          "derivative in da");
+                          "that with the sigmoid held, and all of db", "that through the "
+                          "derivative of the sigmoid, in da");
         swiglu_quantities(&r, &c, dout, 2);
+        double *swapped = room(r.n, sizeof *swapped);
+        for (int n = 0; n < c.T; n++)
+            for (int j = 0; j < 2 * c.K; j++)
+                swapped[n * 2 * c.K + j] = r.expected[n * 2 * c.K + (j + c.K) % (2 * c.K)];
+        add_hypothesis(&r, "here stands what belongs in the other half of the row", swapped);
         report(&r, NULL);
     }
 }
@@ -1454,14 +1506,13 @@ static void check_matmul_backward(void) {
 }
 
 // ---- attention: in[0] qkv (B,T,3C); in[1] nothing, or (B,NH,T,T) zeros that are added to the
-// scores, so that one can differentiate by them. After out (B,T,C) comes lse (B,NH,T). Only the rows
-// first <= t < last are computed.
+// scores, so that one can differentiate by them. After out (B,T,C) comes lse (B,NH,T).
 
 enum { ATTENTION_HELD = 1, ATTENTION_UNMASKED, ATTENTION_PEEK, ATTENTION_STRICT, ATTENTION_UNSCALED,
        ATTENTION_HS, ATTENTION_C, ATTENTION_UP, ATTENTION_RAW, ATTENTION_ALL, ATTENTION_QQ,
        ATTENTION_KK, ATTENTION_VK, ATTENTION_VQ, ATTENTION_Q0, ATTENTION_K0, ATTENTION_V0,
-       ATTENTION_AXIS, ATTENTION_TRANSPOSED, LSE_NO_M, LSE_NO_LOG, LSE_ONLY_M, LSE_MINUS,
-       ATTENTION_NOT_EXP, LSE_M_TWICE };
+       ATTENTION_AXIS, ATTENTION_TRANSPOSED, ATTENTION_NOT_EXP,
+       LSE_NO_M, LSE_NO_LOG, LSE_ONLY_M, LSE_MINUS, LSE_M_TWICE, LSE_TWO_M };  // of lse alone
 static const Mistake attention_mistakes[] = {
     {ATTENTION_UNMASKED, 3, "the causal mask is missing: it reads keys after the query (future "
      "tokens)"},
@@ -1488,6 +1539,8 @@ static const Mistake attention_mistakes[] = {
     {LSE_ONLY_M, 1, "lse = m + log(sum): log(sum) is missing"},
     {LSE_MINUS, 1, "lse = m + log(sum): a sign is wrong"},
     {LSE_M_TWICE, 1, "lse = m + log(sum): m is scaled wrongly (by sqrt(hs))"},
+    {LSE_TWO_M, 1, "the largest score is not subtracted before the exponential (but added after "
+     "the log)"},
     {ATTENTION_NOT_EXP, 1, "the exponential is missing"},
     {0, 0, NULL}};
 
@@ -1509,13 +1562,15 @@ static number attention_score(number *const *in, const Case *c, int b, int h, in
 // The keys that query t sees are those from *begin to *end - 1.
 static void attention_keys(const Case *c, int t, int wrong, int *begin, int *end) {
     *begin = wrong == ATTENTION_TRANSPOSED ? t : 0;
-    *end = wrong == ATTENTION_UNMASKED || wrong == ATTENTION_TRANSPOSED ? c->T
-           : wrong == ATTENTION_PEEK && t + 1 < c->T ? t + 2 : wrong == ATTENTION_STRICT ? t : t + 1;
+    *end = t + 1;
+    if (wrong == ATTENTION_UNMASKED || wrong == ATTENTION_TRANSPOSED) *end = c->T;
+    if (wrong == ATTENTION_PEEK && t + 1 < c->T) *end = t + 2;
+    if (wrong == ATTENTION_STRICT) *end = t;
 }
 
 static double lse_mistake(int wrong, double m, double sum, int hs) {
     return wrong == LSE_NO_M ? log(sum) : wrong == LSE_NO_LOG ? m + sum : wrong == LSE_ONLY_M ? m
-           : wrong == LSE_M_TWICE ? m * sqrt(hs) + log(sum)
+           : wrong == LSE_TWO_M ? 2 * m + log(sum) : wrong == LSE_M_TWICE ? m * sqrt(hs) + log(sum)
            : wrong == LSE_MINUS ? m - log(sum) : m + log(sum);
 }
 
@@ -1538,7 +1593,7 @@ static void attention_row(number *out, number *lse, number *const *in, const Cas
     if (wrong == ATTENTION_ALL)
         for (int s = end; s < c->T; s++) sum += cexp(attention_score(in, c, b, h, t, s, 0) - m);
     for (int s = begin; s < end; s++) {
-        if (wrong == ATTENTION_TRANSPOSED || wrong == ATTENTION_AXIS) {  // another row's, or column's
+        if (wrong == ATTENTION_TRANSPOSED || wrong == ATTENTION_AXIS) {  // another's P
             number total = 0;
             int axis = wrong == ATTENTION_AXIS, from = axis ? s : 0, to = axis ? c->T : s + 1;
             for (int u = from; u < to; u++)
@@ -1572,7 +1627,7 @@ static void attention(number *out, number *const *in, const Case *c, int wrong) 
 }
 
 static Case attention_case(int k, int with_lse) {
-    static const int shapes[][4] = {{1, 1, 3, 1}, {1, 5, 3, 1}, {1, 5, 9, 3}, {2, 4, 6, 2},
+    static const int shapes[][4] = {{1, 1, 3, 1}, {1, 5, 3, 1}, {1, 5, 12, 3}, {2, 4, 6, 2},
                                     {1, 17, 6, 1}, {1, 6, 4, 1}, {1, 0, 4, 1}};
     static const char *const names[] = {"T = 1", "T = 5, one head", "T = 5, 3 heads",
                                         "2 sequences, 2 heads", "T = 17", "T = 6, large scores",
@@ -1724,9 +1779,9 @@ static void check_attention_small(int k) {
                           "dv");
     r.tolerance = k == 5 ? 1e-3 : k == 0 ? 1e-4 : 2e-4;
     if (!compare(&r)) return;
+    float *old = copy_of(before(dx), c.size[0]);
     const char *future = c.B == 1 && c.T > 2 ? reads_future(&c, dout, out, lse) : NULL;
-    num_watched = 0;
-    watched[num_watched++] = (Watched){"dqkv", dx, c.size[0], copy_of(dx, c.size[0]), 1};
+    watched[0] = (Watched){"dqkv", dx, c.size[0], old, 1}, num_watched = 1;
     add_constant(&r, "sqrt(hs)", sqrt(c.C / c.NH)), add_constant(&r, "hs", c.C / c.NH);
     if (k == 0) one_key_hints(&r, &c, lse);
     if (k && c.T <= 6) {
@@ -1781,12 +1836,15 @@ static void check_attention_backward(void) {
 
 enum { CROSS_HELD = 1, CROSS_SIGN, CROSS_NO_TARGET, CROSS_NO_LSE, CROSS_LAST, CROSS_FIRST,
        CROSS_MEAN, CROSS_LOG2, CROSS_NEXT, CROSS_BEFORE, CROSS_ONE, CROSS_NO_LOG, CROSS_NO_MAX,
-       CROSS_PLUS, CROSS_NOT_EXP, CROSS_MINUS, CROSS_ONLY_MAX };
+       CROSS_PLUS, CROSS_NOT_EXP, CROSS_MINUS, CROSS_ONLY_MAX, CROSS_MAX_TWICE };
 static const Mistake cross_mistakes[] = {
     {CROSS_SIGN, 3, "the sign: loss = lse - logit of the target"},
-    {CROSS_PLUS, 3, "the logit of the target is added; it must be subtracted from lse"},
-    {CROSS_NO_TARGET, 3, "the logit of the target is not subtracted (no -1 for the target)"},
-    {CROSS_NO_LSE, 3, "lse is missing in the loss (the softmax in the gradient)"},
+    {CROSS_PLUS, 1, "the sign: the logit of the target is added; it must be subtracted from lse"},
+    {CROSS_PLUS, 2, "the sign of what stands at the target only"},
+    {CROSS_NO_TARGET, 1, "the logit of the target is not subtracted"},
+    {CROSS_NO_TARGET, 2, "this is the softmax alone: what the loss has at the target is missing"},
+    {CROSS_NO_LSE, 1, "lse is missing in the loss"},
+    {CROSS_NO_LSE, 2, "the softmax is missing"},
     {CROSS_LAST, 3, "the last logit is left out of the sum"},
     {CROSS_FIRST, 3, "the first logit is left out of the sum"},
     {CROSS_MEAN, 1, "the log of the mean of the exponentials; it must be of their sum"},
@@ -1795,6 +1853,8 @@ static const Mistake cross_mistakes[] = {
     {CROSS_BEFORE, 3, "the logit before the target's: off by one"},
     {CROSS_ONE, 3, "targets[0] is used for every row"},
     {CROSS_NO_LOG, 1, "the log is missing: lse = largest + log(sum)"},
+    {CROSS_MAX_TWICE, 1, "the largest logit is not subtracted before the exponential (but added "
+     "after the log)"},
     {CROSS_NO_MAX, 1, "lse = largest + log(sum): the largest logit is missing"},
     {CROSS_ONLY_MAX, 1, "lse = largest + log(sum): log(sum) is missing"},
     {CROSS_MINUS, 1, "lse = largest + log(sum): a sign is wrong"},
@@ -1811,7 +1871,8 @@ static number cross_lse(const number *x, const Case *c, int wrong) {
     if (wrong == CROSS_MEAN) sum /= V;
     return wrong == CROSS_LOG2 ? m + clog(sum) / log(2) : wrong == CROSS_NO_LOG ? m + sum
            : wrong == CROSS_NO_MAX ? clog(sum) : wrong == CROSS_MINUS ? m - clog(sum)
-           : wrong == CROSS_ONLY_MAX ? m : m + clog(sum);
+           : wrong == CROSS_ONLY_MAX ? m : wrong == CROSS_MAX_TWICE ? 2 * m + clog(sum)
+           : m + clog(sum);
 }
 
 static void crossentropy(number *out, number *const *in, const Case *c, int wrong) {
@@ -1844,6 +1905,13 @@ static Case cross_case(int k, int with_lse) {
     return c;
 }
 
+// Are the losses wrong only because lse is?
+static int follows_lse(const Case *c, const float *losses, const float *lse) {
+    for (int n = 0; n < c->T; n++)
+        if (!(fabs(losses[n] - (lse[n] - c->in[0][n * c->K + c->tokens[n]])) < 1e-3)) return 0;
+    return 1;
+}
+
 static void check_crossentropy_forward(void) {
     int bad = 0;
     for (int k = 0; k < 5; k++) {
@@ -1860,6 +1928,7 @@ static void check_crossentropy_forward(void) {
                         result_of("losses", losses, right, 0, c.T, 1, "row", "number")};
         for (int i = 0; i < 2; i++) {
             if (!compare(&two[i])) continue;
+            if (i == 1 && two[0].num_wrong && follows_lse(&c, losses, lse)) continue;
             forward_mistakes(&two[i], crossentropy, &c, i ? 0 : c.T, cross_mistakes);
             report(&two[i], k == 4 && !bad ? "only large logits go wrong: is the largest one "
                    "subtracted before the exponential?" : NULL);
@@ -1900,7 +1969,7 @@ enum { ADAM_NO_BIAS_M = 1, ADAM_NO_BIAS_V, ADAM_NO_BIAS, ADAM_EPS_INSIDE, ADAM_N
        ADAM_NO_DECAY, ADAM_DECAY_GROWS, ADAM_ASCENT, ADAM_NO_CLIP, ADAM_STEP_BEFORE, ADAM_STEP_NEXT,
        ADAM_BETAS, ADAM_NO_ROOT, ADAM_NO_SQUARE, ADAM_WHOLE_G, ADAM_CLIP_ONCE, ADAM_DECAY_NO_LR,
        ADAM_BIAS_TIMES, ADAM_GRADIENT, ADAM_BETA_M, ADAM_BETA_V, ADAM_OLD, ADAM_MINUS,
-       ADAM_BIAS_SWAPPED, ADAM_NO_OLD };
+       ADAM_BIAS_SWAPPED, ADAM_NO_OLD, ADAM_UP };
 static const Mistake adam_mistakes[] = {
     {ADAM_NO_BIAS_M, 4, "mhat = m / (1 - beta1^t): m is used without its correction"},
     {ADAM_NO_BIAS_V, 4, "vhat = v / (1 - beta2^t): v is used without its correction"},
@@ -1914,6 +1983,7 @@ static const Mistake adam_mistakes[] = {
     {ADAM_DECAY_GROWS, 4, "the sign of the weight decay is wrong"},
     {ADAM_DECAY_NO_LR, 4, "the weight decay is not multiplied by lr"},
     {ADAM_ASCENT, 4, "the sign: p must go down the gradient (p -= ...)"},
+    {ADAM_UP, 4, "the sign: p must go down the gradient, and decay (p -= ...)"},
     {ADAM_NO_CLIP, 7, "grad_scale is not used"},
     {ADAM_STEP_BEFORE, 4, "the step in beta^t is off by one: t - 1"},
     {ADAM_STEP_NEXT, 4, "the step in beta^t is off by one: t + 1"},
@@ -1956,6 +2026,7 @@ static void adam_element(double *p, double *m, double *v, double grad, const Ada
     if (wrong == ADAM_NO_DECAY) decay = 0;
     if (wrong == ADAM_DECAY_GROWS) decay = -decay;
     double before_step = *p;
+    if (wrong == ADAM_UP) lr = -lr;
     *p -= (wrong == ADAM_ASCENT ? -lr : lr) * step;
     *p -= (wrong == ADAM_DECAY_NO_LR ? 1 : lr) * decay * before_step;
 }
