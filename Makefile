@@ -27,7 +27,7 @@ test_gpas_double: test_gpas.c train_gpas.c dev/plumbing.h
 
 test: train_gpas test_gpas test_gpas_double cuda-on-cpu
 	@sh dev/run_tests.sh ./test_gpas ./test_gpas_double "$(PYTHON) dev/test_prepro.py" \
-	    "$(PYTHON) dev/reference.py --check" $(CUDA_ON_CPU_TESTS)
+	    "$(PYTHON) dev/reference.py --check" "$(PYTHON) dev/test_assignment.py" $(CUDA_ON_CPU_TESTS)
 
 # ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
 

@@ -461,7 +461,8 @@ static int explain_terms(const Result *r, int where, char *hint) {
             found = sprintf(hint, "a term is missing: %s", r->terms[t].text);
         else if (constant_factor(r, x, term, where, 1, text) ||
                  quantity_factor(r, x, term, where, text) ||
-                 constant_factor(r, x, term, where, 0, text) || row_factor(r, x, term, text))
+                 constant_factor(r, x, term, where, 0, text) ||
+                 (where == WRONG_PLACES && row_factor(r, x, term, text)))
             found = sprintf(hint, "one term is wrong (%s): %s", r->terms[t].text, text);
         free(zero);
     }
@@ -487,8 +488,6 @@ static int explain_writing(const Result *r, int where, char *hint) {
                         "+=, for it is summed over micro-batches");
     else if (!r->adds && !r->in_place && equals(r, r->value, sum, 1, where))
         found = sprintf(hint, "it adds to what was there (+=); it must write (=)");
-    else if (!r->adds && equals(r, r->value, zero, 1, where))
-        found = sprintf(hint, "all zeros");
     free(then), free(zero), free(sum), free(set);
     return found;
 }
@@ -507,12 +506,14 @@ static int explain_values(const Result *r, int where, char *hint) {
     return explain_writing(r, where, hint) ||
            (equals(r, x, y, -1, where) && sprintf(hint, "it has the wrong sign")) ||
            (where == EVERYWHERE && explain_hypotheses(r, where, 1, hint)) ||
+           (!r->adds && equals(r, x, y, 0, where) && sprintf(hint, "all zeros")) ||
            constant_factor(r, x, y, where, 1, hint) ||
            (quantities_first && quantity_factor(r, x, y, where, hint)) ||
            constant_factor(r, x, y, where, 0, hint) ||
            (where != EVERYWHERE && explain_hypotheses(r, where, 1, hint)) ||
            explain_terms(r, where, hint) || quantity_factor(r, x, y, where, hint) ||
-           row_factor(r, x, y, hint) || explain_hypotheses(r, where, -1, hint);
+           (where == WRONG_PLACES && row_factor(r, x, y, hint)) ||
+           explain_hypotheses(r, where, -1, hint);
 }
 
 // Section by section: dq, dk, dv.
@@ -628,8 +629,8 @@ static void report(Result *r, const char *extra) {
     }
     if (nans)
         sprintf(hint, "%zu of %zu elements are NaN or infinite: a read outside of an input (there "
-                "is NaN behind each), an exponential that overflows, or a division by 0", nans,
-                r->n);
+                "is NaN behind each), an exponential that overflows, or a division by 0%s%s", nans,
+                r->n, extra ? "; " : "", extra ? extra : "");
     else if (extra) snprintf(hint, sizeof hint, "%s", extra);
     else sprintf(hint, "wrong values");
     wrong(r->name, "%s%s%s%s; element %zu is %.6g, should be %.6g", hint, where, places, end, at,
@@ -1048,7 +1049,7 @@ static void check_embedding_backward(void) {
 
 enum { NORM_HELD = 1, NORM_SUM, NORM_NO_EPS, NORM_EPS, NORM_NO_ROOT, NORM_INVERSE, NORM_MEAN,
        NORM_LAST, NORM_FIRST, NORM_ABS, NORM_MINUS_ONE, NORM_NO_R, NORM_R2, NORM_NO_WEIGHT,
-       NORM_COLUMN, NORM_EPS_OUTSIDE, NORM_NO_X };
+       NORM_COLUMN, NORM_EPS_OUTSIDE, NORM_NO_X, NORM_ROW_0 };
 static const Mistake norm_mistakes[] = {
     {NORM_HELD, 2, "r is treated as a constant, but it depends on every x of its row: a term is "
      "missing"},
@@ -1056,7 +1057,7 @@ static const Mistake norm_mistakes[] = {
     {NORM_NO_EPS, 1, "eps is missing under the root"},
     {NORM_EPS, 1, "eps is 1e-6"},
     {NORM_EPS_OUTSIDE, 1, "eps stands outside of the root; it belongs under it"},
-    {NORM_NO_ROOT, 3, "the square root is missing"},
+    {NORM_R2, 3, "the factor r is there twice, or r = 1 / sqrt(...) lacks its root"},
     {NORM_INVERSE, 1, "r is 1 / sqrt(...), not sqrt(...)"},
     {NORM_MEAN, 3, "the mean is subtracted, as in LayerNorm; RMSNorm does not"},
     {NORM_LAST, 3, "the last channel is missing in the mean of squares"},
@@ -1064,7 +1065,8 @@ static const Mistake norm_mistakes[] = {
     {NORM_ABS, 3, "the mean of |x| in place of the root of the mean of x^2"},
     {NORM_MINUS_ONE, 3, "the mean divides by C, not by C - 1 or C + 1"},
     {NORM_NO_R, 3, "not divided by the root mean square: the factor r is missing"},
-    {NORM_R2, 3, "the factor r is there twice"},
+    {NORM_NO_ROOT, 3, "the square root is missing in r = 1 / sqrt(...)"},
+    {NORM_ROW_0, 3, "r of row 0 is used for every row"},
     {NORM_NO_WEIGHT, 3, "the weight is missing"},
     {NORM_NO_X, 2, "x is missing: this is the sum of dout r"},
     {NORM_COLUMN, 3, "the wrong axis: the mean is over the rows, it must be over the channels"},
@@ -1073,7 +1075,7 @@ static const Mistake norm_mistakes[] = {
 static number norm_r(number *const *in, const Case *c, int n, int wrong) {
     int C = c->C, begin = wrong == NORM_FIRST, end = wrong == NORM_LAST ? C - 1 : C;
     number sum = 0, mean = 0;
-    const number *x = in[0] + n * C;
+    const number *x = in[0] + (wrong == NORM_ROW_0 ? 0 : n) * C;
     for (int i = begin; i < end; i++) mean += x[i] / C;
     if (wrong != NORM_MEAN) mean = 0;
     for (int i = begin; i < end; i++)
@@ -1171,6 +1173,13 @@ static void check_rmsnorm_backward(void) {
             backward_mistakes(&r, rmsnorm, &c, 0, dout, c.T, c.C, norm_mistakes, NORM_HELD,
                               "u r, with r held", "that through r, which depends on every x of the "
                               "row: x r^3 mean(u x)");
+            double *unweighted = room(c.size[0], sizeof *unweighted), *z = room(r.n, sizeof *z);
+            for (size_t i = 0; i < r.n; i++) unweighted[i] = dout[i] / c.in[1][i % c.C];
+            double *all = differentiate(rmsnorm, &c, 0, unweighted, 0);
+            double *held = differentiate(rmsnorm, &c, 0, unweighted, NORM_HELD);
+            for (size_t i = 0; i < r.n; i++) z[i] = r.terms[0].values[i] + all[i] - held[i];
+            add_hypothesis(&r, "in the term through r the weight is missing: mean(u x) has u = w "
+                           "dout", z);
             report(&r, NULL);
         }
         if (compare(&s)) {
@@ -1192,7 +1201,7 @@ static void check_rmsnorm_backward(void) {
 
 enum { ROPE_BACK = 1, ROPE_SWAPPED, ROPE_VALUES, ROPE_QUERIES, ROPE_KEYS, ROPE_NEXT, ROPE_BEFORE,
        ROPE_ROW, ROPE_HALVES, ROPE_ALIASED, ROPE_FIRST_PLUS, ROPE_SECOND_MINUS, ROPE_COSINE_MINUS,
-       ROPE_HEAD, ROPE_ONE_HEAD, ROPE_NO_SINE, ROPE_STILL, ROPE_ANGLE };
+       ROPE_HEAD, ROPE_ONE_HEAD, ROPE_NO_SINE, ROPE_STILL, ROPE_ANGLE, ROPE_OTHER };
 static const Mistake rope_mistakes[] = {
     {ROPE_BACK, FORWARD, "turned the wrong way: the sign of the sine"},
     {ROPE_BACK, BACKWARD, "turned the same way as in the forward pass; dx = R^T dy goes the other "
@@ -1215,6 +1224,7 @@ static const Mistake rope_mistakes[] = {
     {ROPE_ONE_HEAD, BOTH, "only the first head is turned"},
     {ROPE_NO_SINE, BOTH, "the sines are missing"},
     {ROPE_STILL, BOTH, "nothing is turned"},
+    {ROPE_OTHER, BOTH, "the second of the pair is read one place too far"},
     {ROPE_ANGLE, BOTH, "all pairs turn by the angle of the first pair"},
     {0, 0, NULL}};
 
@@ -1222,7 +1232,7 @@ static void rope_pair(number *y, const number *x, int second, double angle, int 
     double c = cos(angle), s = wrong == ROPE_BACK ? -sin(angle) : sin(angle);
     if (wrong == ROPE_SWAPPED) { double t = c; c = s, s = t; }
     if (wrong == ROPE_NO_SINE) s = 0;
-    number x0 = x[0], x1 = x[second];
+    number x0 = x[0], x1 = x[wrong == ROPE_OTHER ? 2 : second];
     y[0] = x0 * c + (wrong == ROPE_FIRST_PLUS ? x1 : -x1) * s;
     if (wrong == ROPE_ALIASED) x0 = y[0];
     y[second] = (wrong == ROPE_SECOND_MINUS ? -x0 : x0) * s +
@@ -1303,7 +1313,10 @@ static void check_rope(int backward) {
         if (!compare(&r)) continue;
         if (backward) backward_mistakes(&r, rope, &c, 0, dout, 1, 0, rope_mistakes, 0, NULL, NULL);
         else forward_mistakes(&r, rope, &c, 0, rope_mistakes);
-        report(&r, NULL);
+        size_t first = 0;
+        while (!r.is_wrong[first]) first++;
+        report(&r, first < r.n / c.B ? NULL : "only later sequences are wrong: the position begins "
+               "anew in each, it is n % T");
     }
 }
 
@@ -1724,9 +1737,14 @@ static void attention_products(Result *r, const Case *c, const double *dout) {
                     char *text = room(300, 1);
                     double *z = mixed(r, c, which ? P : dS, transposed, part, gradient, dout,
                                       which ? 1 : scale);
-                    sprintf(text, "%s is a product of the wrong things: this is %s%s times %s",
-                            to[gradient], which ? "P" : "dS", transposed ? " transposed" : "",
-                            names[part]);
+                    int partner = part == (gradient == 0 ? 1 : gradient == 1 ? 0 : 3);
+                    if (partner && which == (gradient == 2))
+                        sprintf(text, "the indices of %s are transposed in the sum for %s",
+                                which ? "P" : "dS", to[gradient]);
+                    else
+                        sprintf(text, "%s is a product of the wrong things: this is %s%s times %s",
+                                to[gradient], which ? "P" : "dS", transposed ? " transposed" : "",
+                                names[part]);
                     add_hypothesis(r, text, z);
                 }
 }
@@ -1759,6 +1777,9 @@ static void one_key_hints(Result *r, const Case *c, const double *lse) {
         int h = (int)(i % c->C / (c->C / c->NH));
         P[i] = exp(lse[h]), up[i] = exp(lse[h] * (sqrt(c->C / c->NH) - 1));
     }
+    double *unseen = room(r->n, sizeof *unseen);  // a mask without the diagonal: all 0
+    add_hypothesis(r, "the mask is off by one: a query must see the key at its own position",
+                   unseen);
     add_quantity(r, "e^lse (P = e^(S - lse))", P);
     add_quantity(r, "e^(score - score / sqrt(hs)) (P is made of scores without their scale)", up);
 }
@@ -1969,7 +1990,8 @@ enum { ADAM_NO_BIAS_M = 1, ADAM_NO_BIAS_V, ADAM_NO_BIAS, ADAM_EPS_INSIDE, ADAM_N
        ADAM_NO_DECAY, ADAM_DECAY_GROWS, ADAM_ASCENT, ADAM_NO_CLIP, ADAM_STEP_BEFORE, ADAM_STEP_NEXT,
        ADAM_BETAS, ADAM_NO_ROOT, ADAM_NO_SQUARE, ADAM_WHOLE_G, ADAM_CLIP_ONCE, ADAM_DECAY_NO_LR,
        ADAM_BIAS_TIMES, ADAM_GRADIENT, ADAM_BETA_M, ADAM_BETA_V, ADAM_OLD, ADAM_MINUS,
-       ADAM_BIAS_SWAPPED, ADAM_NO_OLD, ADAM_UP };
+       ADAM_BIAS_SWAPPED, ADAM_NO_OLD, ADAM_UP, ADAM_M_BEFORE, ADAM_V_BEFORE,
+       ADAM_M_BETA2, ADAM_V_BETA1 };
 static const Mistake adam_mistakes[] = {
     {ADAM_NO_BIAS_M, 4, "mhat = m / (1 - beta1^t): m is used without its correction"},
     {ADAM_NO_BIAS_V, 4, "vhat = v / (1 - beta2^t): v is used without its correction"},
@@ -1987,6 +2009,10 @@ static const Mistake adam_mistakes[] = {
     {ADAM_NO_CLIP, 7, "grad_scale is not used"},
     {ADAM_STEP_BEFORE, 4, "the step in beta^t is off by one: t - 1"},
     {ADAM_STEP_NEXT, 4, "the step in beta^t is off by one: t + 1"},
+    {ADAM_M_BEFORE, 4, "the step in mhat's 1 - beta1^t is off by one: t - 1"},
+    {ADAM_V_BEFORE, 4, "the step in vhat's 1 - beta2^t is off by one: t - 1"},
+    {ADAM_M_BETA2, 4, "mhat = m / (1 - beta1^t); here it is beta2"},
+    {ADAM_V_BETA1, 4, "vhat = v / (1 - beta2^t); here it is beta1"},
     {ADAM_BETAS, 7, "beta1 and beta2 are exchanged"},
     {ADAM_NO_ROOT, 4, "the square root of vhat is missing"},
     {ADAM_GRADIENT, 4, "g is used in place of its running mean m"},
@@ -2014,7 +2040,8 @@ static void adam_element(double *p, double *m, double *v, double grad, const Ada
     double keep = wrong == ADAM_NO_OLD ? 0 : 1, sign = wrong == ADAM_MINUS ? -1 : 1;
     *m = keep * *m * (wrong == ADAM_OLD ? 1 : b1) + sign * to_m * g;
     *v = keep * *v * (wrong == ADAM_OLD ? 1 : b2) + sign * to_v * g2;
-    double cm = 1 - pow(b1, t), cv = 1 - pow(b2, t);
+    double cm = 1 - pow(wrong == ADAM_M_BETA2 ? b2 : b1, t - (wrong == ADAM_M_BEFORE));
+    double cv = 1 - pow(wrong == ADAM_V_BETA1 ? b1 : b2, t - (wrong == ADAM_V_BEFORE));
     if (wrong == ADAM_NO_BIAS || wrong == ADAM_NO_BIAS_M) cm = 1;
     if (wrong == ADAM_NO_BIAS || wrong == ADAM_NO_BIAS_V) cv = 1;
     if (wrong == ADAM_BIAS_TIMES) cm = 1 / cm, cv = 1 / cv;
