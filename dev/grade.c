@@ -988,9 +988,9 @@ static void embedding(number *out, number *const *in, const Case *c, int wrong) 
 }
 
 static Case embedding_case(int k) {
-    static const int shapes[][3] = {{5, 7, 9}, {1, 7, 3}, {6, 1, 4}, {9, 67, 5}, {33, 6, 5}};
+    static const int shapes[][3] = {{5, 7, 9}, {1, 7, 3}, {6, 1, 4}, {9, 67, 5}, {33, 8, 5}};
     static const char *const names[] = {"5 tokens x 7 channels, no token twice", "one token",
-                                        "one channel", "9 tokens x 67 channels", "33 tokens x 6"};
+                                        "one channel", "9 tokens x 67 channels", "33 tokens x 8"};
     int N = shapes[k][0], C = shapes[k][1], V = shapes[k][2], *tokens = room(N, sizeof(int));
     Case c = {.name = names[k], .T = N, .C = C, .K = V, .out_size = (size_t)N * C};
     int first = (int)((uniform() + 1) / 2 * V);
@@ -1106,9 +1106,9 @@ static void rmsnorm(number *out, number *const *in, const Case *c, int wrong) {
 }
 
 static Case norm_case(int k, int with_rstd) {
-    static const int shapes[][2] = {{5, 7}, {1, 7}, {4, 1}, {3, 67}, {4, 9}, {1, 1}};
-    static const char *const names[] = {"5 rows x 7", "one row", "one channel", "3 rows x 67",
-                                        "4 rows x 9, small inputs", "one number"};
+    static const int shapes[][2] = {{5, 7}, {1, 7}, {4, 1}, {2, 301}, {4, 8}, {1, 1}};
+    static const char *const names[] = {"5 rows x 7", "one row", "one channel", "2 rows x 301",
+                                        "4 rows x 8, small inputs", "one number"};
     int N = shapes[k][0], C = shapes[k][1];
     Case c = {.name = names[k], .T = N, .C = C, .out_size = (size_t)N * (C + with_rstd)};
     c.in[0] = numbers((size_t)N * C, k == 4 ? 1e-3 : 1), c.size[0] = (size_t)N * C;
@@ -1364,8 +1364,8 @@ static void swiglu(number *out, number *const *in, const Case *c, int wrong) {
 }
 
 static Case swiglu_case(int k) {
-    static const int shapes[][2] = {{5, 7}, {1, 7}, {4, 1}, {3, 67}};
-    static const char *const names[] = {"5 rows x 7", "one row", "H = 1", "3 rows x 67"};
+    static const int shapes[][2] = {{5, 7}, {1, 7}, {4, 1}, {3, 64}};
+    static const char *const names[] = {"5 rows x 7", "one row", "H = 1", "3 rows x 64"};
     Case c = {.name = names[k], .T = shapes[k][0], .K = shapes[k][1]};
     c.out_size = (size_t)c.T * c.K, c.size[0] = 2 * c.out_size, c.in[0] = numbers(c.size[0], 1.4);
     return c;
@@ -1882,6 +1882,9 @@ static const Mistake cross_mistakes[] = {
     {CROSS_NOT_EXP, 1, "the exponential is missing"},
     {0, 0, NULL}};
 
+static const char far_apart[] = "rows of up to 256 logits are right: what if a thread has more than "
+                                "one?";
+
 static number cross_lse(const number *x, const Case *c, int wrong) {
     int V = c->K;
     double m = creal(x[0]);
@@ -1912,8 +1915,8 @@ static void crossentropy(number *out, number *const *in, const Case *c, int wron
 }
 
 static Case cross_case(int k, int with_lse) {
-    static const int shapes[][2] = {{5, 7}, {1, 7}, {3, 67}, {4, 2}, {4, 7}};
-    static const char *const names[] = {"5 rows x 7", "one row", "3 rows x 67", "V = 2",
+    static const int shapes[][2] = {{5, 7}, {1, 7}, {2, 301}, {4, 4}, {4, 7}};
+    static const char *const names[] = {"5 rows x 7", "one row", "2 rows x 301", "V = 4",
                                         "large logits"};
     int N = shapes[k][0], V = shapes[k][1], *targets = room(N, sizeof(int));
     Case c = {.name = names[k], .T = N, .K = V};
@@ -1951,7 +1954,7 @@ static void check_crossentropy_forward(void) {
             if (!compare(&two[i])) continue;
             if (i == 1 && two[0].num_wrong && follows_lse(&c, losses, lse)) continue;
             forward_mistakes(&two[i], crossentropy, &c, i ? 0 : c.T, cross_mistakes);
-            report(&two[i], k == 4 && !bad ? "only large logits go wrong: is the largest one "
+            report(&two[i], k == 2 && !bad && submission.cuda ? far_apart : k == 4 && !bad ? "only large logits go wrong: is the largest one "
                    "subtracted before the exponential?" : NULL);
         }
         bad = bad || two[0].num_wrong || two[1].num_wrong;
@@ -2109,6 +2112,125 @@ static void check_adamw(void) {
     }
 }
 
+// ---- fused, train_gpas.cu alone: in[0] inp, in[1] branch (N,C), in[2] weight (C) and the gate.
+// K: is the norm last? factor: alpha. It returns sum, out, normed (N,C), rstd (N).
+
+enum { FUSED_NO_ALPHA = 1, FUSED_NO_STOP, FUSED_NO_GATE, FUSED_ALPHA_BRANCH, FUSED_BEFORE };
+static const Mistake fused_mistakes[] = {
+    {FUSED_NO_ALPHA, 3, "the factor A of the shortcut is missing"},
+    {FUSED_NO_STOP, 2, "scaled by 1 - a(g), which the stop-gradient forbids"},
+    {FUSED_NO_GATE, 3, "1 - a(g) is missing"},
+    {FUSED_ALPHA_BRANCH, 3, "A scales the branch too"},
+    {FUSED_BEFORE, 3, "normalized is the sum before GPAS; it must be what GPAS leaves"},
+    {0, 0, NULL}};
+
+static void fused(number *out, number *const *in, const Case *c, int wrong) {
+    int N = c->T, C = c->C, n = N * C;
+    number a = wrong == FUSED_NO_GATE ? 0 : gate_function(in[2][C], SILU);
+    double alpha = wrong == FUSED_NO_ALPHA ? 1 : c->factor;
+    int stop = c->stop_grad && wrong != FUSED_NO_STOP;
+    for (int row = 0; row < N; row++) {
+        number squares = 0;
+        for (int i = row * C; i < (row + 1) * C; i++) {
+            number x = in[0][i], sum = x + in[1][i], y;
+            if (c->K) {
+                sum = alpha * (x - a * (stop ? hold(x) : x)) +
+                      (wrong == FUSED_ALPHA_BRANCH ? alpha : 1) * in[1][i];
+                y = sum;
+            } else
+                y = sum - a * (stop ? hold(sum) : sum);
+            out[i] = sum, out[n + i] = y, out[2 * n + i] = wrong == FUSED_BEFORE ? sum : y;
+            squares += y * y;
+        }
+        number r = 1 / csqrt(squares / C + 1e-6);
+        out[3 * n + row] = r;
+        for (int i = 0; i < C; i++) out[2 * n + row * C + i] *= in[2][i] * r;
+    }
+}
+
+static Case fused_case(int k) {
+    static const char *const names[] = {"norm first, 5 rows x 7", "norm last, 5 rows x 7",
+                                        "norm first, 4 rows x 8", "norm last, 4 rows x 8",
+                                        "norm first, stop_grad 0", "norm last, stop_grad 0"};
+    Case c = {.name = names[k], .B = 1, .T = k / 2 == 1 ? 4 : 5, .C = k / 2 == 1 ? 8 : 7,
+              .K = k % 2, .stop_grad = k < 4, .factor = k % 2 ? (float)(1.5 + uniform() / 4) : 1};
+    size_t n = (size_t)c.T * c.C;
+    c.size[0] = c.size[1] = n, c.size[2] = c.C + 1, c.out_size = 3 * n + c.T;
+    for (int i = 0; i < 3; i++) c.in[i] = numbers(c.size[i], 1);
+    c.in[2][c.C] = a_gate(k);
+    return c;
+}
+
+static void fused_report(Result *r, const Case *c, int which, const double *dout, size_t offset) {
+    if (!compare(r)) return;
+    add_constant(r, "A", c->factor);
+    add_constant(r, "1 - a(g)", 1 - creal(gate_function(c->in[2][c->C], SILU)));
+    for (const Mistake *m = fused_mistakes; m->text; m++)
+        if (m->pass & (dout ? BACKWARD : FORWARD)) {
+            double *x = dout ? differentiate(fused, c, which, dout, m->number)
+                             : evaluate(fused, c, m->number);
+            add_hypothesis(r, m->text, x + offset);
+        }
+    report(r, NULL);
+}
+
+static void check_fused_forward(void) {
+    for (int k = 0; k < 6; k++) {
+        Case c = fused_case(k);
+        size_t n = c.size[0];
+        begin_case(&c);
+        float *x = input("inp", c.in[0], n), *b = input("branch", c.in[1], n);
+        float *w = input("weight", c.in[2], c.C), *sum = output("sum", n), *y = output("out", n);
+        float *normed = output("normed", n), *rstd = output("rstd", c.T);
+        remember();
+        submission.fused_forward(sum, y, normed, rstd, x, b, w, (float)c.in[2][c.C], c.K,
+                                 (float)c.factor, c.T, c.C);
+        if (check_watched()) continue;
+        const double *e = evaluate(fused, &c, 0);
+        Result all[] = {result_of("sum", sum, e, 0, c.T, c.C, "row", "channel"),
+                        result_of("out", y, e + n, 0, c.T, c.C, "row", "channel"),
+                        result_of("rstd", rstd, e + 3 * n, 0, c.T, 1, "row", "number"),
+                        result_of("normed", normed, e + 2 * n, 0, c.T, c.C, "row", "channel")};
+        static const int at[] = {0, 1, 3, 2};
+        for (int i = 0; i < 4; i++) fused_report(&all[i], &c, 0, NULL, at[i] * n);
+    }
+}
+
+static void check_fused_backward(void) {
+    for (int k = 0; k < 6; k++) {
+        Case c = fused_case(k);
+        size_t n = c.size[0];
+        double *right = evaluate(fused, &c, 0), *dnext = numbers(n, 1), *dnormed = numbers(n, 1);
+        double *dout = room(c.out_size, sizeof *dout);
+        for (size_t i = 0; i < n; i++) {  // norm last, both are gradients of the same thing
+            dout[n + i] = c.K ? 0 : dnext[i];
+            dout[2 * n + i] = dnormed[i] + (c.K ? dnext[i] : 0);
+        }
+        begin_case(&c);
+        float *dn = input("dnext", dnext, n), *dz = input("dnormed", dnormed, n);
+        float *x = input("x", right + n, n), *r = input("rstd", right + 3 * n, c.T);
+        float *w = input("weight", c.in[2], c.C);
+        float *scaled = input("scaled", c.K ? c.in[0] : right, n), *ds = output("dsum", n);
+        float *dx = output("dinp", n), *dw = output("dweight", c.C), *dg = output("dgate", 1);
+        remember();
+        submission.fused_backward(ds, dx, dw, dg, dn, dz, x, r, w, scaled, (float)c.in[2][c.C],
+                                  c.stop_grad, c.K, (float)c.factor, c.T, c.C);
+        if (check_watched()) continue;
+        const double *e = differentiate(fused, &c, 2, dout, 0);
+        Result all[] = {result_of("dsum", ds, differentiate(fused, &c, 1, dout, 0), 0, c.T, c.C,
+                                  "row", "channel"),
+                        result_of("dinp", dx, differentiate(fused, &c, 0, dout, 0), 0, c.T, c.C,
+                                  "row", "channel"),
+                        result_of("dweight", dw, e, 1, 1, c.C, "row", "channel"),
+                        result_of("dgate", dg, e + c.C, 1, 1, 1, "row", "number")};
+        all[3].scale = size_of(right, n) * n / 4;
+        static const int inputs[] = {1, 0, 2, 2};
+        for (int i = 0; i < 4; i++)
+            if (i != 1 || c.K)
+                fused_report(&all[i], &c, inputs[i], dout, i == 3 ? c.C : 0);
+    }
+}
+
 static const struct { const char *layer, *pass; void (*check)(void); } checks[] = {
     {"gpas", "forward", check_gpas_forward}, {"gpas", "backward", check_gpas_backward},
     {"residual", "forward", check_residual_forward},
@@ -2123,7 +2245,8 @@ static const struct { const char *layer, *pass; void (*check)(void); } checks[] 
     {"attention", "backward", check_attention_backward},
     {"crossentropy", "forward", check_crossentropy_forward},
     {"crossentropy", "backward", check_crossentropy_backward},
-    {"adamw", "update", check_adamw}};
+    {"adamw", "update", check_adamw},
+    {"fused", "forward", check_fused_forward}, {"fused", "backward", check_fused_backward}};
 
 int main(int argc, char **argv) {
     if (argc != 4) return 2;

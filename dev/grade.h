@@ -39,6 +39,14 @@ typedef struct {
     void (*adamw_update)(float *p, const float *grad, float *m, float *v, size_t n, float lr,
                          float beta1, float beta2, float eps, float weight_decay, float grad_scale,
                          int t);
+    // train_gpas.cu alone: residual, gpas and rmsnorm in one kernel.
+    void (*fused_forward)(float *sum, float *out, float *normed, float *rstd, const float *inp,
+                          const float *branch, const float *weight, float gate, int norm_last,
+                          float alpha, int N, int C);
+    void (*fused_backward)(float *dsum, float *dinp, float *dweight, float *dgate,
+                           const float *dnext, const float *dnormed, const float *x,
+                           const float *rstd, const float *weight, const float *scaled, float gate,
+                           int stop_grad, int norm_last, float alpha, int N, int C);
 } Submission;
 
 #ifdef __cplusplus

@@ -22,13 +22,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 LAYERS = ("gpas residual embedding rmsnorm rope swiglu matmul attention crossentropy "
           "adamw").split()
-FUSED = {"gpas", "residual", "rmsnorm"}  # one kernel in train_gpas.cu
+FUSED = "residual_gpas_rmsnorm"  # one kernel in train_gpas.cu, checked in parts and as a whole
+PARTS = "gpas residual rmsnorm fused".split()
 POINTS = {"forward": 4, "backward": 6, "update": 10}
 CPU_SECONDS = {"train_gpas.c": 2, "train_gpas.cu": 8}  # right ones take a tenth of it
 MEMORY = 2 << 30
 # What says nothing more than that the numbers are wrong.
 VAGUE = ("wrong values", "; element ", "off by a factor that differs", "NaN or infinite",
          "wrong sign, and:", "all zeros")
+
+
+def layers_of(file):
+    if file.endswith(".c"):
+        return LAYERS
+    return [FUSED] + [layer for layer in LAYERS if layer not in PARTS]
 
 
 def passes(layer):
@@ -147,7 +154,7 @@ def ending(status, seconds, said):
         return "crashed: a whole number divided by 0"
     if status == -signal.SIGABRT:
         return "crashed (abort): " + (said or "memory was overwritten")
-    if status == 9 or "memory" in said or "bad_alloc" in said:
+    if status == 9 or "not enough memory" in said or "bad_alloc" in said:
         return "not enough memory: the limit is %d MiB" % (MEMORY >> 20)
     return "ended by itself with status %s%s" % (status, ": " + said if said else "")
 
@@ -177,9 +184,10 @@ def grade_file(file, options, folder):
     """A dictionary for each layer."""
     program, error = compile_submission(file, options, folder)
     assigned = set(options.layers or LAYERS)
-    if file.endswith(".cu") and assigned & FUSED:
-        assigned |= FUSED
-    jobs = [(layer, which) for layer in LAYERS for which in passes(layer)]
+    if assigned & set(PARTS):
+        assigned.add(FUSED)
+    jobs = [(part, which) for layer in layers_of(file)
+            for part in (PARTS if layer == FUSED else [layer]) for which in passes(part)]
     found = {}
     if program:
         with ThreadPoolExecutor(2) as pool:
@@ -187,8 +195,12 @@ def grade_file(file, options, folder):
                     lambda job: check(program, file, job[0], job[1], options.seed), jobs)):
                 good = not end and cases and not any(wrongs for _, wrongs in cases)
                 found[job] = {"ok": bool(good), "hints": [] if good else hint_for(cases, end)}
+        for which in passes(FUSED):
+            parts = [found[part, which] for part in PARTS if (part, which) in found]
+            found[FUSED, which] = next((part for part in parts if not part["ok"]),
+                                       {"ok": True, "hints": []})
     rows = []
-    for layer in LAYERS:
+    for layer in layers_of(file):
         row = {"file": file, "layer": layer, "assigned": layer in assigned, "points": 0, "max": 10}
         for which in passes(layer):
             row[which] = found.get((layer, which),
@@ -200,12 +212,12 @@ def grade_file(file, options, folder):
 
 def print_table(rows, result):
     word = {True: "right", False: "WRONG", None: "-"}
-    print("%-14s %-13s %-9s %-9s %s" % ("", "layer", "forward", "backward", "points"))
+    print("%-14s %-22s %-9s %-9s %s" % ("", "layer", "forward", "backward", "points"))
     for row in rows:
         both = [row[w]["ok"] if w in row else None for w in ("forward", "backward")]
         if "update" in row:
             both[0] = row["update"]["ok"]
-        print("%-14s %-13s %-9s %-9s %2d of %d%s" % (
+        print("%-14s %-22s %-9s %-9s %2d of %d%s" % (
             row["file"], row["layer"], word[both[0]], word[both[1]], row["points"], row["max"],
             "" if row["assigned"] else "   (given, not counted)"))
     shown = set()

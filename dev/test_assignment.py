@@ -82,14 +82,14 @@ def test_empty(folder):
               "assignment: the solution of %s is nowhere in it" % file, told[:3] or len(formulas))
     result = grade(folder)
     wrong = [row["file"] + " " + row["layer"] for row in result["layers"] if row["points"]]
-    check(result["points"] == 0 and result["max"] == 200 and not wrong,
+    check(result["points"] == 0 and result["max"] == 180 and not wrong,
           "grade: the empty hand-out, C and CUDA, gets 0 for each layer", wrong or result)
     for file in ("train_gpas.c", "train_gpas.cu"):
         shutil.copy(os.path.join(ROOT, file), folder)
     result = grade(folder)
     wrong = [(r["file"], r["layer"], r["forward"] if "forward" in r else r["update"])
              for r in result["layers"] if r["points"] < 10]
-    check(result["points"] == 200, "grade: the original gets 200 of 200", wrong or result)
+    check(result["points"] == 180, "grade: the original gets 180 of 180", wrong or result)
 
 
 def test_some(folder):
