@@ -1882,8 +1882,9 @@ static const Mistake cross_mistakes[] = {
     {CROSS_NOT_EXP, 1, "the exponential is missing"},
     {0, 0, NULL}};
 
-static const char far_apart[] = "rows of up to 256 logits are right: what if a thread has more than "
-                                "one?";
+static const char wide_row[] = "rows of up to 256 logits are right: what if a thread has several?";
+static const char large_logits[] =
+    "only large logits go wrong: is the largest one subtracted before the exponential?";
 
 static number cross_lse(const number *x, const Case *c, int wrong) {
     int V = c->K;
@@ -1954,8 +1955,8 @@ static void check_crossentropy_forward(void) {
             if (!compare(&two[i])) continue;
             if (i == 1 && two[0].num_wrong && follows_lse(&c, losses, lse)) continue;
             forward_mistakes(&two[i], crossentropy, &c, i ? 0 : c.T, cross_mistakes);
-            report(&two[i], k == 2 && !bad && submission.cuda ? far_apart : k == 4 && !bad ? "only large logits go wrong: is the largest one "
-                   "subtracted before the exponential?" : NULL);
+            report(&two[i], bad ? NULL : k == 4 ? large_logits
+                            : k == 2 && submission.cuda ? wide_row : NULL);
         }
         bad = bad || two[0].num_wrong || two[1].num_wrong;
     }
