@@ -38,7 +38,8 @@ endif
 
 test: train_gpas test_gpas test_gpas_double $(CUDA_ON_CPU)
 	@sh dev/run_tests.sh ./test_gpas ./test_gpas_double "$(PYTHON) dev/test_prepro.py" \
-	    "$(PYTHON) dev/test_export.py" "$(PYTHON) dev/reference.py --check" $(CUDA_ON_CPU_TESTS)
+	    "$(PYTHON) dev/test_export.py" "$(PYTHON) dev/reference.py --check" \
+	    "$(PYTHON) dev/test_assignment.py" $(CUDA_ON_CPU_TESTS)
 
 # ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
 
@@ -50,10 +51,10 @@ CUDA_SOURCES = train_gpas.cu $(SOURCES)
 train_gpas_cuda: $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublasLt
 
-test_gpas_cuda_fp32: test_gpas.c $(CUDA_SOURCES)
+test_gpas_cuda_fp32: test_gpas.c dev/on_gpu.h $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=float -x cu $< -o $@ -lcublasLt
 
-test_gpas_cuda_bf16: test_gpas.c $(CUDA_SOURCES)
+test_gpas_cuda_bf16: test_gpas.c dev/on_gpu.h $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=bf16 -x cu $< -o $@ -lcublasLt
 
 bench_cuda: dev/bench.cu $(CUDA_SOURCES)
@@ -89,10 +90,10 @@ build/%.cu: %.cu Makefile
 train_gpas_cuda_on_cpu: $(ON_CPU_SOURCES)
 	$(ON_CPU) $< -o $@
 
-build/test_fp32: test_gpas.c $(ON_CPU_SOURCES)
+build/test_fp32: test_gpas.c dev/on_gpu.h $(ON_CPU_SOURCES)
 	$(ON_CPU) $(CHECKED) -DCUDA_REAL=float -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@
 
-build/test_bf16: test_gpas.c $(ON_CPU_SOURCES)
+build/test_bf16: test_gpas.c dev/on_gpu.h $(ON_CPU_SOURCES)
 	$(ON_CPU) $(CHECKED) -DCUDA_REAL=bf16 -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@
 
 build/test_cuda_on_cpu: build/dev/test_cuda_on_cpu.cu dev/cuda_on_cpu.h
@@ -104,6 +105,19 @@ build/test_cuda_on_cpu_unchecked: build/dev/test_cuda_on_cpu.cu dev/cuda_on_cpu.
 test-cuda-on-cpu: train_gpas $(CUDA_ON_CPU)
 	@sh dev/run_tests.sh $(CUDA_ON_CPU_TESTS)
 
+# ---- The classroom: docs/syllabus.md.
+
+# LAYERS="gpas attention": what is left to write, all by default. CUDA=1: train_gpas.cu too.
+OUT = assignment
+assignment:
+	@$(PYTHON) dev/assignment.py $(if $(CUDA),--cuda) --out "$(OUT)" $(LAYERS)
+
+# In the hand-out; here it grades the solution. JSON=1: for a gradebook.
+grade:
+	@$(PYTHON) dev/grade.py --cc "$(CC)" --cxx "$(CXX)" --make "$(MAKE)" \
+	    --on-cpu "$(if $(ON_CPU),$(ON_CPU) $(filter-out -DTRAIN%,$(CHECKED)))" \
+	    $(if $(JSON),--json) $(if $(SEED),--seed $(SEED)) $(ASSIGNED)
+
 # ----
 
 # The C programs, slower, stopping at the first wrong access or undefined operation.
@@ -113,7 +127,7 @@ sanitize:
 	$(MAKE) clean
 
 # Nothing is linked: OpenBLAS, the yardstick, is looked for when the program runs.
-bench: dev/bench.c train_gpas.c dev/plumbing.h
+bench: dev/bench.c $(SOURCES)
 	$(CC) $(FLAGS) $< -o dev/bench -lm -ldl
 	dev/bench
 
@@ -134,11 +148,13 @@ help:
 	@echo "make bench-cuda         its speed on a GPU"
 	@echo "make train_gpas_cuda_on_cpu    the GPU's program on the CPU, slowly"
 	@echo "make test-cuda-on-cpu   the kernels' checks on the CPU, with every memory access checked"
+	@echo "make assignment   a hand-out with layers left to write: LAYERS=\"gpas rope\", CUDA=1, OUT=dir"
+	@echo "make grade        grades the layers, in a hand-out or here; JSON=1 for a gradebook"
 	@echo "make sanitize     the C programs' checks under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench        times a training step beside the machine's matrix rate"
 	@echo "make reference    computes dev/reference.safetensors again, byte for byte the same"
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler (make clean first)"
 
-.PHONY: run test sanitize bench reference clean help
+.PHONY: run test assignment grade sanitize bench reference clean help
 .PHONY: test-cuda bench-cuda test-cuda-on-cpu

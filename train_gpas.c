@@ -113,8 +113,7 @@ static inline float exp_fast(float x) {
 
 static inline float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
 
-// The gate's activation a(g) and its slope a'(g). SiLU: a = g s with s = sigmoid(g), so that
-// a' = s + g s (1 - s); a(0) = 0 and a'(0) = 1/2: a new gate does nothing, but it can learn.
+// The gate's activation a(g). SiLU: a = g sigmoid(g), so a(0) = 0: a new gate does nothing.
 static float gate_value(float g, int act) {
     if (act == GATE_SILU) return g / (1 + expf(-g));
     if (act == GATE_RELU) return g > 0 ? g : 0;
@@ -122,6 +121,8 @@ static float gate_value(float g, int act) {
     return act == GATE_TANH ? tanhf(g) : g;
 }
 
+// Given g, wanted the slope a'(g).
+//   SiLU: a = g s with s = sigmoid(g), so a' = s + g s (1 - s). a'(0) = 1/2: a new gate can learn.
 static float gate_slope(float g, int act) {
     float s = 1 / (1 + expf(-g)), th = tanhf(g);
     if (act == GATE_SILU) return s + g * s * (1 - s);
@@ -161,8 +162,10 @@ static void residual_forward(float *out, const float *shortcut, const float *bra
     for (size_t i = 0; i < n; i++) out[i] = alpha * shortcut[i] + branch[i];
 }
 
-// d(out)/d(shortcut) = alpha and d(out)/d(branch) = 1: dshortcut = alpha dout, and the gradient of
-// the branch is dout itself, the same array. dshortcut, dout (n), dshortcut may be dout.
+// Given dout, wanted dshortcut.
+//   d(out)/d(shortcut) = alpha and d(out)/d(branch) = 1: dshortcut = alpha dout, and the gradient
+//   of the branch is dout itself, the same array.
+// dshortcut, dout (n), dshortcut may be dout.
 static void residual_backward(float *dshortcut, const float *dout, float alpha, size_t n) {
     if (alpha == 1 && dshortcut == dout) return;
     #pragma omp parallel for simd
@@ -177,8 +180,9 @@ static void embedding_forward(float *out, const int *tokens, const float *weight
         memcpy(out + (size_t)n * C, weight + (size_t)tokens[n] * C, C * sizeof(float));
 }
 
-// A row of the table was copied to every place its token stands at, so its gradient is the sum over
-// those places. Each thread owns some channels: no two threads add to the same number.
+// Given dout, wanted dweight.
+//   A row of the table was copied to every place its token stands at, so its gradient is the sum
+//   over those places. Each thread owns some channels: no two threads add to the same number.
 // dweight (V,C), added to; dout (N,C).
 static void embedding_backward(float *dweight, const float *dout, const int *tokens, int N, int C) {
     enum { BLOCK = 32 };
@@ -208,7 +212,8 @@ static void rmsnorm_forward(float *out, float *rstd, const float *inp, const flo
     }
 }
 
-// Given dy, wanted dx and dw. For a row, with m = mean(x^2) + eps and u = w dy, gradient of x r:
+// Given dy, wanted dx and dw.
+//   For a row, with m = mean(x^2) + eps and u = w dy, the gradient of x r:
 //   y_c = w_c x_c r,  and r = m^(-1/2) depends on every x_c:  dr/dx_c = -1/2 m^(-3/2) 2 x_c / C
 //                                                                     = -r^3 x_c / C
 //   dx_c = u_c r + (sum_k u_k x_k) dr/dx_c = r (u_c - x_c r^2 mean_k(u_k x_k))
@@ -239,7 +244,9 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
 // RoPE (arXiv 2104.09864), in place: turns the pairs (x0, x1) of adjacent channels of every query
 // and key by the angle of their position: (x0 cos - x1 sin, x0 sin + x1 cos). The product of a
 // query and a key then depends on how far apart they stand. Values are left alone. qkv (B,T,3C);
-// table (T,hs/2,2) from rope_angles(); direction 1 turns forward, -1 back.
+// table (T,hs/2,2) from rope_angles(): the cosine and sine of each pair's angle at each position.
+
+// direction 1 turns forward, -1 back.
 static void rope_turn(float *qkv, const float *table, int B, int T, int C, int hs, int direction) {
     #pragma omp parallel for
     for (int n = 0; n < B * T; n++) {
@@ -259,7 +266,8 @@ static void rope_forward(float *qkv, const float *table, int B, int T, int C, in
     rope_turn(qkv, table, B, T, C, hs, 1);
 }
 
-// y = R x with R a rotation, so dx = R^T dy, and the transpose of a rotation is the rotation back.
+// Given dy, wanted dx.
+//   y = R x with R a rotation: dx = R^T dy, and the transpose of a rotation is the rotation back.
 // dqkv (B,T,3C), in place.
 static void rope_backward(float *dqkv, const float *table, int B, int T, int C, int hs) {
     rope_turn(dqkv, table, B, T, C, hs, -1);
@@ -277,8 +285,9 @@ static void swiglu_forward(float *out, const float *inp, int N, int H) {
     }
 }
 
-// With s = sigmoid(a):  db = dy silu(a) = dy a s
-//                       da = dy b silu'(a) = dy b (s + a s (1 - s))
+// Given dy, wanted da and db.
+//   With s = sigmoid(a):  db = dy silu(a) = dy a s
+//                         da = dy b silu'(a) = dy b (s + a s (1 - s))
 // dinp, inp (N,2H); dout (N,H).
 static void swiglu_backward(float *dinp, const float *dout, const float *inp, int N, int H) {
     #pragma omp parallel for
@@ -486,7 +495,8 @@ static void matmul_forward(float *out, const float *inp, const float *weight, in
     gemm(out, OC, inp, C, 1, weight, C, 1, N, OC, C, 0);
 }
 
-// out_no = sum_c inp_nc w_oc. Each inp_nc feeds all outputs of its row, each w_oc all rows:
+// Given dout, wanted dinp and dweight.
+//   out_no = sum_c inp_nc w_oc. Each inp_nc feeds all outputs of its row, each w_oc all rows:
 //   dinp_nc = sum_o dout_no w_oc        dinp = dout weight          (N,OC) (OC,C)
 //   dw_oc   = sum_n dout_no inp_nc      dweight = dout^T inp        (OC,N) (N,C)
 // dinp, inp (N,C); dout (N,OC); weight, dweight (OC,C), dweight added to.
@@ -580,12 +590,13 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
     }
 }
 
-// From the scores S of a block, without their scale, and the gradient dP of P:
+// Given the scores S of a block, without their scale, and the gradient dP of P, wanted P and dS.
 //   P_ts = e^(scale S_ts - lse_t), 0 for a key after the query
 //   dS_ts = scale P_ts (dP_ts - sum_r P_tr dP_tr)       (the derivative of softmax)
-// and that last sum needs no row of P: dP_tr = do_t . v_r, so it is do_t . (sum_r P_tr v_r), that
-// is do_t . o_t, called delta_t. p: S in, P out; ds: dP in, dS out, both (queries,NR), a column for
-// each key; lse, delta (queries). Key j stands after query i where j > i + diagonal.
+//   and that last sum needs no row of P: dP_tr = do_t . v_r, so it is do_t . (sum_r P_tr v_r),
+//   that is do_t . o_t, called delta_t.
+// p: S in, P out; ds: dP in, dS out, both (queries,NR), a column for each key; lse, delta (queries).
+// Key j stands after query i where j > i + diagonal.
 static void softmax_block_backward(float *p, float *ds, const float *lse, const float *delta,
                                    int queries, int diagonal, float scale) {
     for (int i = 0; i < queries; i++, p += NR, ds += NR)
@@ -641,10 +652,11 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
     }
 }
 
-// Given do, wanted dq, dk, dv: the chain rule, backwards through o = P v and S = q k^T / sqrt(hs).
+// Given do, wanted dq, dk, dv.
+//   The chain rule, backwards through o = P v and S = q k^T / sqrt(hs); every block of P again:
 //   dv_s = sum_t P_ts do_t      dP_ts = do_t . v_s      dS as above
 //   dq_t = sum_s dS_ts k_s      dk_s = sum_t dS_ts q_t
-// dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T). Every block of P is computed again.
+// dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T).
 static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse,
                                const float *qkv, int B, int T, int C, int NH) {
     int hs = C / NH;
@@ -675,10 +687,10 @@ static void crossentropy_forward(float *losses, float *lse, const float *logits,
     }
 }
 
-// d(lse)/d(logit_v) = e^logit_v / sum = e^(logit_v - lse), the probability p_v, so
+// Given scale, the gradient of each loss (1/N for their mean), wanted that of the logits.
+//   d(lse)/d(logit_v) = e^logit_v / sum = e^(logit_v - lse), the probability p_v, so
 //   dlogit_v = (p_v - [v is the target]) * scale
-// where scale is the gradient of each loss: 1/N for their mean. In place: logits (N,V) become their
-// gradients.
+// In place: logits (N,V) become their gradients. lse, targets (N).
 static void crossentropy_backward(float *logits, const float *lse, const int *targets, float scale,
                                   int N, int V) {
     #pragma omp parallel for

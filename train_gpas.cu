@@ -158,10 +158,11 @@ static void embedding_forward(real *out, const int *tokens, const float *weight,
     LAUNCH_CHECK();
 }
 
-// dweight[v,:] += the sum of dout[n,:] over all n with tokens[n] = v. Atomics would add them in any
-// order. Instead the host sorts the positions by token: those of v are positions[starts[v]] up to
-// positions[starts[v + 1] - 1]. Block (v, tile) sums a tile of 32 W channels: its 8 warps take
-// every eighth position each, then their sums are added in order.
+// Given dout, wanted dweight. The host has sorted the positions by token, for atomics would add in
+// any order: those of v are positions[starts[v]] up to positions[starts[v + 1] - 1]. Block
+// (v, tile) of 256 threads has a tile of 32 W channels.
+//   dweight[v,:] += the sum of dout[n,:] over all n with tokens[n] = v. The 8 warps take every
+//   eighth position each, then their sums are added in order.
 // dweight (V,C), added to; dout (N,C); positions (N); starts (V+1).
 template <class real, int W>
 __global__ void embedding_backward_kernel(float *dweight, const real *dout, const int *positions,
@@ -218,7 +219,7 @@ typedef struct {
     float alpha;          // A: DeepNorm's scale of the shortcut, else 1
 } Gpas;
 
-// a(g) and a'(g), as in train_gpas.c.
+// a(g), as in train_gpas.c.
 __device__ inline float gate_value(float g, int act) {
     if (act == GATE_SILU) return g / (1 + expf(-g));
     if (act == GATE_RELU) return g > 0 ? g : 0;
@@ -226,6 +227,7 @@ __device__ inline float gate_value(float g, int act) {
     return act == GATE_TANH ? tanhf(g) : g;
 }
 
+// Given g, wanted a'(g).
 __device__ inline float gate_slope(float g, int act) {
     float s = 1 / (1 + expf(-g)), th = tanhf(g);
     if (act == GATE_SILU) return s + g * s * (1 - s);
@@ -285,9 +287,11 @@ static void residual_gpas_rmsnorm_forward(real *sum, real *out, real *normed, fl
 }
 
 /*
-Backwards. dnext is the gradient that comes down the shortcut (NULL: none), dnormed that of
-`normed`; norm last these are two gradients of the same thing and are added first. As in
-train_gpas.c, with u = weight dy and x what was normalized:
+Given dnext, the gradient that comes down the shortcut (NULL: none), and dnormed, that of `normed`,
+wanted those of the branch, the shortcut, the norm's weight and the gate. Norm last, dnext and
+dnormed are two gradients of the same thing and are added first.
+
+    As in train_gpas.c, with u = weight dy and x what was normalized:
 
     RMSNorm    dx = r (u - x r^2 mean(u x))         dweight = sum over rows of dy x r
     GPAS       norm first:   dsum = dout            (stop_grad; else (1 - a(g)) dout),
@@ -397,8 +401,10 @@ static void residual_gpas_rmsnorm_backward(real *dsum, real *dinp, float *dweigh
     LAUNCH_CHECK();
 }
 
-// RoPE, in place: turns each pair of adjacent channels of the queries and keys. One thread a pair.
-// qkv (N,3C) with N = B T; table (T,hs/2,2): cosine and sine; direction 1 turns forward, -1 back.
+// RoPE, in place: turns each pair of adjacent channels of the queries and keys. qkv (N,3C) with
+// N = B T; table (T,hs/2,2): cosine and sine.
+
+// One thread a pair. direction 1 turns forward, -1 back.
 template <class real>
 __global__ void rope_kernel(real *qkv, const float *table, int N, int T, int C, int hs,
                             int direction) {
@@ -426,7 +432,9 @@ static void rope_forward(real *qkv, const float *table, int B, int T, int C, int
     rope_turn(qkv, table, B, T, C, hs, 1);
 }
 
-// dx = R^T dy: the rotation back. dqkv (B,T,3C), in place.
+// Given dy, wanted dx.
+//   dx = R^T dy: the rotation back.
+// dqkv (B,T,3C), in place.
 template <class real>
 static void rope_backward(real *dqkv, const float *table, int B, int T, int C, int hs) {
     rope_turn(dqkv, table, B, T, C, hs, -1);
@@ -444,7 +452,9 @@ __global__ void swiglu_forward_kernel(real *out, const real *inp, size_t n, int 
     store(out + i, a);
 }
 
-// With s = sigmoid(a):  da = dy b (s + a s (1 - s)),  db = dy a s.  dinp, inp (N,2H); dout (N,H).
+// Given dy, wanted da and db.
+//   With s = sigmoid(a):  da = dy b (s + a s (1 - s)),  db = dy a s.
+// dinp, inp (N,2H); dout (N,H); n = N H.
 template <class real, int W>
 __global__ void swiglu_backward_kernel(real *dinp, const real *dout, const real *inp, size_t n,
                                        int H) {
@@ -571,7 +581,8 @@ static void matmul_forward(real *out, const real *inp, const real *weight, int N
     gemm(out, weight, 1, inp, 0, OC, N, C, 0);
 }
 
-// dinp = dout weight; dweight += dout^T inp, summed and kept in float.
+// Given dout, wanted dinp and dweight, the latter summed and kept in float.
+//   dinp = dout weight; dweight += dout^T inp
 // dinp, inp (N,C); dout (N,OC); weight, dweight (OC,C).
 template <class real>
 static void matmul_backward(real *dinp, float *dweight, const real *dout, const real *inp,
@@ -790,7 +801,8 @@ attention_forward_kernel(real *out, float *lse, const real *qkv, int T, int C, i
     store_rows<real, HS>(out + ((size_t)b * T + t0) * C + h * hs, C, o, l, T - t0, hs);
 }
 
-// delta_t = do_t . o_t, which is sum_s P_ts dP_ts, of every head. One warp for one (b,t,h).
+// Given dout and out, wanted delta, for the two kernels below. One warp for one (b,t,h).
+//   delta_t = do_t . o_t, which is sum_s P_ts dP_ts, of every head
 // delta (B,NH,T); dout, out (B,T,C).
 template <class real>
 __global__ void attention_delta_kernel(float *delta, const real *dout, const real *out, int N,
@@ -815,8 +827,9 @@ __device__ inline void softmax_backward(float &s, float &dp, int seen, float lse
     dp = scale * s * (dp - delta);
 }
 
-// dv_s = sum_t P_ts do_t and dk_s = sum_t dS_ts q_t. One block for 64 keys of one head: its rows
-// are keys, so it needs S^T = k q^T and dP^T = v do^T; queries pass by.
+// Given dout, wanted dk and dv. One block for 64 keys of one head; queries pass by.
+//   dv_s = sum_t P_ts do_t and dk_s = sum_t dS_ts q_t. The block's rows are keys, so it needs
+//   S^T = k q^T and dP^T = v do^T.
 template <class real, int HS, int COLS>
 __global__ void __launch_bounds__(32 * WARPS)
 attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,
@@ -858,8 +871,9 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
     store_rows<real, HS>(out + 2 * C, stride, dv, one, T - s0, hs);
 }
 
-// dq_t = sum_s dS_ts k_s. One block for 64 queries of one head; keys pass by. S and dP are computed
-// again: the other way, adding dq up across the blocks of the kernel above, would take atomics.
+// Given dout, wanted dq. One block for 64 queries of one head; keys pass by.
+//   dq_t = sum_s dS_ts k_s. S and dP are computed again: the other way, adding dq up across the
+//   blocks of the kernel above, would take atomics.
 template <class real, int HS, int COLS>
 __global__ void __launch_bounds__(32 * WARPS)
 attention_backward_q_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,
@@ -972,8 +986,9 @@ __global__ void crossentropy_forward_kernel(float *losses, float *lse, const rea
     losses[blockIdx.x] = m + logf(sum) - to_float(row[targets[blockIdx.x]]);
 }
 
-// In place: logit_v becomes its gradient (e^(logit_v - lse) - [v is the target]) * scale. What lies
-// between V and stride becomes 0.
+// Given scale, the gradient of each loss, wanted that of the logits, in place. What lies between V
+// and stride becomes 0.
+//   dlogit_v = (e^(logit_v - lse) - [v is the target]) * scale
 template <class real, int W>
 __global__ void crossentropy_backward_kernel(real *logits, const float *lse, const int *targets,
                                              float scale, int V, int stride) {

@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""
+grade.py: compiles train_gpas.c (and train_gpas.cu where there is one), has dev/grade.c check each
+layer's forward and backward pass in a process of its own, and prints a table, or JSON.
+
+    make grade               make grade JSON=1               make grade SEED=7
+
+A process has limits of time and memory, so that an endless loop, a crash or a wild write costs the
+points of its own pass and nothing else. The numbers are new in each run, unless SEED is given.
+"""
+import argparse
+import json
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+LAYERS = ("gpas residual embedding rmsnorm rope swiglu matmul attention crossentropy "
+          "adamw").split()
+FUSED = "residual_gpas_rmsnorm"  # one kernel in train_gpas.cu, checked in parts and as a whole
+PARTS = "gpas residual rmsnorm fused".split()
+POINTS = {"forward": 4, "backward": 6, "update": 10}
+CPU_SECONDS = {"train_gpas.c": 2, "train_gpas.cu": 8}  # right ones take a tenth of it
+MEMORY = 2 << 30
+# What says nothing more than that the numbers are wrong.
+VAGUE = ("wrong values", "; element ", "off by a factor that differs", "NaN or infinite",
+         "wrong sign, and:", "all zeros")
+
+
+def layers_of(file):
+    if file.endswith(".c"):
+        return LAYERS
+    return [FUSED] + [layer for layer in LAYERS if layer not in PARTS]
+
+
+def passes(layer):
+    return ["update"] if layer == "adamw" else ["forward", "backward"]
+
+
+def fail(message):
+    print("grade: " + message, file=sys.stderr)
+    sys.exit(1)
+
+
+def run(command):
+    """Runs a compiler. Returns whether it succeeded, and what it said."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              errors="replace", check=False)
+    except OSError as error:
+        fail("cannot run %s: %s" % (command[0], error.strerror))
+    return done.returncode == 0, done.stdout
+
+
+def about_submission(text, file):
+    """The compiler's messages on the submission, without those on what is given."""
+    lines, keep = [], False
+    for line in text.split("\n"):
+        if ": warning:" in line or ": error:" in line or ": note:" in line:
+            keep = os.path.basename(line.split(":")[0]) == file and ": note:" not in line
+        elif "In function" in line or "In instantiation" in line or line.startswith("In file"):
+            keep = False
+        if keep:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def compile_submission(file, options, folder):
+    """Returns the program that checks the file, or None and the first error."""
+    grader, layers = os.path.join(folder, "grade.o"), os.path.join(folder, file + ".o")
+    program = os.path.join(folder, file + ".grade")
+    if not os.path.exists(grader):
+        good, text = run([options.cc, "-std=gnu11", "-O2", "-c", "dev/grade.c", "-o", grader])
+        if not good:
+            fail("dev/grade.c does not compile:\n" + text)
+    if file.endswith(".c"):
+        command = shlex.split(options.cc) + (
+            "-std=c11 -O1 -g -march=native -fno-math-errno -fopenmp -Wall -Wextra -Wpedantic "
+            "-Wshadow -I.").split() + ["-DSUBMISSION=\"%s\"" % file]
+        link = shlex.split(options.cc)
+    else:
+        good, text = run([options.make, "-s", "build/" + file])
+        if not good:
+            fail("cannot make build/%s:\n%s" % (file, text))
+        command = shlex.split(options.on_cpu) + ["-DCUDA=1", "-DSUBMISSION=\"build/%s\"" % file]
+        link = shlex.split(options.cxx)
+    good, text = run(command + ["-c", "dev/submission.c", "-o", layers])
+    said = about_submission(text, file)
+    if said and not options.json:
+        print(said + "\n", file=sys.stderr)
+    if not good:
+        errors = [x for x in text.split("\n") if "error:" in x]
+        return None, errors[0] if errors else text.strip().split("\n")[-1]
+    good, text = run(link + ["-fopenmp", grader, layers, "-lm", "-o", program])
+    if not good:
+        return None, text.strip().split("\n")[-1]
+    return program, None
+
+
+def limits(seconds, file):
+    """Kernels have no limit of memory: they cannot allocate any, and dev/cuda_on_cpu.h reserves
+    addresses by the terabyte, of which it uses few."""
+    def set_them():
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+        if not file.endswith(".cu"):
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    return set_them
+
+
+def check(program, file, layer, which, seed):
+    """Runs one pass's checks. Returns the cases [(name, [(what, hint)])] and how it ended."""
+    seconds = CPU_SECONDS[file]
+    environment = dict(os.environ, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = subprocess.Popen([program, layer, which, str(seed)], stdout=out, stderr=err,
+                                 stdin=subprocess.DEVNULL, preexec_fn=limits(seconds, file),
+                                 env=environment, start_new_session=True)
+        try:
+            status = child.wait(timeout=3 * seconds)
+        except subprocess.TimeoutExpired:
+            status = "time"
+        try:
+            os.killpg(child.pid, signal.SIGKILL)  # and whatever it has started
+        except OSError:
+            pass
+        child.wait()
+        out.seek(0)
+        err.seek(0)
+        text = out.read().decode(errors="replace")
+        said = err.read(100000).decode(errors="replace").strip().split("\n")[-1]
+    cases, done = [], False
+    for line in text.split("\n"):
+        word = line.split("\t")
+        if word[0] == "case" and len(word) == 2:
+            cases.append((word[1], []))
+        elif word[0] == "wrong" and len(word) == 3 and cases:
+            cases[-1][1].append((word[1], word[2]))
+        done = done or line == "done"
+    return cases, "" if done and status == 0 else ending(status, seconds, said)
+
+
+def ending(status, seconds, said):
+    if status == "time" or status in (-signal.SIGXCPU, -signal.SIGKILL):
+        return ("stopped after %d seconds: an endless loop? Does its variable grow, is its end "
+                "right?" % seconds)
+    if status in (-signal.SIGSEGV, -signal.SIGBUS):
+        return ("crashed (segmentation fault): an index far outside of an array, a NULL pointer, "
+                "or recursion without an end")
+    if status == -signal.SIGFPE:
+        return "crashed: a whole number divided by 0"
+    if status == -signal.SIGABRT:
+        return "crashed (abort): " + (said or "memory was overwritten")
+    if status == 9 or "not enough memory" in said or "bad_alloc" in said:
+        return "not enough memory: the limit is %d MiB" % (MEMORY >> 20)
+    return "ended by itself with status %s%s" % (status, ": " + said if said else "")
+
+
+def hint_for(cases, end):
+    """What to say of a pass: for each result the clearest hint, and where it is right and wrong."""
+    bad = [name for name, wrongs in cases if wrongs]
+    good = [name for name, wrongs in cases if not wrongs]
+    if end and good and cases[-1][0] == good[-1]:
+        good.pop()
+    best = {}
+    for name, wrongs in cases:
+        for what, text in wrongs:
+            rank = sum(v in text for v in VAGUE)
+            if what not in best or rank < best[what][0]:
+                best[what] = (rank, name, text)
+    said = ["%s (%s): %s" % (what, name, text) for what, (_, name, text) in best.items()][:3]
+    if end:
+        said.append("%s%s" % (end, " (in the case: %s)" % cases[-1][0] if cases else ""))
+    if bad and good:
+        said.append("right in: %s; wrong in: %s" % (", ".join(good[:4]) + ", ..." * (len(good) > 4),
+                                                   ", ".join(bad[:4]) + ", ..." * (len(bad) > 4)))
+    return said
+
+
+def grade_file(file, options, folder):
+    """A dictionary for each layer."""
+    program, error = compile_submission(file, options, folder)
+    assigned = set(options.layers or LAYERS)
+    if assigned & set(PARTS):
+        assigned.add(FUSED)
+    jobs = [(part, which) for layer in layers_of(file)
+            for part in (PARTS if layer == FUSED else [layer]) for which in passes(part)]
+    found = {}
+    if program:
+        with ThreadPoolExecutor(2) as pool:
+            for job, (cases, end) in zip(jobs, pool.map(
+                    lambda job: check(program, file, job[0], job[1], options.seed), jobs)):
+                good = not end and cases and not any(wrongs for _, wrongs in cases)
+                found[job] = {"ok": bool(good), "hints": [] if good else hint_for(cases, end)}
+        for which in passes(FUSED):
+            parts = [found[part, which] for part in PARTS if (part, which) in found]
+            found[FUSED, which] = next((part for part in parts if not part["ok"]),
+                                       {"ok": True, "hints": []})
+    rows = []
+    for layer in layers_of(file):
+        row = {"file": file, "layer": layer, "assigned": layer in assigned, "points": 0, "max": 10}
+        for which in passes(layer):
+            row[which] = found.get((layer, which),
+                                   {"ok": False, "hints": ["does not compile: %s" % error]})
+            row["points"] += POINTS[which] * row[which]["ok"]
+        rows.append(row)
+    return rows
+
+
+def print_table(rows, result):
+    word = {True: "right", False: "WRONG", None: "-"}
+    print("%-14s %-22s %-9s %-9s %s" % ("", "layer", "forward", "backward", "points"))
+    for row in rows:
+        both = [row[w]["ok"] if w in row else None for w in ("forward", "backward")]
+        if "update" in row:
+            both[0] = row["update"]["ok"]
+        print("%-14s %-22s %-9s %-9s %2d of %d%s" % (
+            row["file"], row["layer"], word[both[0]], word[both[1]], row["points"], row["max"],
+            "" if row["assigned"] else "   (given, not counted)"))
+    shown = set()
+    for row in rows:
+        for which in passes(row["layer"]):
+            for hint in row[which]["hints"]:
+                if hint.startswith("does not compile") and hint in shown:
+                    continue
+                shown.add(hint)
+                name = "\n%s, %s_%s:" % (row["file"], row["layer"], which)
+                if hint == row[which]["hints"][0]:
+                    print(name)
+                print(textwrap.fill(hint, 96, initial_indent="    ", subsequent_indent="      "))
+    print("\n%d of %d points; make grade SEED=%d repeats these numbers" % (
+        result["points"], result["max"], result["seed"]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Grades the layers of train_gpas.c.")
+    parser.add_argument("--cc", default="gcc")
+    parser.add_argument("--cxx", default="g++")
+    parser.add_argument("--make", default="make")
+    parser.add_argument("--on-cpu", default="", help="the compiler's command for train_gpas.cu")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "little"))
+    parser.add_argument("layers", nargs="*", help="those that count; default: all")
+    options = parser.parse_args()
+    os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+    for layer in options.layers:
+        if layer not in LAYERS:
+            fail("there is no layer %s; choose from: %s" % (layer, " ".join(LAYERS)))
+    if not os.path.exists("train_gpas.c"):
+        fail("there is no train_gpas.c in %s" % os.getcwd())
+    files = [f for f in CPU_SECONDS if os.path.exists(f) and (f.endswith(".c") or options.on_cpu)]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for file in files for row in grade_file(file, options, folder)]
+    counted = [row for row in rows if row["assigned"]]
+    result = {"points": sum(row["points"] for row in counted),
+              "max": sum(row["max"] for row in counted), "seed": options.seed, "layers": rows}
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_table(rows, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+/*
+on_gpu.h: the layers of train_gpas.cu, called like those of train_gpas.c: each takes its arrays to
+the GPU, rounded to `real` where the kernels want that, launches, and brings back what may have
+changed. Included inside a namespace, after train_gpas.cu and <algorithm>, with `real` defined.
+*/
+
+// n numbers of the host on the GPU, for as long as this lives. What is not const comes back at the
+// end.
+template <class number> struct OnGpu {
+    number *p;
+    float *host;
+    size_t n;
+    OnGpu(const float *from, size_t n) : p(NULL), host(NULL), n(n) { upload(from); }
+    OnGpu(float *from, size_t n) : p(NULL), host(from), n(n) { upload(from); }
+    OnGpu(const OnGpu &) = delete;
+    void upload(const float *from) {
+        number *rounded = (number *)allocate(n, sizeof(number));
+        for (size_t i = 0; i < n; i++) rounded[i] = from[i];
+        CUDA_CHECK(cudaMalloc((void **)&p, n * sizeof(number)));
+        CUDA_CHECK(cudaMemcpy(p, rounded, n * sizeof(number), cudaMemcpyHostToDevice));
+        free(rounded);
+    }
+    ~OnGpu() {
+        number *back = (number *)allocate(n, sizeof(number));
+        if (host) CUDA_CHECK(cudaMemcpy(back, p, n * sizeof(number), cudaMemcpyDeviceToHost));
+        for (size_t i = 0; host && i < n; i++) host[i] = back[i];
+        CUDA_CHECK(cudaFree(p));
+        free(back);
+    }
+};
+
+// Integers, or chunks, on the GPU.
+template <class item> struct Constants {
+    item *p;
+    Constants(const item *from, size_t n) {
+        CUDA_CHECK(cudaMalloc((void **)&p, n * sizeof(item)));
+        CUDA_CHECK(cudaMemcpy(p, from, n * sizeof(item), cudaMemcpyHostToDevice));
+    }
+    Constants(const Constants &) = delete;
+    ~Constants() { CUDA_CHECK(cudaFree(p)); }
+};
+
+// Room on the GPU that nothing has written yet.
+template <class number> struct Scratch {
+    number *p;
+    Scratch(size_t n) { CUDA_CHECK(cudaMalloc((void **)&p, n * sizeof(number))); }
+    Scratch(const Scratch &) = delete;
+    ~Scratch() { CUDA_CHECK(cudaFree(p)); }
+};
+
+static void gpas_forward(float *out, const float *inp, float gate, int act, size_t n) {
+    OnGpu<real> y(out, n), x(inp, n);
+    OnGpu<float> g((const float *)&gate, 1);
+    Gpas gpas = {g.p, act, 1, 0, 1};
+    residual_gpas_rmsnorm_forward<real>(NULL, y.p, NULL, NULL, x.p, NULL, NULL, gpas, 1, (int)n);
+}
+
+static void gpas_backward(float *dinp, float *dgate, const float *dout, const float *inp,
+                          float gate, int act, int stop_grad, size_t n) {
+    OnGpu<real> dx(dinp, n), dy(dout, n), x(inp, n);
+    OnGpu<float> g((const float *)&gate, 1), dg(dgate, 1);
+    Scratch<float> partial(n + 1);
+    Gpas gpas = {g.p, act, stop_grad, 0, 1};
+    residual_gpas_rmsnorm_backward<real>(dx.p, NULL, NULL, dg.p, partial.p,
+                                         dinp == dout ? dx.p : dy.p, NULL, NULL, NULL, NULL, x.p,
+                                         gpas, 1, (int)n);
+}
+
+static void residual_forward(float *out, const float *shortcut, const float *branch, float alpha,
+                             size_t n) {
+    OnGpu<real> y(out, n), x(shortcut, n), b(branch, n);
+    Gpas gpas = {NULL, 0, 1, 1, alpha};
+    residual_gpas_rmsnorm_forward<real>(y.p, NULL, NULL, NULL, x.p, b.p, NULL, gpas, 1, (int)n);
+}
+
+static void residual_backward(float *dshortcut, const float *dout, float alpha, size_t n) {
+    OnGpu<real> dx(dshortcut, n), dy(dout, n);
+    Scratch<real> dbranch(n);
+    Scratch<float> partial(n + 1);
+    Gpas gpas = {NULL, 0, 1, 1, alpha};
+    residual_gpas_rmsnorm_backward<real>(dbranch.p, dx.p, NULL, NULL, partial.p, NULL, dy.p, NULL,
+                                         NULL, NULL, NULL, gpas, 1, (int)n);
+}
+
+static void rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int N,
+                            int C) {
+    OnGpu<real> y(out, (size_t)N * C), x(inp, (size_t)N * C);
+    OnGpu<float> r(rstd, N), w(weight, C);
+    ::rmsnorm_forward<real>(y.p, r.p, x.p, w.p, N, C);
+}
+
+static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, const float *inp,
+                             const float *weight, const float *rstd, int N, int C) {
+    size_t n = (size_t)N * C;
+    OnGpu<real> dx(dinp, n), dy(dout, n), x(inp, n);
+    OnGpu<float> dw(dweight, C), w(weight, C), r(rstd, N);
+    Scratch<float> partial((size_t)ROW_BLOCKS * (C + 1));
+    ::rmsnorm_backward<real>(dx.p, dw.p, partial.p, NULL, dy.p, x.p, w.p, r.p, N, C);
+}
+
+static void embedding_forward(float *out, const int *tokens, const float *weight, int N, int C) {
+    OnGpu<real> y(out, (size_t)N * C);
+    OnGpu<float> w(weight, (*std::max_element(tokens, tokens + N) + 1) * (size_t)C);
+    Constants<int> t(tokens, N);
+    ::embedding_forward<real>(y.p, t.p, w.p, N, C);
+}
+
+static void embedding_backward(float *dweight, const float *dout, const int *tokens, int N, int C) {
+    int V = *std::max_element(tokens, tokens + N) + 1;
+    int *order = (int *)allocate(N + V + 1, sizeof(int));
+    sort_by_token(order, order + N, tokens, N, V);
+    OnGpu<real> dy(dout, (size_t)N * C);
+    OnGpu<float> dw(dweight, (size_t)V * C);
+    Constants<int> positions(order, N), starts(order + N, V + 1);
+    ::embedding_backward<real>(dw.p, dy.p, positions.p, starts.p, V, C);
+    free(order);
+}
+
+static void rope_forward(float *qkv, const float *table, int B, int T, int C, int hs) {
+    OnGpu<real> x(qkv, (size_t)B * T * 3 * C);
+    OnGpu<float> angles(table, (size_t)T * hs);
+    ::rope_forward<real>(x.p, angles.p, B, T, C, hs);
+}
+
+static void rope_backward(float *dqkv, const float *table, int B, int T, int C, int hs) {
+    OnGpu<real> dx(dqkv, (size_t)B * T * 3 * C);
+    OnGpu<float> angles(table, (size_t)T * hs);
+    ::rope_backward<real>(dx.p, angles.p, B, T, C, hs);
+}
+
+static void swiglu_forward(float *out, const float *inp, int N, int H) {
+    OnGpu<real> y(out, (size_t)N * H), x(inp, (size_t)N * 2 * H);
+    ::swiglu_forward<real>(y.p, x.p, N, H);
+}
+
+static void swiglu_backward(float *dinp, const float *dout, const float *inp, int N, int H) {
+    OnGpu<real> dx(dinp, (size_t)N * 2 * H), dy(dout, (size_t)N * H), x(inp, (size_t)N * 2 * H);
+    ::swiglu_backward<real>(dx.p, dy.p, x.p, N, H);
+}
+
+static void matmul_forward(float *out, const float *inp, const float *weight, int N, int C,
+                           int OC) {
+    OnGpu<real> y(out, (size_t)N * OC), x(inp, (size_t)N * C), w(weight, (size_t)OC * C);
+    ::matmul_forward<real>(y.p, x.p, w.p, N, C, OC);
+}
+
+static void matmul_backward(float *dinp, float *dweight, const float *dout, const float *inp,
+                            const float *weight, int N, int C, int OC) {
+    OnGpu<real> dx(dinp, (size_t)N * C), dy(dout, (size_t)N * OC), x(inp, (size_t)N * C);
+    OnGpu<real> w(weight, (size_t)OC * C);
+    OnGpu<float> dw(dweight, (size_t)OC * C);
+    ::matmul_backward<real>(dx.p, dw.p, dy.p, x.p, w.p, N, C, OC);
+}
+
+static void attention_forward(float *out, float *lse, const float *qkv, int B, int T, int C,
+                              int NH) {
+    size_t n = (size_t)B * T * C;
+    OnGpu<real> y(out, n), x(qkv, 3 * n);
+    OnGpu<float> l(lse, (size_t)B * NH * T);
+    ::attention_forward<real>(y.p, l.p, x.p, B, T, C, NH);
+}
+
+static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse,
+                               const float *qkv, int B, int T, int C, int NH) {
+    size_t n = (size_t)B * T * C, rows = (size_t)B * NH * T;
+    OnGpu<real> dx(dqkv, 3 * n), dy(dout, n), y(out, n), x(qkv, 3 * n);
+    OnGpu<float> l(lse, rows);
+    Scratch<float> delta(rows);
+    ::attention_backward<real>(dx.p, delta.p, dy.p, y.p, l.p, x.p, B, T, C, NH);
+}
+
+static void crossentropy_forward(float *losses, float *lse, const float *logits, const int *targets,
+                                 int N, int V) {
+    OnGpu<float> e(losses, N), l(lse, N);
+    OnGpu<real> x(logits, (size_t)N * V);
+    Constants<int> t(targets, N);
+    ::crossentropy_forward<real>(e.p, l.p, x.p, t.p, N, V, V);
+}
+
+static void crossentropy_backward(float *logits, const float *lse, const int *targets, float scale,
+                                  int N, int V) {
+    OnGpu<real> x(logits, (size_t)N * V);
+    OnGpu<float> l(lse, N);
+    Constants<int> t(targets, N);
+    ::crossentropy_backward<real>(x.p, l.p, t.p, scale, N, V, V);
+}
+
+static void adamw_update(float *p, const float *grad, float *m, float *v, size_t n, float lr,
+                         float beta1, float beta2, float eps, float weight_decay, float grad_scale,
+                         int t) {
+    OnGpu<float> x(p, n), g(grad, n), m1(m, n), v1(v, n);
+    OnGpu<real> weights((const float *)p, n);
+    Chunk one = {0, (int)n, -1, MATRIX};
+    Constants<Chunk> chunk(&one, 1);
+    AdamW a = {lr, beta1, beta2, eps, weight_decay, grad_scale, 1, 0, 0, 1};
+    ::adamw_update<real>(weights.p, x.p, g.p, m1.p, v1.p, chunk.p, 1, a, t);
+}

@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Tests of the classroom: hand-outs are empty but build, and the grader finds mistakes."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+sys.path.insert(0, os.path.join(ROOT, "dev"))
+from assignment import LAYERS  # noqa: E402
+
+counts = {True: 0, False: 0}
+
+# Mistakes, one in each layer, all planted at once: layer, what was there, what stands there now,
+# and what the hint must say.
+MISTAKES = [
+    ("gpas", "stop_grad ? 1 : 1 - gate_value(gate, act)", "1 - gate_value(gate, act)",
+     "stop-gradient"),
+    ("residual", "= alpha * shortcut[i] +", "= shortcut[i] + alpha *", "alpha scales the branch"),
+    ("embedding", "dw[c] += dy[c]", "dw[c] = dy[c]", r"\+="),
+    ("rmsnorm", "r * r * sum / C", "r * r * sum", "factor C"),
+    ("rope", "(size_t)(n % T) * hs", "(size_t)n * hs", "n % T"),
+    ("swiglu", "(s + a[i] * s * (1 - s))", "s", "product: the term through the sigmoid"),
+    ("matmul", "dout, OC, 1, weight, 1, C,", "dout, OC, 1, weight, OC, 1,", "transposed"),
+    ("attention", "scale * p[j] * (ds[j] - delta[i])", "scale * p[j] * ds[j]", "term is missing"),
+    ("crossentropy", "lse[n] - x[targets[n]]", "x[targets[n]] - lse[n]", "sign"),
+    ("adamw", "p[i] -= lr * (m[i] * unbias_m", "p[i] -= lr * (m[i]", "without its correction")]
+VIOLENT = [
+    ("crossentropy", "lse[n] = largest +", "while (n < N) lse[n] = largest +", "endless loop"),
+    ("swiglu", "y[i] = a[i] * sigmoid", "y[i + (1 << 30)] = a[i] * sigmoid", "segmentation fault"),
+    ("residual", "i < n; i++) out[i] = alpha", "i <= n; i++) out[i] = alpha", "outside")]
+
+
+def check(good, name, seen=""):
+    counts[bool(good)] += 1
+    print("%s %s%s" % ("ok  " if good else "FAIL", name, "" if good else ": " + str(seen)))
+
+
+def run(*command, **more):
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          check=False, **more)
+
+
+def hand_out(folder, *arguments):
+    return run(sys.executable, os.path.join(ROOT, "dev/assignment.py"), "--out", folder, *arguments)
+
+
+def grade(folder):
+    done = run("make", "-s", "grade", "JSON=1", cwd=folder)
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        return {"points": None, "max": 0, "layers": [], "said": done.stdout + done.stderr}
+
+
+def read(*path):
+    with open(os.path.join(*path)) as file:
+        return file.read()
+
+
+def write(text, *path):
+    with open(os.path.join(*path), "w") as file:
+        file.write(text)
+
+
+def test_empty(folder):
+    done = hand_out(folder, "--cuda")
+    check(done.returncode == 0, "assignment: writes a folder", done.stderr)
+    texts = {os.path.join(place, name): read(place, name)
+             for place, _, names in os.walk(folder) for name in names}
+    kept = {re.sub(r"\s+", " ", line) for text in texts.values() for line in text.split("\n")}
+    for file in ("train_gpas.c", "train_gpas.cu"):
+        left = set(read(folder, file).split("\n"))
+        gone = {re.sub(r"\s+", " ", x) for x in read(ROOT, file).split("\n") if x not in left}
+        formulas = [x for x in gone if re.match(r".{12,}[-+*/]?= .*[-+*/(].*;", x) or "//  " in x]
+        # The launchers in train_gpas.cu are given, and need the scale of the scores.
+        told = [x for x in formulas if x in kept and not re.search(r"for \(|sqrtf\(\(float\)", x)]
+        check(len(formulas) > 40 and not told,
+              "assignment: the solution of %s is nowhere in it" % file, told[:3] or len(formulas))
+    result = grade(folder)
+    wrong = [row["file"] + " " + row["layer"] for row in result["layers"] if row["points"]]
+    check(result["points"] == 0 and result["max"] == 180 and not wrong,
+          "grade: the empty hand-out, C and CUDA, gets 0 for each layer", wrong or result)
+    for file in ("train_gpas.c", "train_gpas.cu"):
+        shutil.copy(os.path.join(ROOT, file), folder)
+    result = grade(folder)
+    wrong = [(r["file"], r["layer"], r["forward"] if "forward" in r else r["update"])
+             for r in result["layers"] if r["points"] < 10]
+    check(result["points"] == 180, "grade: the original gets 180 of 180", wrong or result)
+
+
+def test_some(folder):
+    hand_out(folder, "rope", "gpas")
+    result = grade(folder)
+    points = {row["layer"]: row["points"] for row in result["layers"]}
+    check(result["max"] == 20 and points == {x: 0 if x in ("rope", "gpas") else 10 for x in LAYERS},
+          "grade: with two layers left to write, these get 0 and the others full points", points)
+    write(read(folder, "train_gpas.c").replace("// Your code", "int x = ; // Your code", 1), folder,
+          "train_gpas.c")
+    result = grade(folder)
+    check(result["points"] == 0 and "does not compile" in str(result),
+          "grade: a syntax error is said, and the report is still JSON", result)
+
+
+def test_mistakes(folder, mistakes, name):
+    text = read(ROOT, "train_gpas.c")
+    for layer, old, new, _ in mistakes:
+        check(text.count(old) == 1, "%s: there is one place for the mistake in %s" % (name, layer),
+              text.count(old))
+        text = text.replace(old, new)
+    write(text, folder, "train_gpas.c")
+    rows = {row["layer"]: row for row in grade(folder)["layers"]}
+    for layer, _, _, hint in mistakes:
+        row = rows.get(layer, {"points": 10})
+        said = str([row[w]["hints"] for w in ("forward", "backward", "update") if w in row])
+        check(row["points"] < 10 and re.search(hint, said), "%s: %s, with a hint" % (name, layer),
+              said)
+    hit = {layer for layer, row in rows.items() if row["points"] < 10}
+    check(hit == {m[0] for m in mistakes}, "%s: no other layer loses points" % name, hit)
+
+
+def test_errors(folder):
+    for arguments, say in ((["gpas", "gaps"], "no layer gaps"), (["gpas"], "exists already")):
+        done = hand_out(folder, *arguments)
+        check(done.returncode == 1 and say in done.stderr and done.stderr.count("\n") == 1,
+              "assignment: error: %s" % say, done.stderr)
+
+
+def main():
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    with tempfile.TemporaryDirectory() as place:
+        test_empty(os.path.join(place, "all"))
+        test_some(os.path.join(place, "some"))
+        test_mistakes(os.path.join(place, "some"), MISTAKES, "mistakes")
+        test_mistakes(os.path.join(place, "some"), VIOLENT, "violence")
+        test_errors(os.path.join(place, "some"))
+    print("%d passed, %d failed" % (counts[True], counts[False]))
+    sys.exit(counts[False] > 0)
+
+
+if __name__ == "__main__":
+    main()
