@@ -323,7 +323,7 @@ enum { VECTOR_BYTES = 16, MR = 12 };  // 24 of 32
 enum { VECTOR_BYTES = 16, MR = 6 };   // 12 of 16
 #endif
 enum { LANES = VECTOR_BYTES / sizeof(float), NR = 2 * LANES };
-enum { KC = 384, MC = 8 * MR, NC = 4096 };
+enum { KC = 704, MC = 12 * MR, NC = 4096 };
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(float)), may_alias));
 typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(sizeof(float)),
                                   may_alias));
