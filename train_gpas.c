@@ -90,13 +90,12 @@ static float largest_of(const float *x, int n, float largest) {
 
 // e^x to about 1e-7 relative, written so that the compiler turns a loop over it into vector code:
 // x = n ln2 + r with |r| <= ln2 / 2, e^r by its series, 2^n by writing n into the exponent's bits.
-// x is held to [-87, 88]. (The tests' finite differences build this file with float as double.)
+// Beyond what a float can hold it is 0 or 3e38. Those are chosen at the end: limits on x cost gcc
+// twice as much. (The tests' finite differences build this file with float as double.)
 static inline float exp_fast(float x) {
 #ifdef float
     return exp(x);
 #else
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
     float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
     float n = shifted - 12582912.0f;
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts keeps r exact
@@ -107,7 +106,8 @@ static inline float exp_fast(float x) {
     memcpy(&bits, &shifted, sizeof bits);
     bits = (bits + 127) << 23;
     memcpy(&power, &bits, sizeof power);
-    return e * power;
+    e = x > 88.0f ? 3e38f : e * power;
+    return x < -87.0f ? 0 : e;
 #endif
 }
 
@@ -520,17 +520,18 @@ static void softmax_block(float *score, float *m, float *sum, float *correction,
                           int diagonal, float scale) {
     float largest[NR], block[NR] = {0};
     memcpy(largest, m, sizeof largest);
+    for (int j = diagonal + 1; j < keys; j++)
+        for (int i = 0; i < imin(NR, j - diagonal); i++) score[j * NR + i] = -1e30f;
     for (int j = 0; j < keys; j++)
         #pragma omp simd
         for (int i = 0; i < NR; i++) {
-            float s = j <= i + diagonal ? score[j * NR + i] : -1e30f;
+            float s = score[j * NR + i];
             largest[i] = s > largest[i] ? s : largest[i];
         }
     for (int j = 0; j < keys; j++)
         #pragma omp simd
         for (int i = 0; i < NR; i++) {
             float p = exp_fast(scale * (score[j * NR + i] - largest[i]));
-            p = j <= i + diagonal ? p : 0;
             score[j * NR + i] = p;
             block[i] += p;
         }
@@ -588,11 +589,12 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 // each key; lse, delta (queries). Key j stands after query i where j > i + diagonal.
 static void softmax_block_backward(float *p, float *ds, const float *lse, const float *delta,
                                    int queries, int diagonal, float scale) {
+    for (int i = 0; i < imin(queries, NR - diagonal); i++)
+        for (int j = imax(0, i + diagonal + 1); j < NR; j++) p[i * NR + j] = -1e30f;
     for (int i = 0; i < queries; i++, p += NR, ds += NR)
         #pragma omp simd
         for (int j = 0; j < NR; j++) {
-            float e = exp_fast(p[j] * scale - lse[i]);
-            p[j] = j <= i + diagonal ? e : 0;
+            p[j] = exp_fast(p[j] * scale - lse[i]);
             ds[j] = scale * p[j] * (ds[j] - delta[i]);
         }
 }
