@@ -401,8 +401,8 @@ static inline __attribute__((always_inline)) void pack(float *dst, const float *
 
 // C (rows,columns), with rows <= height <= MR and columns <= NR, = or += a panel of A times one of
 // B. The compiler makes one function for each height.
-static inline void multiply_tile(int height, float *c, size_t ldc, const float *a, size_t a_step,
-                                 const float *b, int depth, int rows, int columns,
+static inline void multiply_tile(int height, float *c, size_t ldc, const float *a, int a_row,
+                                 size_t a_step, const float *b, int depth, int rows, int columns,
                                  int accumulate) {
     Vector zero = {0}, tile[MR][2];
     for (int i = 0; i < height; i++) {
@@ -412,8 +412,8 @@ static inline void multiply_tile(int height, float *c, size_t ldc, const float *
     for (int k = 0; k < depth; k++, a += a_step, b += NR) {
         Vector b0 = *(const Vector *)b, b1 = *(const Vector *)(b + LANES);
         for (int i = 0; i < height; i++) {
-            tile[i][0] += a[i] * b0;
-            tile[i][1] += a[i] * b1;
+            tile[i][0] += a[i * a_row] * b0;
+            tile[i][1] += a[i * a_row] * b1;
         }
     }
     if (rows == height && columns == NR) {
@@ -430,23 +430,31 @@ static inline void multiply_tile(int height, float *c, size_t ldc, const float *
         for (int j = 0; j < columns; j++) c[j] = (accumulate ? c[j] : 0) + edge[i][j];
 }
 
-// C (M,N) = or += A B from panels. A (i,k) is a[i / MR * a_panel + k * a_step + i % MR].
-// Packed, a_panel is MR * depth and a_step MR; but rows that lie side by side, as in the transpose
-// of a narrow matrix, are panels already. B (k,j) is
+// C (M,N) = or += A B from panels. A (i,k) is a[i / MR * a_panel + i % MR * a_row + k * a_step].
+// Packed, a_panel is MR * depth, a_row 1 and a_step MR; but a block of scores, NR wide, need not be
+// packed: its transpose has a_row 1 and a_step NR, it itself a_row NR and a_step 1. B (k,j) is
 // b[j / NR * b_panel + k * NR + j % NR]. The last rows may be a tile of one or two thirds.
-static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_t a_step,
-                     const float *b, size_t b_panel, int M, int N, int depth, int accumulate) {
+// Always inline: the compiler makes the code for a_row 1 and NR.
+static inline __attribute__((always_inline)) void multiply_rows(
+    float *c, size_t ldc, const float *a, size_t a_panel, int a_row, size_t a_step, const float *b,
+    size_t b_panel, int M, int N, int depth, int add) {
     enum { LOW = MR / 3, HIGH = MR - LOW };
     for (int j = 0; j < N; j += NR, b += b_panel)
         for (int i = 0; i < M; i += MR) {
             const float *from = a + i / MR * a_panel;
             float *to = c + i * ldc + j;
-            int rows = imin(MR, M - i), columns = imin(NR, N - j), add = accumulate;
-            if (rows > HIGH) multiply_tile(MR, to, ldc, from, a_step, b, depth, rows, columns, add);
+            int rows = imin(MR, M - i), columns = imin(NR, N - j);
+            if (rows > HIGH)
+                multiply_tile(MR, to, ldc, from, a_row, a_step, b, depth, rows, columns, add);
             else if (rows > LOW)
-                multiply_tile(HIGH, to, ldc, from, a_step, b, depth, rows, columns, add);
-            else multiply_tile(LOW, to, ldc, from, a_step, b, depth, rows, columns, add);
+                multiply_tile(HIGH, to, ldc, from, a_row, a_step, b, depth, rows, columns, add);
+            else multiply_tile(LOW, to, ldc, from, a_row, a_step, b, depth, rows, columns, add);
         }
+}
+
+static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_t a_step,
+                     const float *b, size_t b_panel, int M, int N, int depth, int accumulate) {
+    multiply_rows(c, ldc, a, a_panel, 1, a_step, b, b_panel, M, N, depth, accumulate);
 }
 
 // C = A B, or C += A B with accumulate. C (M,N) with rows ldc apart; A (M,K): element (i,k) is
@@ -621,8 +629,8 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
         for (int c = 0; c < hs; c++) sum += o[(size_t)i * C + c] * dy[(size_t)i * C + c];
         delta[i] = sum;
     }
-    float *pk = packing_space(1, (size_t)2 * NR * hs + NR * wide + (QUERIES + MR) * NR);
-    float *pv = pk + NR * hs, *columns_k = pv + NR * hs, *pds = columns_k + NR * wide;
+    float *pk = packing_space(1, (size_t)2 * NR * hs + NR * wide);
+    float *pv = pk + NR * hs, *columns_k = pv + NR * hs;
     for (int s0 = 0; s0 < t0 + queries; s0 += NR) {
         int keys = imin(NR, t0 + queries - s0);
         int first = imax(0, s0 - t0) / MR * MR, n = queries - first;  // those before see no key
@@ -637,9 +645,8 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
                  s0 < t0);
         multiply(dk, row, ds, MR, NR, columns_q + first * NR, NR * queries, keys, hs, n,
                  s0 < t0);
-        pack(pds, ds, NR, 1, n, MR, keys);
-        multiply(dq + (size_t)(t0 + first) * row, row, pds, MR * keys, MR, columns_k, NR * keys, n,
-                 hs, keys, s0 > 0);
+        multiply_rows(dq + (size_t)(t0 + first) * row, row, ds, MR * NR, NR, 1, columns_k,
+                      NR * keys, n, hs, keys, s0 > 0);
     }
 }
 
