@@ -90,13 +90,12 @@ static float largest_of(const float *x, int n, float largest) {
 
 // e^x to about 1e-7 relative, written so that the compiler turns a loop over it into vector code:
 // x = n ln2 + r with |r| <= ln2 / 2, e^r by its series, 2^n by writing n into the exponent's bits.
-// x is held to [-87, 88]. (The tests' finite differences build this file with float as double.)
+// Beyond what a float can hold it is 0 or 3e38. Those are chosen at the end: limits on x cost gcc
+// twice as much. (The tests' finite differences build this file with float as double.)
 static inline float exp_fast(float x) {
 #ifdef float
     return exp(x);
 #else
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
     float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
     float n = shifted - 12582912.0f;
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts keeps r exact
@@ -107,7 +106,8 @@ static inline float exp_fast(float x) {
     memcpy(&bits, &shifted, sizeof bits);
     bits = (bits + 127) << 23;
     memcpy(&power, &bits, sizeof power);
-    return e * power;
+    e = x > 88.0f ? 3e38f : e * power;
+    return x < -87.0f ? 0 : e;
 #endif
 }
 
@@ -332,7 +332,7 @@ enum { VECTOR_BYTES = 16, MR = 12 };  // 24 of 32
 enum { VECTOR_BYTES = 16, MR = 6 };   // 12 of 16
 #endif
 enum { LANES = VECTOR_BYTES / sizeof(float), NR = 2 * LANES };
-enum { KC = 384, MC = 8 * MR, NC = 4096 };
+enum { KC = 704, MC = 12 * MR, NC = 4096 };
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(float)), may_alias));
 typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(sizeof(float)),
                                   may_alias));
@@ -410,8 +410,8 @@ static inline __attribute__((always_inline)) void pack(float *dst, const float *
 
 // C (rows,columns), with rows <= height <= MR and columns <= NR, = or += a panel of A times one of
 // B. The compiler makes one function for each height.
-static inline void multiply_tile(int height, float *c, size_t ldc, const float *a, size_t a_step,
-                                 const float *b, int depth, int rows, int columns,
+static inline void multiply_tile(int height, float *c, size_t ldc, const float *a, int a_row,
+                                 size_t a_step, const float *b, int depth, int rows, int columns,
                                  int accumulate) {
     Vector zero = {0}, tile[MR][2];
     for (int i = 0; i < height; i++) {
@@ -421,8 +421,8 @@ static inline void multiply_tile(int height, float *c, size_t ldc, const float *
     for (int k = 0; k < depth; k++, a += a_step, b += NR) {
         Vector b0 = *(const Vector *)b, b1 = *(const Vector *)(b + LANES);
         for (int i = 0; i < height; i++) {
-            tile[i][0] += a[i] * b0;
-            tile[i][1] += a[i] * b1;
+            tile[i][0] += a[i * a_row] * b0;
+            tile[i][1] += a[i * a_row] * b1;
         }
     }
     if (rows == height && columns == NR) {
@@ -439,23 +439,31 @@ static inline void multiply_tile(int height, float *c, size_t ldc, const float *
         for (int j = 0; j < columns; j++) c[j] = (accumulate ? c[j] : 0) + edge[i][j];
 }
 
-// C (M,N) = or += A B from panels. A (i,k) is a[i / MR * a_panel + k * a_step + i % MR].
-// Packed, a_panel is MR * depth and a_step MR; but rows that lie side by side, as in the transpose
-// of a narrow matrix, are panels already. B (k,j) is
+// C (M,N) = or += A B from panels. A (i,k) is a[i / MR * a_panel + i % MR * a_row + k * a_step].
+// Packed, a_panel is MR * depth, a_row 1 and a_step MR; but a block of scores, NR wide, need not be
+// packed: its transpose has a_row 1 and a_step NR, it itself a_row NR and a_step 1. B (k,j) is
 // b[j / NR * b_panel + k * NR + j % NR]. The last rows may be a tile of one or two thirds.
-static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_t a_step,
-                     const float *b, size_t b_panel, int M, int N, int depth, int accumulate) {
+// Always inline: the compiler makes the code for a_row 1 and NR.
+static inline __attribute__((always_inline)) void multiply_rows(
+    float *c, size_t ldc, const float *a, size_t a_panel, int a_row, size_t a_step, const float *b,
+    size_t b_panel, int M, int N, int depth, int add) {
     enum { LOW = MR / 3, HIGH = MR - LOW };
     for (int j = 0; j < N; j += NR, b += b_panel)
         for (int i = 0; i < M; i += MR) {
             const float *from = a + i / MR * a_panel;
             float *to = c + i * ldc + j;
-            int rows = imin(MR, M - i), columns = imin(NR, N - j), add = accumulate;
-            if (rows > HIGH) multiply_tile(MR, to, ldc, from, a_step, b, depth, rows, columns, add);
+            int rows = imin(MR, M - i), columns = imin(NR, N - j);
+            if (rows > HIGH)
+                multiply_tile(MR, to, ldc, from, a_row, a_step, b, depth, rows, columns, add);
             else if (rows > LOW)
-                multiply_tile(HIGH, to, ldc, from, a_step, b, depth, rows, columns, add);
-            else multiply_tile(LOW, to, ldc, from, a_step, b, depth, rows, columns, add);
+                multiply_tile(HIGH, to, ldc, from, a_row, a_step, b, depth, rows, columns, add);
+            else multiply_tile(LOW, to, ldc, from, a_row, a_step, b, depth, rows, columns, add);
         }
+}
+
+static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_t a_step,
+                     const float *b, size_t b_panel, int M, int N, int depth, int accumulate) {
+    multiply_rows(c, ldc, a, a_panel, 1, a_step, b, b_panel, M, N, depth, accumulate);
 }
 
 // C = A B, or C += A B with accumulate. C (M,N) with rows ldc apart; A (M,K): element (i,k) is
@@ -530,17 +538,18 @@ static void softmax_block(float *score, float *m, float *sum, float *correction,
                           int diagonal, float scale) {
     float largest[NR], block[NR] = {0};
     memcpy(largest, m, sizeof largest);
+    for (int j = diagonal + 1; j < keys; j++)
+        for (int i = 0; i < imin(NR, j - diagonal); i++) score[j * NR + i] = -1e30f;
     for (int j = 0; j < keys; j++)
         #pragma omp simd
         for (int i = 0; i < NR; i++) {
-            float s = j <= i + diagonal ? score[j * NR + i] : -1e30f;
+            float s = score[j * NR + i];
             largest[i] = s > largest[i] ? s : largest[i];
         }
     for (int j = 0; j < keys; j++)
         #pragma omp simd
         for (int i = 0; i < NR; i++) {
             float p = exp_fast(scale * (score[j * NR + i] - largest[i]));
-            p = j <= i + diagonal ? p : 0;
             score[j * NR + i] = p;
             block[i] += p;
         }
@@ -599,11 +608,12 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 // Key j stands after query i where j > i + diagonal.
 static void softmax_block_backward(float *p, float *ds, const float *lse, const float *delta,
                                    int queries, int diagonal, float scale) {
+    for (int i = 0; i < imin(queries, NR - diagonal); i++)
+        for (int j = imax(0, i + diagonal + 1); j < NR; j++) p[i * NR + j] = -1e30f;
     for (int i = 0; i < queries; i++, p += NR, ds += NR)
         #pragma omp simd
         for (int j = 0; j < NR; j++) {
-            float e = exp_fast(p[j] * scale - lse[i]);
-            p[j] = j <= i + diagonal ? e : 0;
+            p[j] = exp_fast(p[j] * scale - lse[i]);
             ds[j] = scale * p[j] * (ds[j] - delta[i]);
         }
 }
@@ -630,8 +640,8 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
         for (int c = 0; c < hs; c++) sum += o[(size_t)i * C + c] * dy[(size_t)i * C + c];
         delta[i] = sum;
     }
-    float *pk = packing_space(1, (size_t)2 * NR * hs + NR * wide + (QUERIES + MR) * NR);
-    float *pv = pk + NR * hs, *columns_k = pv + NR * hs, *pds = columns_k + NR * wide;
+    float *pk = packing_space(1, (size_t)2 * NR * hs + NR * wide);
+    float *pv = pk + NR * hs, *columns_k = pv + NR * hs;
     for (int s0 = 0; s0 < t0 + queries; s0 += NR) {
         int keys = imin(NR, t0 + queries - s0);
         int first = imax(0, s0 - t0) / MR * MR, n = queries - first;  // those before see no key
@@ -646,9 +656,8 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
                  s0 < t0);
         multiply(dk, row, ds, MR, NR, columns_q + first * NR, NR * queries, keys, hs, n,
                  s0 < t0);
-        pack(pds, ds, NR, 1, n, MR, keys);
-        multiply(dq + (size_t)(t0 + first) * row, row, pds, MR * keys, MR, columns_k, NR * keys, n,
-                 hs, keys, s0 > 0);
+        multiply_rows(dq + (size_t)(t0 + first) * row, row, ds, MR * NR, NR, 1, columns_k,
+                      NR * keys, n, hs, keys, s0 > 0);
     }
 }
 
