@@ -1183,23 +1183,6 @@ typedef struct {
     uint64_t random;
 } Loader;
 
-// Maps a file of llm.c's into memory, where it stays until the program ends: 256 int32 (magic,
-// version 1, a count), then uint16. *bytes gets its size.
-static const int32_t *map_file(const char *path, const char *kind, int magic, size_t *bytes) {
-    struct stat info;
-    int file = open(path, O_RDONLY);
-    if (file < 0 || fstat(file, &info) != 0) die("cannot open %s: %s", path, strerror(errno));
-    *bytes = (size_t)info.st_size;
-    if (*bytes < 1024) die("%s is no %s file: it is shorter than a header", path, kind);
-    const int32_t *header = (const int32_t *)mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, file, 0);
-    if (header == MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
-    close(file);
-    if (header[0] != magic || header[1] != 1)
-        die("%s is no %s file of version 1 (magic %d, version %d)", path, kind, header[0],
-            header[1]);
-    return header;
-}
-
 // Adds the windows of one token file.
 static void loader_add(Loader *loader, const char *path) {
     size_t bytes, stride = loader->T + 1, old = loader->num_windows;
@@ -1487,18 +1470,11 @@ static double train_step(Run *run, double *norm) {
 
 // Once: what is trained, on what, how.
 static void print_configuration(const Run *run) {
-    const Options *o = run->model.o;
-    char value[TEXT_SIZE];
-    int column = 0;
-    for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++) {
-        if (row->group == NOT_STORED) continue;
-        option_text(o, row, value);
-        column += printf("%s %s  ", row->name, value);
-        if (column > 75) column = 0 * printf("\n");
-    }
-    model_device(&run->model, value);
+    char device[TEXT_SIZE];
+    model_device(&run->model, device);
+    print_options(run->model.o);
     printf("\n%zu parameters, %zu training and %zu validation sequences, %s\n",
-           run->model.num_parameters, run->train.num_windows, run->val.num_windows, value);
+           run->model.num_parameters, run->train.num_windows, run->val.num_windows, device);
 }
 
 // A step's line. On a terminal the next one overwrites it; in a pipe one comes every --print-every.

@@ -2,7 +2,7 @@
 plumbing.h: what train_gpas.c needs and no lesson is about.
 
     1  Errors, memory
-    2  Options        what can be chosen on the command line, and the presets; the logs' files
+    2  Options        what can be chosen on the command line, and the presets; files
     3  Tokenizer      text to tokens and back
     4  Checkpoints    safetensors
 
@@ -261,6 +261,18 @@ static void print_help(void) {
 // Is an evaluation all that is asked for?
 static int evaluates(const Options *o) { return *o->eval || *o->eval_choice; }
 
+// All options that a checkpoint stores, several a line.
+static void print_options(const Options *o) {
+    char value[TEXT_SIZE];
+    int column = 0;
+    for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++) {
+        if (row->group == NOT_STORED) continue;
+        option_text(o, row, value);
+        column += printf("%s %s  ", row->name, value);
+        if (column > 75) column = 0 * printf("\n");
+    }
+}
+
 // Ends the program when options, each allowed by itself, cannot mean anything together.
 static void check_options(const Options *o, const char *const given[NUM_ROWS]) {
     for (int r = 0; r < NUM_ROWS; r++) {
@@ -330,6 +342,23 @@ static void parse_options(Options *o, int argc, char **argv) {
     if (o->total_batch == 0) o->total_batch = o->batch;
     if (o->warmup < 0) o->warmup = o->steps / 10;
     check_options(o, given);
+}
+
+// Maps a file of llm.c's into memory, where it stays until the program ends: 256 int32 (magic,
+// version 1, a count), then uint16. *bytes gets its size.
+static const int32_t *map_file(const char *path, const char *kind, int magic, size_t *bytes) {
+    struct stat info;
+    int file = open(path, O_RDONLY);
+    if (file < 0 || fstat(file, &info) != 0) die("cannot open %s: %s", path, strerror(errno));
+    *bytes = (size_t)info.st_size;
+    if (*bytes < 1024) die("%s is no %s file: it is shorter than a header", path, kind);
+    const int32_t *header = (const int32_t *)mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, file, 0);
+    if (header == MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
+    close(file);
+    if (header[0] != magic || header[1] != 1)
+        die("%s is no %s file of version 1 (magic %d, version %d)", path, kind, header[0],
+            header[1]);
+    return header;
 }
 
 // Opens OUT/name. A run that goes on from start_step keeps the lines up to that step, a new one
