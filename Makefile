@@ -137,7 +137,7 @@ help:
 	@echo "make bench-cuda         its speed on a GPU"
 	@echo "make train_gpas_cuda_on_cpu    the GPU's program on the CPU, slowly"
 	@echo "make test-cuda-on-cpu   the kernels' checks on the CPU, with every memory access checked"
-	@echo "make assignment   a hand-out with layers left to write: LAYERS=\"gpas rope\", CUDA=1, OUT=dir"
+	@echo "make assignment   a hand-out, layers left to write: LAYERS=\"gpas rope\" CUDA=1 OUT=folder"
 	@echo "make grade        grades the layers, in a hand-out or here; JSON=1 for a gradebook"
 	@echo "make sanitize     the same checks under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make reference    computes dev/reference.safetensors again, byte for byte the same"
