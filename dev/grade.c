@@ -412,7 +412,9 @@ static int quantity_factor(const Result *r, const double *x, const double *y, in
                         z[i] = y[i] * power_of(r->quantities[p].values[i], a) *
                                power_of(r->quantities[q].values[i], b);
                     double k = pass == 2 ? ratio(r, x, z, where) : 1;
-                    if (pass == 2 && (r->n == 1 || fabs(k) < 1e-4)) continue;
+                    if (pass == 2 && (r->n == 1 || !isfinite(k) || fabs(k) < 1e-4 ||
+                                      equals(r, z, y, ratio(r, z, y, where), where)))
+                        continue;
                     int sign = equals(r, x, z, k, where) ? 1 : -1;
                     if (sign < 0 && !equals(r, x, z, -k, where)) continue;
                     describe_power(one, r->quantities[p].text, a);
@@ -629,10 +631,14 @@ static void report(Result *r, const char *extra) {
     }
     if (nans)
         sprintf(hint, "%zu of %zu elements are NaN or infinite: a read outside of an input (there "
-                "is NaN behind each), an exponential that overflows, or a division by 0%s%s", nans,
+                "is NaN behind each), an exponential that overflows, a log or root of a negative "
+                "number, or a division by 0%s%s", nans,
                 r->n, extra ? "; " : "", extra ? extra : "");
     else if (extra) snprintf(hint, sizeof hint, "%s", extra);
     else sprintf(hint, "wrong values");
+    if (r->rows > 1 && strstr(places, r->row) && !memchr(r->is_wrong, 1, r->columns))
+        sprintf(hint + strlen(hint), "; %s 0 is right, later ones are not: does each begin at the "
+                "right place, and is all that belongs to a %s taken from it?", r->row, r->row);
     wrong(r->name, "%s%s%s%s; element %zu is %.6g, should be %.6g", hint, where, places, end, at,
           (double)r->got[at], r->expected[at] + (r->adds ? before(r->got)[at] : 0));
 }
@@ -719,7 +725,7 @@ static number gate_function(number g, int act) {
 }
 
 enum { GPAS_HOLDS = 1, GPAS_PLAIN, GPAS_PLUS, GPAS_RAW, GPAS_SIGMOID, GPAS_OFF, GPAS_ONLY,
-       GPAS_LEAK, GPAS_NEGATIVE, GPAS_INSIDE };
+       GPAS_LEAK, GPAS_NEGATIVE, GPAS_INSIDE, GPAS_MINUS };
 static const Mistake gpas_mistakes[] = {
     {GPAS_HOLDS, BACKWARD, "dinp is dout, unscaled: the derivative does not look into sg(x)"},
     {GPAS_PLAIN, BACKWARD, "scaled by 1 - a(g): with the stop-gradient (stop_grad 1) dinp must be "
@@ -731,6 +737,7 @@ static const Mistake gpas_mistakes[] = {
     {GPAS_ONLY, BOTH, "this is a(g) x; it must be x - a(g) x"},
     {GPAS_NEGATIVE, BOTH, "a(-g) in place of a(g): the sign of the gate in its activation"},
     {GPAS_INSIDE, BOTH, "the sign inside of the sigmoid of SiLU: a = g / (1 + e^-g)"},
+    {GPAS_MINUS, BOTH, "a sign in the sigmoid of SiLU: a = g / (1 + e^-g)"},
     {GPAS_LEAK, BOTH, "leaky ReLU has the slope 0.01 for g < 0"},
     {0, 0, NULL}};
 
@@ -741,6 +748,7 @@ static void gpas(number *out, number *const *in, const Case *c, int wrong) {
     if (wrong == GPAS_RAW) a = g;
     if (wrong == GPAS_NEGATIVE) a = gate_function(-g, c->act);
     if (wrong == GPAS_INSIDE) a = g * logistic(-g);
+    if (wrong == GPAS_MINUS) a = g / (1 - cexp(-g));
     if (wrong == GPAS_SIGMOID) a = logistic(g);
     if (wrong == GPAS_LEAK) a = creal(g) > 0 ? g : 0.1 * g;
     for (size_t i = 0; i < c->size[0]; i++) {
@@ -1201,7 +1209,8 @@ static void check_rmsnorm_backward(void) {
 
 enum { ROPE_BACK = 1, ROPE_SWAPPED, ROPE_VALUES, ROPE_QUERIES, ROPE_KEYS, ROPE_NEXT, ROPE_BEFORE,
        ROPE_ROW, ROPE_HALVES, ROPE_ALIASED, ROPE_FIRST_PLUS, ROPE_SECOND_MINUS, ROPE_COSINE_MINUS,
-       ROPE_HEAD, ROPE_ONE_HEAD, ROPE_NO_SINE, ROPE_STILL, ROPE_ANGLE, ROPE_OTHER };
+       ROPE_HEAD, ROPE_ONE_HEAD, ROPE_NO_SINE, ROPE_STILL, ROPE_ANGLE, ROPE_OTHER,
+       ROPE_TWICE };
 static const Mistake rope_mistakes[] = {
     {ROPE_BACK, FORWARD, "turned the wrong way: the sign of the sine"},
     {ROPE_BACK, BACKWARD, "turned the same way as in the forward pass; dx = R^T dy goes the other "
@@ -1224,6 +1233,7 @@ static const Mistake rope_mistakes[] = {
     {ROPE_ONE_HEAD, BOTH, "only the first head is turned"},
     {ROPE_NO_SINE, BOTH, "the sines are missing"},
     {ROPE_STILL, BOTH, "nothing is turned"},
+    {ROPE_TWICE, BOTH, "both results are written to the first of the pair"},
     {ROPE_OTHER, BOTH, "the second of the pair is read one place too far"},
     {ROPE_ANGLE, BOTH, "all pairs turn by the angle of the first pair"},
     {0, 0, NULL}};
@@ -1237,6 +1247,7 @@ static void rope_pair(number *y, const number *x, int second, double angle, int 
     if (wrong == ROPE_ALIASED) x0 = y[0];
     y[second] = (wrong == ROPE_SECOND_MINUS ? -x0 : x0) * s +
                 (wrong == ROPE_COSINE_MINUS ? -x1 : x1) * c;
+    if (wrong == ROPE_TWICE) y[0] = y[second], y[second] = x1;
 }
 
 static void rope(number *out, number *const *in, const Case *c, int wrong) {
@@ -1657,6 +1668,11 @@ static Case attention_case(int k, int with_lse) {
     return c;
 }
 
+static const char several_heads[] =
+    "one head of one sequence is right: look at where a head begins in qkv and out, at the order "
+    "(B,NH,T) of lse, and whether hs is meant where C stands";
+static const char at_large_scores[] =
+    "only large scores go wrong: is the largest one subtracted before the exponential?";
 static const char across_blocks[] =
     "shorter sequences are right: look at what happens from one block to the next (where a block "
     "begins, the correction of what has been summed, whether a product adds or writes)";
@@ -1675,16 +1691,16 @@ static void check_attention_forward(void) {
         double *right = evaluate(attention, &c, 0);
         Result r = result_of("out", y, right, 0, c.B * c.T, c.C, "row", "channel");
         Result s = result_of("lse", lse, right + n, 0, c.B * c.NH, c.T, "head", "position");
+        const char *about = bad ? NULL : k == 6 ? across_blocks : k == 5 ? at_large_scores
+                            : k == 2 || k == 3 ? several_heads : NULL;
         r.tolerance = s.tolerance = k == 5 ? 5e-4 : 1e-4;
         if (compare(&r)) {
             if (k < 6) forward_mistakes(&r, attention, &c, 0, attention_mistakes);
-            report(&r, k == 6 && !bad ? across_blocks : k == 5 && !bad ? "only large scores go "
-                   "wrong: is the largest score subtracted before the exponential?" : NULL);
+            report(&r, about);
         }
         if (compare(&s)) {
             if (k < 6) forward_mistakes(&s, attention, &c, n, attention_mistakes);
-            report(&s, k == 6 && !bad ? across_blocks : k == 5 && !bad ? "only large scores go "
-                   "wrong: is the largest score subtracted before the exponential?" : NULL);
+            report(&s, about);
         }
         bad = bad || r.num_wrong || s.num_wrong;
     }
@@ -1784,7 +1800,7 @@ static void one_key_hints(Result *r, const Case *c, const double *lse) {
     add_quantity(r, "e^(score - score / sqrt(hs)) (P is made of scores without their scale)", up);
 }
 
-static void check_attention_small(int k) {
+static void check_attention_small(int k, int bad) {
     Case c = attention_case(k, 0), d = attention_case(k, 1);
     size_t n = c.out_size;
     d.in[0] = c.in[0];
@@ -1811,7 +1827,7 @@ static void check_attention_small(int k) {
                           ATTENTION_HELD, "P dP, and all of dv", "P delta, with delta_t = sum_s "
                           "P_ts dP_ts, from the sum of the softmax");
     }
-    report(&r, future);
+    report(&r, future ? future : (k == 2 || k == 3) && !bad ? several_heads : NULL);
 }
 
 // Several blocks: a sample of the elements, the gradient of one at a time.
@@ -1849,7 +1865,7 @@ static void check_attention_large(int bad) {
 }
 
 static void check_attention_backward(void) {
-    for (int k = 0; k < 6; k++) check_attention_small(k);
+    for (int k = 0; k < 6; k++) check_attention_small(k, num_complaints > 0);
     check_attention_large(num_complaints > 0);
 }
 
@@ -1857,7 +1873,8 @@ static void check_attention_backward(void) {
 
 enum { CROSS_HELD = 1, CROSS_SIGN, CROSS_NO_TARGET, CROSS_NO_LSE, CROSS_LAST, CROSS_FIRST,
        CROSS_MEAN, CROSS_LOG2, CROSS_NEXT, CROSS_BEFORE, CROSS_ONE, CROSS_NO_LOG, CROSS_NO_MAX,
-       CROSS_PLUS, CROSS_NOT_EXP, CROSS_MINUS, CROSS_ONLY_MAX, CROSS_MAX_TWICE };
+       CROSS_PLUS, CROSS_NOT_EXP, CROSS_MINUS, CROSS_ONLY_MAX, CROSS_MAX_TWICE,
+       CROSS_ROW };
 static const Mistake cross_mistakes[] = {
     {CROSS_SIGN, 3, "the sign: loss = lse - logit of the target"},
     {CROSS_PLUS, 1, "the sign: the logit of the target is added; it must be subtracted from lse"},
@@ -1872,6 +1889,7 @@ static const Mistake cross_mistakes[] = {
     {CROSS_LOG2, 1, "log to the base 2 or 10 in place of the natural log"},
     {CROSS_NEXT, 3, "the logit after the target's: off by one"},
     {CROSS_BEFORE, 3, "the logit before the target's: off by one"},
+    {CROSS_ROW, 3, "logit n of row n in place of logit targets[n]"},
     {CROSS_ONE, 3, "targets[0] is used for every row"},
     {CROSS_NO_LOG, 1, "the log is missing: lse = largest + log(sum)"},
     {CROSS_MAX_TWICE, 1, "the largest logit is not subtracted before the exponential (but added "
@@ -1905,6 +1923,7 @@ static void crossentropy(number *out, number *const *in, const Case *c, int wron
     for (int n = 0; n < N; n++) {
         const number *x = in[0] + n * V;
         int target = c->tokens[wrong == CROSS_ONE ? 0 : n];
+        if (wrong == CROSS_ROW) target = n % V;
         if (wrong == CROSS_NEXT) target = (target + 1) % V;
         if (wrong == CROSS_BEFORE) target = (target + V - 1) % V;
         number lse = cross_lse(x, c, wrong), logit = x[target];
@@ -1995,7 +2014,8 @@ enum { ADAM_NO_BIAS_M = 1, ADAM_NO_BIAS_V, ADAM_NO_BIAS, ADAM_EPS_INSIDE, ADAM_N
        ADAM_BETAS, ADAM_NO_ROOT, ADAM_NO_SQUARE, ADAM_WHOLE_G, ADAM_CLIP_ONCE, ADAM_DECAY_NO_LR,
        ADAM_BIAS_TIMES, ADAM_GRADIENT, ADAM_BETA_M, ADAM_BETA_V, ADAM_OLD, ADAM_MINUS,
        ADAM_BIAS_SWAPPED, ADAM_NO_OLD, ADAM_UP, ADAM_M_BEFORE, ADAM_V_BEFORE,
-       ADAM_M_BETA2, ADAM_V_BETA1 };
+       ADAM_M_BETA2, ADAM_V_BETA1, ADAM_KEEP_OTHER, ADAM_NO_LR, ADAM_NO_LR_AT_ALL,
+       ADAM_DECAY_CONSTANT };
 static const Mistake adam_mistakes[] = {
     {ADAM_NO_BIAS_M, 4, "mhat = m / (1 - beta1^t): m is used without its correction"},
     {ADAM_NO_BIAS_V, 4, "vhat = v / (1 - beta2^t): v is used without its correction"},
@@ -2009,6 +2029,11 @@ static const Mistake adam_mistakes[] = {
     {ADAM_DECAY_GROWS, 4, "the sign of the weight decay is wrong"},
     {ADAM_DECAY_NO_LR, 4, "the weight decay is not multiplied by lr"},
     {ADAM_ASCENT, 4, "the sign: p must go down the gradient (p -= ...)"},
+    {ADAM_NO_LR, 4, "the step is not multiplied by lr"},
+    {ADAM_NO_LR_AT_ALL, 4, "lr is missing"},
+    {ADAM_DECAY_CONSTANT, 4, "the decay must be proportional to p: weight_decay * p"},
+    {ADAM_KEEP_OTHER, 1, "the old m is multiplied by beta1, not by beta2"},
+    {ADAM_KEEP_OTHER, 2, "the old v is multiplied by beta2, not by beta1"},
     {ADAM_UP, 4, "the sign: p must go down the gradient, and decay (p -= ...)"},
     {ADAM_NO_CLIP, 7, "grad_scale is not used"},
     {ADAM_STEP_BEFORE, 4, "the step in beta^t is off by one: t - 1"},
@@ -2042,8 +2067,10 @@ static void adam_element(double *p, double *m, double *v, double grad, const Ada
     double to_m = wrong == ADAM_WHOLE_G ? 1 : wrong == ADAM_BETA_V ? 1 - b2 : 1 - b1;
     double to_v = wrong == ADAM_WHOLE_G ? 1 : wrong == ADAM_BETA_M ? 1 - b1 : 1 - b2;
     double keep = wrong == ADAM_NO_OLD ? 0 : 1, sign = wrong == ADAM_MINUS ? -1 : 1;
-    *m = keep * *m * (wrong == ADAM_OLD ? 1 : b1) + sign * to_m * g;
-    *v = keep * *v * (wrong == ADAM_OLD ? 1 : b2) + sign * to_v * g2;
+    double of_m = wrong == ADAM_OLD ? 1 : wrong == ADAM_KEEP_OTHER ? b2 : b1;
+    double of_v = wrong == ADAM_OLD ? 1 : wrong == ADAM_KEEP_OTHER ? b1 : b2;
+    *m = keep * of_m * *m + sign * to_m * g;
+    *v = keep * of_v * *v + sign * to_v * g2;
     double cm = 1 - pow(wrong == ADAM_M_BETA2 ? b2 : b1, t - (wrong == ADAM_M_BEFORE));
     double cv = 1 - pow(wrong == ADAM_V_BETA1 ? b1 : b2, t - (wrong == ADAM_V_BEFORE));
     if (wrong == ADAM_NO_BIAS || wrong == ADAM_NO_BIAS_M) cm = 1;
@@ -2056,9 +2083,10 @@ static void adam_element(double *p, double *m, double *v, double grad, const Ada
     double step = mhat / (root + (wrong == ADAM_EPS_INSIDE || wrong == ADAM_NO_EPS ? 0 : a->eps));
     if (wrong == ADAM_NO_DECAY) decay = 0;
     if (wrong == ADAM_DECAY_GROWS) decay = -decay;
-    double before_step = *p;
+    double before_step = wrong == ADAM_DECAY_CONSTANT ? 1 : *p;
     if (wrong == ADAM_UP) lr = -lr;
-    *p -= (wrong == ADAM_ASCENT ? -lr : lr) * step;
+    if (wrong == ADAM_NO_LR_AT_ALL) lr = 1;
+    *p -= (wrong == ADAM_ASCENT ? -lr : wrong == ADAM_NO_LR ? 1 : lr) * step;
     *p -= (wrong == ADAM_DECAY_NO_LR ? 1 : lr) * decay * before_step;
 }
 
