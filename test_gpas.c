@@ -1079,8 +1079,8 @@ static void test_program(void) {
 }
 
 #define STOPPED \
-    "--data %s --out %s/stop --layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 "\
-    "--val-every 5 --steps 1000 --sample-every 300 --length 30 "
+    "--data %s --out %s/stop --layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 "\
+    "--batch 2 --val-every 5 --steps 1000 --sample-every 300 --length 30 "
 
 // A run that is told to stop ends its step, saves, and goes on as if it had not stopped.
 static void test_stop(void) {

@@ -604,8 +604,8 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 //   dS_ts = scale P_ts (dP_ts - sum_r P_tr dP_tr)       (the derivative of softmax)
 //   and that last sum needs no row of P: dP_tr = do_t . v_r, so it is do_t . (sum_r P_tr v_r),
 //   that is do_t . o_t, called delta_t.
-// p: S in, P out; ds: dP in, dS out, both (queries,NR), a column for each key; lse, delta (queries).
-// Key j stands after query i where j > i + diagonal.
+// p: S in, P out; ds: dP in, dS out, both (queries,NR), a column for each key; lse, delta
+// (queries). Key j stands after query i where j > i + diagonal.
 static void softmax_block_backward(float *p, float *ds, const float *lse, const float *delta,
                                    int queries, int diagonal, float scale) {
     for (int i = 0; i < imin(queries, NR - diagonal); i++)

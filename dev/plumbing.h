@@ -384,7 +384,8 @@ static void end_line(const Options *o, FILE *file, long begin, const char *name)
     if (fflush(file) == 0) return;
     int error = errno, cut = ftruncate(fileno(file), begin);
     close(fileno(file));  // or exit() would try once more
-    die("cannot write %s/%s: %s%s", o->out, name, strerror(error), cut ? "; its last line is not whole" : "");
+    die("cannot write %s/%s: %s%s", o->out, name, strerror(error),
+        cut ? "; its last line is not whole" : "");
 }
 
 // Cuts off the stories that OUT/samples.txt has from after start_step.
