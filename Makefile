@@ -20,6 +20,10 @@ run: train_gpas data/toy/tokenizer.bin
 	./train_gpas --norm pre --gpas on --out out/pre_gpas
 	@$(PYTHON) dev/compare.py out/pre out/pre_gpas
 
+# What GPAS does, in pictures: docs/figures.md. Needs matplotlib. Interrupted, it goes on.
+figures: train_gpas data/toy/tokenizer.bin
+	$(PYTHON) dev/figures.py
+
 test_gpas: test_gpas.c $(SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm
 
@@ -39,7 +43,8 @@ endif
 test: train_gpas test_gpas test_gpas_double $(CUDA_ON_CPU)
 	@sh dev/run_tests.sh ./test_gpas ./test_gpas_double "$(PYTHON) dev/test_prepro.py" \
 	    "$(PYTHON) dev/test_export.py" "$(PYTHON) dev/reference.py --check" \
-	    "$(PYTHON) dev/test_assignment.py" $(CUDA_ON_CPU_TESTS)
+	    "$(PYTHON) dev/test_assignment.py" "$(PYTHON) dev/test_figures.py" \
+	    $(CUDA_ON_CPU_TESTS)
 
 # ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
 
@@ -142,6 +147,7 @@ clean:
 help:
 	@echo "make              builds train_gpas; then: ./train_gpas --help"
 	@echo "make run          trains without and with GPAS and compares"
+	@echo "make figures      runs dev/experiments.tsv and draws docs/figures; needs matplotlib"
 	@echo "make test         all checks, kernels on the CPU included; needs gcc, g++, make, python3"
 	@echo "make train_gpas_cuda    the same training on a GPU; needs the CUDA Toolkit"
 	@echo "make test-cuda          its checks on a GPU"
@@ -156,5 +162,5 @@ help:
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler (make clean first)"
 
-.PHONY: run test assignment grade sanitize bench reference clean help
+.PHONY: run figures test assignment grade sanitize bench reference clean help
 .PHONY: test-cuda bench-cuda test-cuda-on-cpu

@@ -2,7 +2,7 @@
 """
 The experiments of dev/experiments.tsv: runs what is missing, then draws what they show.
 
-    python3 dev/figures.py                # everything; needs matplotlib
+    make figures                          # everything; needs matplotlib
     python3 dev/figures.py --run-only     # train, draw nothing
     python3 dev/figures.py --draw-only    # draw from the logs that are there
 
@@ -46,6 +46,9 @@ class Experiment:
         return os.path.join(self.out, self.name, f"seed-{seed}")
 
     def steps(self):
+        """Its last step. The table says it, or it could not be known when a run is complete."""
+        if "--steps" not in self.options[:-1]:
+            fail(f"{self.name} has no --steps")
         return int(self.options[self.options.index("--steps") + 1])
 
 
@@ -65,9 +68,13 @@ def read_table(path, out):
         if name == "common":
             common = shlex.split(options)
         elif name == "seeds":
+            if not all(seed.isdigit() for seed in options.split()):
+                fail(f"{path}, line {at}: expected whole numbers")
             seeds = [int(seed) for seed in options.split()]
         else:
             experiments.append(Experiment(name, common + shlex.split(options), out))
+    for e in experiments:
+        e.steps()
     if not experiments or not seeds:
         fail(f"{path} names no experiments or no seeds")
     names = [e.name for e in experiments]
@@ -114,8 +121,6 @@ def run_all(experiments, seeds, program, folders):
     total, begin, seconds = len(experiments) * len(seeds), time.time(), []
     print(f"{total - len(jobs)} of {total} runs are there, {len(jobs)} to go", flush=True)
     for number, (experiment, seed) in enumerate(jobs):
-        if experiment.data not in folders:
-            fail(f"{experiment.name}: no folder for data {experiment.data!r}")
         start = time.time()
         train(experiment, seed, program, folders)
         seconds.append(time.time() - start)
@@ -324,13 +329,18 @@ def draw_schemes(plt, results, data):
     return figure
 
 
-def draw_all(results, folder):
+def load_matplotlib():
     try:
         import matplotlib
         matplotlib.use("svg")
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot
+        return matplotlib
     except ImportError:
         fail("matplotlib draws the figures: pip install matplotlib (or --run-only)")
+
+
+def draw_all(matplotlib, results, folder):
+    plt = matplotlib.pyplot
     matplotlib.rcParams.update({"font.size": 9, "svg.fonttype": "path", "axes.edgecolor": "#6b7280",
                                 "svg.hashsalt": "gpas", "figure.facecolor": "#ffffff"})
     os.makedirs(folder, exist_ok=True)
@@ -353,21 +363,30 @@ def main():
     parser.add_argument("--out", default="out/figures", help="folder of the runs")
     parser.add_argument("--figures", default="docs/figures", help="folder of the figures")
     parser.add_argument("--program", default="./train_gpas")
+    parser.add_argument("--toy", default="data/toy", help="folder of toy stories")
     parser.add_argument("--real", default="data/real", help="folder of real stories")
     parser.add_argument("--only", default="", help="only experiments whose name matches this")
     parser.add_argument("--run-only", action="store_true")
     parser.add_argument("--draw-only", action="store_true")
     o = parser.parse_args()
     experiments, seeds = read_table(o.table, o.out)
+    folders = {"toy": o.toy, "real": o.real}
+    for e in experiments:
+        if e.data not in folders:
+            fail(f"{o.table}: {e.name} is on {e.data!r}, not on one of {', '.join(folders)}")
     experiments = [e for e in experiments if re.search(o.only, e.name)]
+    if not os.path.exists(os.path.join(o.real, "tokenizer.bin")):
+        print(f"{o.real} has no tokenizer.bin: the experiments on real stories are left out")
+        experiments = [e for e in experiments if e.data != "real"]
+    matplotlib = None if o.run_only else load_matplotlib()  # before two hours are spent
     if not o.draw_only:
-        run_all(experiments, seeds, o.program, {"toy": "data/toy", "real": o.real})
+        run_all(experiments, seeds, o.program, folders)
     if o.run_only:
         return
     missing = [e.name for e in experiments for s in seeds if not complete(e, s)]
     if missing:
         fail(f"{len(missing)} runs are missing, {missing[0]} among them; draw without --draw-only")
-    draw_all([Result(e, seeds) for e in experiments], o.figures)
+    draw_all(matplotlib, [Result(e, seeds) for e in experiments], o.figures)
 
 
 if __name__ == "__main__":
