@@ -53,7 +53,7 @@ class Experiment:
 
 
 def read_table(path, out):
-    """The experiments and seeds. `common` and `seeds` are lines of their own."""
+    """The experiments and seeds. A run's own options come before those of the line `common`."""
     experiments, common, seeds = [], [], []
     try:
         lines = open(path, encoding="utf-8").read().split("\n")
@@ -72,7 +72,9 @@ def read_table(path, out):
                 fail(f"{path}, line {at}: expected whole numbers")
             seeds = [int(seed) for seed in options.split()]
         else:
-            experiments.append(Experiment(name, common + shlex.split(options), out))
+            own = shlex.split(options)
+            merged = {**dict(zip(common[::2], common[1::2])), **dict(zip(own[::2], own[1::2]))}
+            experiments.append(Experiment(name, [x for p in merged.items() for x in p], out))
     for e in experiments:
         e.steps()
     if not experiments or not seeds:
@@ -159,55 +161,64 @@ class Result:
     def final(self):
         return statistics.mean(self.losses(self.steps[-1]))
 
-    def column(self, name, step):
-        """Mean over the seeds of a column of layers.csv, by layer."""
-        rows = zip(*(layers[step] for layers in self.layers))
+    def column(self, name, steps):
+        """A column of layers.csv by layer: mean over the seeds and over these steps."""
+        rows = zip(*(layers[step] for layers in self.layers for step in steps))
         return [statistics.mean(float(r[name]) for r in layer) for layer in rows]
 
 
-def best(results, scheme, kind, data):
-    """The result with the lowest mean final loss among the learning rates tried."""
+def find(results, scheme, kind, data, lr=None):
+    """The result at a learning rate, or without one that with the lowest mean final loss."""
     found = [r for r in results if (r.experiment.scheme, r.experiment.kind, r.experiment.data) ==
-             (scheme, kind, data)]
+             (scheme, kind, data) and lr in (None, r.experiment.lr)]
     return min(found, key=Result.final) if found else None
 
 
+def pairs(results, data, lr, schemes=None):
+    """(scheme, baseline, GPAS) for every scheme that has both, at a rate or each at its best."""
+    names = schemes or dict.fromkeys(r.experiment.scheme for r in results)
+    both = [(s, find(results, s, "base", data, lr), find(results, s, "gpas", data, lr))
+            for s in names]
+    return [(s, base, gpas) for s, base, gpas in both if base and gpas]
+
+
 def steps_saved(base, gpas):
-    """The step at which the mean curve of `gpas` reaches base's final loss, and the share of the
-    steps that saves; (None, negative share not known) when it never does."""
+    """The step at which the mean curve of `gpas` first reaches base's final loss, between two
+    validations by a straight line, and the share of the steps that saves; None, None: never."""
     target, before = base.final(), None
     for step in gpas.steps:
         loss = statistics.mean(gpas.losses(step))
         if loss <= target and before:
-            share = (before[1] - target) / (before[1] - loss) if before[1] > loss else 1
-            at = before[0] + share * (step - before[0])
+            at = before[0] + (before[1] - target) / (before[1] - loss) * (step - before[0])
             return at, 1 - at / base.steps[-1]
         before = step, loss
     return None, None
 
 
-def spread(values):
-    return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+def spread(result):
+    losses = result.losses(result.steps[-1])
+    return f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
 
 
 def write_numbers(results, path):
-    """Every number that the text quotes, and the logs it is from."""
-    lines = ["Numbers of the experiments: mean over the seeds (smallest to largest).", "",
-             "| configuration | final validation loss |", "|---|---|"]
-    for r in results:
-        lines.append(f"| {r.experiment.name} | {spread(r.losses(r.steps[-1]))} |")
-    lines += ["", "At the best learning rate of each side:", "",
-              "| scheme, data | baseline | GPAS | GPAS reaches the baseline's end at | saved |",
-              "|---|---|---|---|---|"]
-    for scheme, data in sorted({(r.experiment.scheme, r.experiment.data) for r in results}):
-        base, gpas = best(results, scheme, "base", data), best(results, scheme, "gpas", data)
-        if not base or not gpas:
-            continue
-        at, saved = steps_saved(base, gpas)
-        lines.append(f"| {scheme}, {data} | {base.final():.4f} at lr {base.experiment.lr} | "
-                     f"{gpas.final():.4f} at lr {gpas.experiment.lr} | "
-                     + (f"step {at:.0f} of {base.steps[-1]} | {saved:.0%} |" if at else
-                        "never | none |"))
+    """The numbers that the text quotes: final validation losses and the steps that GPAS saved."""
+    lines = ["# Numbers of the experiments", "",
+             "Final validation loss, nats a token: mean over the seeds (smallest to largest). "
+             "Written by `make figures` from the logs in out/figures/SCHEME.KIND.DATA.LR/seed-S.",
+             "", "| scheme, data | lr | baseline | GPAS | GPAS is there at | steps saved |",
+             "|---|---|---|---|---|---|"]
+    rates = list(dict.fromkeys(r.experiment.lr for r in results))
+    for data in dict.fromkeys(r.experiment.data for r in results):
+        for lr in rates + [None]:
+            for scheme, base, gpas in pairs(results, data, lr):
+                at, saved = steps_saved(base, gpas)
+                rate = lr or f"best of each: {base.experiment.lr}, {gpas.experiment.lr}"
+                lines.append(f"| {scheme}, {data} | {rate} | {spread(base)} | {spread(gpas)} | "
+                             + (f"step {at:.0f} of {base.steps[-1]} | {saved:.0%} |" if at else
+                                "never | none |"))
+    others = [r for r in results if r.experiment.kind not in ("base", "gpas")]
+    lines += ["", "| others | final validation loss |", "|---|---|"]
+    lines += [f"| {r.experiment.name} | {spread(r)} |" for r in others]
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
 
@@ -216,116 +227,131 @@ def write_numbers(results, path):
 # Drawing. Opaque light panels: they read the same on a light and on a dark page.
 
 BASE, GPAS, PLAIN = "#c2410c", "#1d4ed8", "#15803d"
+RATE = "1e-3"  # the paper's learning rate for its 71M network, and ours unless told otherwise
+SCHEMES = ("pre", "lns", "sandwich", "post", "deepnorm", "mix")
+SHOWN = ("pre", "sandwich", "deepnorm")
 
 
-def new_figure(plt, columns, height=3.0):
-    figure, axes = plt.subplots(1, columns, figsize=(9, height), squeeze=False,
+def new_figure(plt, rows, columns, height):
+    figure, axes = plt.subplots(rows, columns, figsize=(9, height), squeeze=False,
                                 layout="constrained")
-    for axis in axes[0]:
+    for axis in axes.flat:
         axis.grid(True, color="#e5e7eb", linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
+    return figure, axes
 
 
 def draw_curve(axis, result, color, label):
-    mean = [statistics.mean(result.losses(s)) for s in result.steps]
+    low, mean, high = zip(*((min(v), statistics.mean(v), max(v))
+                            for v in map(result.losses, result.steps)))
     axis.plot(result.steps, mean, color=color, label=f"{label}, lr {result.experiment.lr}")
-    axis.fill_between(result.steps, [min(result.losses(s)) for s in result.steps],
-                      [max(result.losses(s)) for s in result.steps], color=color, alpha=0.2,
-                      linewidth=0)
+    axis.fill_between(result.steps, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def draw_losses(plt, results, data):
-    schemes = [s for s in ("pre", "sandwich", "deepnorm") if best(results, s, "gpas", data)]
-    figure, axes = new_figure(plt, len(schemes))
-    for axis, scheme in zip(axes, schemes):
-        base, gpas = best(results, scheme, "base", data), best(results, scheme, "gpas", data)
-        draw_curve(axis, base, BASE, "baseline")
-        draw_curve(axis, gpas, GPAS, "GPAS")
-        late = [statistics.mean(r.losses(s)) for r in (base, gpas) for s in r.steps
-                if s >= base.steps[-1] / 5]
-        axis.set_ylim(min(late) - 0.05 * (max(late) - min(late)), max(late))
-        axis.set_xlim(base.steps[-1] / 5, base.steps[-1])
-        at, saved = steps_saved(base, gpas)
-        if at and saved > 0.005:
-            axis.annotate("", (at, base.final()), (base.steps[-1], base.final()),
-                          arrowprops={"arrowstyle": "->", "color": "#374151"})
-            axis.text(at, base.final(), f"{saved:.0%} fewer\nsteps ", ha="right", va="top",
-                      color="#374151")
-        axis.set_title(scheme)
+    """Validation loss by step. Above, both sides at one rate; below, each at its best."""
+    both = [pairs(results, data, lr, SHOWN) for lr in (RATE, None)]
+    if not both[0]:
+        return None
+    figure, axes = new_figure(plt, 2, len(both[0]), 5.4)
+    for row, found in zip(axes, both):
+        for axis, (scheme, base, gpas) in zip(row, found):
+            draw_curve(axis, base, BASE, "baseline")
+            draw_curve(axis, gpas, GPAS, "GPAS")
+            first, last = base.steps[-1] / 4, base.steps[-1]
+            late = [loss for r in (base, gpas) for s in r.steps if s >= first
+                    for loss in r.losses(s)]
+            axis.set_xlim(first, last)
+            axis.set_ylim(min(late) - 0.08 * (max(late) - min(late)), max(late))
+            at, saved = steps_saved(base, gpas)
+            if at and saved > 0.005:
+                axis.annotate("", (at, base.final()), (last, base.final()),
+                              arrowprops={"arrowstyle": "->", "color": "#374151"})
+                axis.text(at, base.final(), f"{saved:.0%} fewer \nsteps ", ha="right", va="top",
+                          color="#374151")
+            axis.set_title(scheme + (", one rate" if row is axes[0] else ", each at its best"))
+            axis.legend(frameon=False, loc="upper right")
+        row[0].set_ylabel("validation loss")
+    for axis in axes[1]:
         axis.set_xlabel("step")
-        axis.legend(frameon=False, loc="upper right")
-    axes[0].set_ylabel("validation loss (nats a token)")
     return figure
 
 
 def draw_variance(plt, results, data):
-    figure, axes = new_figure(plt, 2)
-    for axis, kind, title in zip(axes, ("base", "gpas"), ("pre, baseline", "pre, GPAS")):
-        r = best(results, "pre", kind, data)
+    """Variance of the residual stream after each layer: at the start, the middle, the end."""
+    found = pairs(results, data, RATE, ["pre"])
+    if not found:
+        return None
+    figure, axes = new_figure(plt, 1, 2, 3)
+    for axis, r, title in zip(axes[0], found[0][1:], ("pre, baseline", "pre, GPAS")):
         for step, color in zip((r.steps[0], r.steps[len(r.steps) // 2], r.steps[-1]),
                                ("#9ca3af", "#60a5fa", "#1e3a8a")):
-            values = r.column("mlp_variance", step)
+            values = r.column("mlp_variance", [step])
             axis.plot(range(1, len(values) + 1), values, "o-", markersize=3, color=color,
                       label=f"step {step}")
         axis.set_title(title)
         axis.set_xlabel("layer")
         axis.legend(frameon=False)
-    axes[0].set_ylabel("variance of the residual stream")
-    top = max(axis.get_ylim()[1] for axis in axes)
-    for axis in axes:
+    axes[0][0].set_ylabel("variance of the residual stream")
+    top = max(axis.get_ylim()[1] for axis in axes[0])
+    for axis in axes[0]:
         axis.set_ylim(0, top)
     return figure
 
 
 def draw_gates(plt, results, data):
-    figure, axes = new_figure(plt, 3)
-    for axis, scheme in zip(axes, ("pre", "sandwich", "deepnorm")):
-        r = best(results, scheme, "gpas", data)
+    """The gates of all layers by step."""
+    found = pairs(results, data, RATE, SHOWN)
+    if not found:
+        return None
+    figure, axes = new_figure(plt, 1, len(found), 3)
+    for axis, (scheme, _, r) in zip(axes[0], found):
         steps = sorted(r.layers[0])
-        columns = [r.column("gate", s) for s in steps]
-        colors = plt.get_cmap("viridis")
-        for layer in range(len(columns[0])):
-            axis.plot(steps, [c[layer] for c in columns], linewidth=1.2,
-                      color=colors(layer / max(1, len(columns[0]) - 1)))
+        gates = [r.column("gate", [s]) for s in steps]
+        for layer in range(len(gates[0])):
+            axis.plot(steps, [g[layer] for g in gates], linewidth=1.2,
+                      color=plt.get_cmap("viridis")(0.9 * layer / max(1, len(gates[0]) - 1)))
         axis.set_title(scheme)
         axis.set_xlabel("step")
-    axes[0].set_ylabel("gate g, dark: layer 1, light: last")
+    axes[0][0].set_ylabel("gate g; dark: layer 1,\nlight: the last")
     return figure
 
 
 def draw_gradients(plt, results, data):
-    figure, axes = new_figure(plt, 1, 3.4)
+    """Norm of each layer's gradient, mean over the second half of the training."""
+    figure, axes = new_figure(plt, 1, 1, 3.4)
     for kind, color, label in (("base", BASE, "baseline"), ("gpas", GPAS, "GPAS"),
                                ("plain", PLAIN, "without stop-gradient: a plain scale")):
-        r = best(results, "pre", kind, data)
-        steps = [s for s in sorted(r.layers[0]) if r.layers[0][s][0]["grad_norm"]]
-        values = r.column("grad_norm", steps[-1])
-        axes[0].plot(range(1, len(values) + 1), values, "o-", markersize=3, color=color,
-                     label=f"{label}, step {steps[-1]}")
-    axes[0].set_xlabel("layer")
-    axes[0].set_ylabel("norm of the layer's gradient")
-    axes[0].set_yscale("log")
-    axes[0].legend(frameon=False)
+        r = find(results, "pre", kind, data, RATE)
+        if not r:
+            return None
+        half = r.steps[-1] / 2
+        values = r.column("grad_norm", [s for s in sorted(r.layers[0]) if s > half])
+        axes[0][0].plot(range(1, len(values) + 1), values, "o-", markersize=3, color=color,
+                        label=label)
+    axes[0][0].set_xlabel("layer")
+    axes[0][0].set_ylabel("norm of the layer's gradient")
+    axes[0][0].set_ylim(bottom=0)
+    axes[0][0].legend(frameon=False)
     return figure
 
 
 def draw_schemes(plt, results, data):
-    figure, axes = new_figure(plt, 1, 3.2)
-    schemes = [s for s in ("pre", "lns", "sandwich", "post", "deepnorm", "mix")
-               if best(results, s, "gpas", data) and best(results, s, "base", data)]
-    for shift, kind, color, label in ((-0.12, "base", BASE, "baseline"),
-                                      (0.12, "gpas", GPAS, "GPAS")):
-        for x, scheme in enumerate(schemes):
-            r = best(results, scheme, kind, data)
-            values = r.losses(r.steps[-1])
-            axes[0].errorbar(x + shift, statistics.mean(values), color=color, fmt="o", capsize=4,
-                             yerr=[[statistics.mean(values) - min(values)],
-                                   [max(values) - statistics.mean(values)]],
-                             label=label if x == 0 else None)
-    axes[0].set_xticks(range(len(schemes)), schemes)
-    axes[0].set_ylabel("final validation loss")
-    axes[0].legend(frameon=False)
+    """Final losses of all schemes: mean and range over the seeds."""
+    found = pairs(results, data, RATE, SCHEMES)
+    if len(found) < 2:
+        return None
+    figure, axes = new_figure(plt, 1, 1, 3.2)
+    for side, color, label in ((1, BASE, "baseline"), (2, GPAS, "GPAS")):
+        losses = [pair[side].losses(pair[side].steps[-1]) for pair in found]
+        means = [statistics.mean(v) for v in losses]
+        axes[0][0].errorbar(
+            [x + 0.24 * (side - 1.5) for x in range(len(found))], means, color=color, fmt="o",
+            capsize=4, label=label, yerr=[[m - min(v) for m, v in zip(means, losses)],
+                                          [max(v) - m for m, v in zip(means, losses)]])
+    axes[0][0].set_xticks(range(len(found)), [pair[0] for pair in found])
+    axes[0][0].set_ylabel(f"final validation loss, lr {RATE}")
+    axes[0][0].legend(frameon=False)
     return figure
 
 
@@ -347,10 +373,9 @@ def draw_all(matplotlib, results, folder):
     for data in sorted({r.experiment.data for r in results}):
         for draw in (draw_losses, draw_variance, draw_gates, draw_gradients, draw_schemes):
             name = draw.__name__.replace("draw_", "") + ("" if data == "toy" else "-" + data)
-            try:
-                figure = draw(plt, results, data)
-            except AttributeError:
-                continue  # the table has no experiment for this figure with this data
+            figure = draw(plt, results, data)
+            if figure is None:
+                continue  # the table has no experiments for it with this data
             figure.savefig(os.path.join(folder, name + ".svg"), metadata={"Date": None})
             plt.close(figure)
             print(f"{folder}/{name}.svg")
