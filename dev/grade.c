@@ -523,7 +523,7 @@ static int explain_values(const Result *r, int where, char *hint) {
     return explain_writing(r, where, hint) ||
            (equals(r, x, y, -1, where) && sprintf(hint, "it has the wrong sign")) ||
            (where == EVERYWHERE && explain_hypotheses(r, where, 1, hint)) ||
-           (!r->adds && equals(r, x, y, 0, where) && sprintf(hint, "all zeros")) ||
+           (!r->adds && equals(r, x, y, 0, where) && sprintf(hint, "it is all zeros")) ||
            constant_factor(r, x, y, where, 1, hint) ||
            (quantities_first && quantity_factor(r, x, y, where, hint)) ||
            constant_factor(r, x, y, where, 0, hint) ||
@@ -813,7 +813,7 @@ static void reading_mistakes(Result *r, const Outcome *o, int rows, int columns)
                 (v->width == 1 && how >= LAST_COLUMN && how <= IN_LOOP))
                 continue;
             double *y = misread(v, how, other);
-            if (other) sprintf(text, "%s stands in place of %s", other->name, v->name);
+            if (other) sprintf(text, "%s is read in place of %s", other->name, v->name);
             else sprintf(text, readings[how], v->name);
             if (v->array < 3) c.in[v->array] = y;
             add_outcome(r, o, &c, v->array < 3 ? o->dout : y, text);
@@ -1472,7 +1472,7 @@ static double *rope_table(int T, int hs) {
 static void qkv_input(Case *c, double size) {
     add_input(c, 0, "qkv", c->B * c->T, 3 * c->C, size);
     c->sections = 3;
-    c->parts[0] = "the queries", c->parts[1] = "the keys", c->parts[2] = "the values";
+    c->parts[0] = "q", c->parts[1] = "k", c->parts[2] = "v";
 }
 
 static Case rope_case(int k) {
@@ -1755,7 +1755,8 @@ static void check_matmul_backward(void) {
 enum { ATTENTION_HELD = 1, ATTENTION_UNMASKED, ATTENTION_PEEK, ATTENTION_STRICT, ATTENTION_UNSCALED,
        ATTENTION_HS, ATTENTION_C, ATTENTION_UP, ATTENTION_RAW, ATTENTION_ALL, ATTENTION_QQ,
        ATTENTION_KK, ATTENTION_VK, ATTENTION_VQ, ATTENTION_Q0, ATTENTION_K0, ATTENTION_V0,
-       ATTENTION_AXIS, ATTENTION_TRANSPOSED, ATTENTION_NOT_EXP,
+       ATTENTION_AXIS, ATTENTION_TRANSPOSED, ATTENTION_NOT_EXP, ATTENTION_FUTURE, ATTENTION_MEAN,
+       ATTENTION_T, ATTENTION_GROUPED, ATTENTION_BY_HEAD, ATTENTION_VT, ATTENTION_B0,
        LSE_NO_M, LSE_NO_LOG, LSE_ONLY_M, LSE_MINUS, LSE_M_TWICE, LSE_TWO_M };  // of lse alone
 static const Mistake attention_mistakes[] = {
     {ATTENTION_UNMASKED, 3, "the causal mask is missing: it reads keys after the query (future "
@@ -1767,6 +1768,16 @@ static const Mistake attention_mistakes[] = {
     {ATTENTION_HS, 3, "the scores are scaled by 1 / hs; it must be 1 / sqrt(hs)"},
     {ATTENTION_C, 3, "the scores are scaled by 1 / sqrt(C); it must be 1 / sqrt(hs)"},
     {ATTENTION_UP, 3, "the scores are multiplied by sqrt(hs) in place of divided"},
+    {ATTENTION_FUTURE, 3, "the mask is the wrong way round: a query sees the keys from its own "
+     "position on, not those up to it"},
+    {ATTENTION_MEAN, 1, "divided by the number of keys in place of the sum of the exponentials"},
+    {ATTENTION_T, 1, "divided by T in place of the sum of the exponentials"},
+    {ATTENTION_GROUPED, 3, "two heads share keys and values, as in grouped-query attention; here "
+     "each head has its own"},
+    {ATTENTION_BY_HEAD, 3, "q, k and v are read head by head; a row holds the queries of all "
+     "heads, then all keys, then all values"},
+    {ATTENTION_B0, 3, "keys and values of the first sequence are used for every sequence"},
+    {ATTENTION_VT, 3, "the value of the query's position in place of the key's: v_t, not v_s"},
     {ATTENTION_RAW, 1, "not divided by the row's sum: the softmax is not normalized"},
     {ATTENTION_ALL, 3, "the row's sum goes over all keys, the future ones too"},
     {ATTENTION_QQ, 3, "queries are used as keys"},
@@ -1788,12 +1799,24 @@ static const Mistake attention_mistakes[] = {
     {ATTENTION_NOT_EXP, 1, "the exponential is missing"},
     {0, 0, NULL}};
 
+// Where head h of part 0, 1 or 2 (q, k, v) of a row begins.
+static const number *attention_head(number *const *in, const Case *c, int b, int t, int part, int h,
+                                    int wrong) {
+    int C = c->C, hs = C / c->NH;
+    if ((wrong == ATTENTION_Q0 && part == 0) || (wrong == ATTENTION_K0 && part == 1) ||
+        (wrong == ATTENTION_V0 && part == 2))
+        h = 0;
+    if (wrong == ATTENTION_GROUPED && part > 0) h /= 2;
+    if (wrong == ATTENTION_B0 && part > 0) b = 0;
+    return in[0] + (size_t)(b * c->T + t) * 3 * C +
+           (wrong == ATTENTION_BY_HEAD ? (3 * h + part) * hs : part * C + h * hs);
+}
+
 static number attention_score(number *const *in, const Case *c, int b, int h, int t, int s,
                               int wrong) {
-    int C = c->C, hs = C / c->NH, hq = wrong == ATTENTION_Q0 ? 0 : h, hk = wrong == ATTENTION_K0
-                                                                               ? 0 : h;
-    const number *q = in[0] + (size_t)(b * c->T + t) * 3 * C + hq * hs;
-    const number *k = in[0] + (size_t)(b * c->T + s) * 3 * C + C + hk * hs;
+    int C = c->C, hs = C / c->NH;
+    const number *q = attention_head(in, c, b, t, 0, h, wrong);
+    const number *k = attention_head(in, c, b, s, 1, h, wrong);
     number sum = 0;
     if (wrong == ATTENTION_QQ) k -= C;
     if (wrong == ATTENTION_KK) q += C;
@@ -1805,9 +1828,10 @@ static number attention_score(number *const *in, const Case *c, int b, int h, in
 
 // The keys that query t sees are those from *begin to *end - 1.
 static void attention_keys(const Case *c, int t, int wrong, int *begin, int *end) {
-    *begin = wrong == ATTENTION_TRANSPOSED ? t : 0;
+    *begin = wrong == ATTENTION_TRANSPOSED || wrong == ATTENTION_FUTURE ? t : 0;
     *end = t + 1;
-    if (wrong == ATTENTION_UNMASKED || wrong == ATTENTION_TRANSPOSED) *end = c->T;
+    if (wrong == ATTENTION_UNMASKED || wrong == ATTENTION_TRANSPOSED || wrong == ATTENTION_FUTURE)
+        *end = c->T;
     if (wrong == ATTENTION_PEEK && t + 1 < c->T) *end = t + 2;
     if (wrong == ATTENTION_STRICT) *end = t;
 }
@@ -1820,8 +1844,8 @@ static double lse_mistake(int wrong, double m, double sum, int hs) {
 
 static void attention_row(number *out, number *lse, number *const *in, const Case *c, int b, int h,
                           int t, int wrong) {
-    int C = c->C, hs = C / c->NH, begin, end, hv = wrong == ATTENTION_V0 ? 0 : h;
-    int shift = wrong == ATTENTION_VK ? C : wrong == ATTENTION_VQ ? 0 : 2 * C;
+    int hs = c->C / c->NH, begin, end;
+    int part = wrong == ATTENTION_VK ? 1 : wrong == ATTENTION_VQ ? 0 : 2;
     number *p = room(c->T, sizeof *p), sum = 0;
     double m = -1e300;
     attention_keys(c, t, wrong, &begin, &end);
@@ -1847,8 +1871,10 @@ static void attention_row(number *out, number *lse, number *const *in, const Cas
                              : attention_score(in, c, b, h, s, t, 0)) / total;
             sum = 1;
         }
-        const number *v = in[0] + (size_t)(b * c->T + s) * 3 * C + shift + hv * hs;
-        number weight = p[s] / (wrong == ATTENTION_RAW ? 1 : sum);
+        int at = wrong == ATTENTION_VT ? t : s;
+        const number *v = attention_head(in, c, b, at, part, h, wrong);
+        number weight = p[s] / (wrong == ATTENTION_RAW ? 1 : wrong == ATTENTION_MEAN ? t + 1
+                                : wrong == ATTENTION_T ? c->T : sum);
         for (int i = 0; i < hs; i++) out[i] += weight * v[i];
     }
     free(p);
@@ -1884,6 +1910,8 @@ static Case attention_case(int k, int with_lse) {
     qkv_input(&c, k == 6 ? 1.6 : 1.2);
     for (size_t i = 0; i < c.size[0] && k == 5; i++)  // large queries and keys
         if (i / c.C % 3 < 2) c.in[0][i] = (float)(c.in[0][i] * 10);
+    for (int i = 0; i < c.C && k == 5; i++)  // the first score, all that its query sees: -200
+        c.in[0][c.C + i] = (float)(-200 * sqrt(c.C) / c.C / c.in[0][i]);
     c.out_size = (size_t)c.B * c.T * c.C + (with_lse ? (size_t)c.B * c.NH * c.T : 0);
     return c;
 }
@@ -1892,7 +1920,8 @@ static const char several_heads[] =
     "one head of one sequence is right: look at where a head begins in qkv and out, at the order "
     "(B,NH,T) of lse, and whether hs is meant where C stands";
 static const char at_large_scores[] =
-    "only large scores go wrong: is the largest one subtracted before the exponential?";
+    "only large scores go wrong: is the largest one subtracted before the exponential, and found "
+    "too where all are negative?";
 static const char across_blocks[] =
     "shorter sequences are right: look at what happens from one block to the next (where a block "
     "begins, the correction of what has been summed, whether a product adds or writes)";
@@ -1916,6 +1945,12 @@ static void check_attention_forward(void) {
         r.tolerance = s.tolerance = k == 5 ? 5e-4 : 1e-4;
         if (compare(&r)) {
             if (k < 6) forward_mistakes(&r, attention, &c, 0, attention_mistakes);
+            double *by_heads = room(r.n, sizeof *by_heads);
+            for (size_t i = 0; i < n; i++) {
+                int hs = c.C / c.NH, bt = (int)(i / c.C), h = (int)(i % c.C) / hs;
+                by_heads[((bt / c.T * c.NH + h) * c.T + bt % c.T) * hs + i % hs] = right[i];
+            }
+            add_hypothesis(&r, "out is written as (B,NH,T,hs); it is (B,T,C)", by_heads);
             report(&r, about);
         }
         if (compare(&s)) {
@@ -1926,14 +1961,12 @@ static void check_attention_forward(void) {
     }
 }
 
-// sum_s M_ts x_s, or with `transposed` sum_t M_ts x_t, for each head, times factor: x is a part of
-// qkv (0 q, 1 k, 2 v) or dout (3). The result lies in part `to` of an array like qkv; the rest is
-// what was expected.
-static double *mixed(const Result *r, const Case *c, const double *M, int transposed, int part,
-                     int to, const double *dout, double factor) {
+// sum_s M_ts x_s, or with `transposed` sum_t M_ts x_t, for each head: x is a part of qkv (0 q, 1 k,
+// 2 v), dout (3) or out (4). The result goes to part `to` of z, which is like qkv.
+static void mix(double *z, const Case *c, const double *M, int transposed, int part, int to,
+                const double *dout, const double *out) {
     int T = c->T, C = c->C, hs = C / c->NH;
-    double *z = room(r->n, sizeof *z);
-    memcpy(z, r->expected, r->n * sizeof *z);
+    const double *x = part == 4 ? out : dout;
     for (int b = 0; b < c->B; b++)
         for (int t = 0; t < T; t++)
             for (int i = 0; i < C; i++) {
@@ -1941,23 +1974,89 @@ static double *mixed(const Result *r, const Case *c, const double *M, int transp
                 double sum = 0;
                 for (int s = 0; s < T; s++)
                     sum += m[transposed ? s * T + t : t * T + s] *
-                           (part == 3 ? dout[(b * T + s) * C + i]
+                           (part >= 3 ? x[(b * T + s) * C + i]
                                       : c->in[0][(b * T + s) * 3 * C + part * C + i]);
-                z[(b * T + t) * 3 * C + to * C + i] = factor * sum;
+                z[(b * T + t) * 3 * C + to * C + i] = sum;
             }
-    return z;
 }
 
 // Products with the wrong one of the two neighbours, or the wrong side of the matrix.
-static void attention_products(Result *r, const Case *c, const double *dout) {
-    static const char *const names[] = {"q", "k", "v", "dout"}, *const to[] = {"dq", "dk", "dv"};
+static void wrong_products(Result *r, const Case *c, const double *dS, const double *P,
+                           const double *dout, const double *out) {
+    static const char *const names[] = {"q", "k", "v", "dout", "out"};
+    static const char *const to[] = {"dq", "dk", "dv"};
+    static const int partners[] = {1, 0, 3};
+    for (int k = 0; k < 3 * 2 * 2 * 5; k++) {
+        int gradient = k / 20, which = k / 10 % 2, transposed = k / 5 % 2, part = k % 5;
+        const char *name = which ? "P" : "dS";
+        char *text = room(300, 1);
+        double *z = room(r->n, sizeof *z);
+        memcpy(z, r->expected, r->n * sizeof *z);
+        mix(z, c, which ? P : dS, transposed, part, gradient, dout, out);
+        if (part == partners[gradient] && which == (gradient == 2))
+            sprintf(text, "the indices of %s are transposed in the sum for %s", name, to[gradient]);
+        else
+            sprintf(text, "%s is a product of the wrong things: this is %s%s times %s",
+                    to[gradient], name, transposed ? " transposed" : "", names[part]);
+        add_hypothesis(r, text, z);
+    }
+}
+
+// All scores; and out from in[1] (B,NH,T,T) in place of P.
+static void all_scores(number *out, number *const *in, const Case *c, int wrong) {
+    for (int i = 0; i < (int)c->out_size; i++) {
+        int s = i % c->T, t = i / c->T % c->T, head = i / c->T / c->T;
+        out[i] = attention_score(in, c, head / c->NH, head % c->NH, t, s, wrong);
+    }
+}
+
+static void all_values(number *out, number *const *in, const Case *c, int wrong) {
+    int hs = c->C / c->NH;
+    for (int i = 0; i < (int)c->out_size; i++) {
+        int t = i / c->C % c->T, b = i / c->C / c->T, h = i % c->C / hs;
+        out[i] = 0;
+        for (int s = 0; s < c->T; s++)
+            out[i] += in[1][((b * c->NH + h) * c->T + t) * c->T + s] *
+                      attention_head(in, c, b, s, 2, h, wrong)[i % hs];
+    }
+}
+
+// All three gradients from a dS or a P with something wrong in it.
+static void wrong_matrices(Result *r, const Case *c, const double *dS, const double *held,
+                           double *P, const double *dout) {
+    enum { NO_P, DIAGONAL_ONLY, NO_DIAGONAL, LAST_KEY, KINDS };
+    static const char *const texts[] = {
+        "the factor P is missing in the gradient of the scores",
+        "the softmax's derivative is more than P (1 - P): a score acts on every P of its row",
+        "the mask is off by one: a query must see the key at its own position",
+        "only a query's last key counts: is dq set (=) in the loop instead of added (+=)?"};
     size_t cells = (size_t)c->B * c->NH * c->T * c->T;
+    for (int kind = 0; kind < KINDS; kind++) {
+        double *S = room(cells, sizeof *S), *Q = room(cells, sizeof *Q);
+        Case scores = *c, values = *c;
+        for (size_t i = 0; i < cells; i++) {
+            int diagonal = i % c->T == i / c->T % c->T;
+            S[i] = kind == NO_P ? (P[i] > 0 ? dS[i] / P[i] : 0) : kind == DIAGONAL_ONLY
+                   ? held[i] * (1 - P[i]) : (kind == LAST_KEY) == diagonal ? dS[i] : 0;
+            Q[i] = kind == NO_DIAGONAL && diagonal ? 0 : P[i];
+        }
+        scores.out_size = cells, values.in[1] = Q, values.size[1] = cells;
+        double *z = differentiate(all_scores, &scores, 0, S, 0);
+        double *v = differentiate(all_values, &values, 0, dout, 0);
+        for (int i = 0; i < (int)r->n; i++)
+            z[i] = kind == LAST_KEY && i % r->columns >= c->C ? r->expected[i] : z[i] + v[i];
+        add_hypothesis(r, texts[kind], z);
+    }
+}
+
+static void attention_products(Result *r, const Case *c, const double *dout, const double *out,
+                               const double *lse) {
+    size_t cells = (size_t)c->B * c->NH * c->T * c->T;
+    double *P = room(cells, sizeof *P), scale = 1 / sqrt(c->C / c->NH), *e = room(r->n, sizeof *e);
     Case d = *c;
     d.in[1] = repeated(0, cells), d.size[1] = cells;
-    double *dS = differentiate(attention, &d, 1, dout, 0), scale = 1 / sqrt(c->C / c->NH);
-    double *P = room(cells, sizeof *P), *lse;
-    d = *c, d.out_size += (size_t)c->B * c->NH * c->T;
-    lse = evaluate(attention, &d, 0) + c->out_size;
+    double *dS = differentiate(attention, &d, 1, dout, 0);
+    double *held = differentiate(attention, &d, 1, dout, ATTENTION_HELD);
     number *in[3] = {room(c->size[0], sizeof(number)), NULL, NULL};
     for (size_t i = 0; i < c->size[0]; i++) in[0][i] = c->in[0][i];
     for (size_t i = 0; i < cells; i++) {
@@ -1966,23 +2065,14 @@ static void attention_products(Result *r, const Case *c, const double *dout) {
             P[i] = exp(creal(attention_score(in, c, head / c->NH, head % c->NH, t, s, 0)) -
                        lse[head * c->T + t]);
     }
-    for (int gradient = 0; gradient < 3; gradient++)
-        for (int which = 0; which < 2; which++)
-            for (int transposed = 0; transposed < 2; transposed++)
-                for (int part = 0; part < 4; part++) {
-                    char *text = room(300, 1);
-                    double *z = mixed(r, c, which ? P : dS, transposed, part, gradient, dout,
-                                      which ? 1 : scale);
-                    int partner = part == (gradient == 0 ? 1 : gradient == 1 ? 0 : 3);
-                    if (partner && which == (gradient == 2))
-                        sprintf(text, "the indices of %s are transposed in the sum for %s",
-                                which ? "P" : "dS", to[gradient]);
-                    else
-                        sprintf(text, "%s is a product of the wrong things: this is %s%s times %s",
-                                to[gradient], which ? "P" : "dS", transposed ? " transposed" : "",
-                                names[part]);
-                    add_hypothesis(r, text, z);
-                }
+    wrong_matrices(r, c, dS, held, P, dout);
+    for (size_t i = 0; i < cells; i++) dS[i] *= scale;
+    wrong_products(r, c, dS, P, dout, out);
+    for (size_t i = 0; i < r->n; i++) {
+        int bt = (int)(i / r->columns), h = (int)(i % c->C) / (c->C / c->NH);
+        e[i] = exp(lse[(bt / c->T * c->NH + h) * c->T + bt % c->T]);
+    }
+    add_quantity(r, "e^lse (P = e^(S - lse))", e);
 }
 
 // Does the gradient read the future? Changes all that comes after position t, but for the softmax
@@ -2009,16 +2099,18 @@ static const char *reads_future(const Case *c, const double *dout, const double 
 
 // P without the subtraction of lse and the like show where there is but one key: P must be 1.
 static void one_key_hints(Result *r, const Case *c, const double *lse) {
-    double *P = room(r->n, sizeof *P), *up = room(r->n, sizeof *up);
+    double *P = room(r->n, sizeof *P), *up = room(r->n, sizeof *up), *hs = room(r->n, sizeof *hs);
     for (size_t i = 0; i < r->n; i++) {
         int h = (int)(i % c->C / (c->C / c->NH));
-        P[i] = exp(lse[h]), up[i] = exp(lse[h] * (sqrt(c->C / c->NH) - 1));
+        double root = sqrt(c->C / c->NH);
+        P[i] = exp(lse[h]), up[i] = exp(lse[h] * (root - 1)), hs[i] = exp(lse[h] * (1 / root - 1));
     }
     double *unseen = room(r->n, sizeof *unseen);  // a mask without the diagonal: all 0
     add_hypothesis(r, "the mask is off by one: a query must see the key at its own position",
                    unseen);
     add_quantity(r, "e^lse (P = e^(S - lse))", P);
     add_quantity(r, "e^(score - score / sqrt(hs)) (P is made of scores without their scale)", up);
+    add_quantity(r, "e^(S / sqrt(hs) - S) (P is made of scores divided by hs)", hs);
 }
 
 static void check_attention_small(int k, int bad) {
@@ -2043,7 +2135,7 @@ static void check_attention_small(int k, int bad) {
     add_constant(&r, "sqrt(hs)", sqrt(c.C / c.NH)), add_constant(&r, "hs", c.C / c.NH);
     if (k == 0) one_key_hints(&r, &c, lse);
     if (k && c.T <= 6) {
-        attention_products(&r, &c, dout);
+        if (k < 5) attention_products(&r, &c, dout, out, lse);
         backward_mistakes(&r, attention, &c, 0, dout, c.B * c.T, c.C, attention_mistakes,
                           ATTENTION_HELD, "that with the softmax's sum held, and all of dv", "that "
                           "through the softmax's sum, in which every score of the row is");
@@ -2095,7 +2187,7 @@ static void check_attention_backward(void) {
 enum { CROSS_HELD = 1, CROSS_SIGN, CROSS_NO_TARGET, CROSS_NO_LSE, CROSS_LAST, CROSS_FIRST,
        CROSS_MEAN, CROSS_LOG2, CROSS_NEXT, CROSS_BEFORE, CROSS_ONE, CROSS_NO_LOG, CROSS_NO_MAX,
        CROSS_PLUS, CROSS_NOT_EXP, CROSS_MINUS, CROSS_ONLY_MAX, CROSS_MAX_TWICE,
-       CROSS_ROW };
+       CROSS_ROW, CROSS_BEGINS, CROSS_MORE };
 static const Mistake cross_mistakes[] = {
     {CROSS_SIGN, 3, "the sign: loss = lse - logit of the target"},
     {CROSS_PLUS, 1, "the sign: the logit of the target is added; it must be subtracted from lse"},
@@ -2106,6 +2198,8 @@ static const Mistake cross_mistakes[] = {
     {CROSS_NO_LSE, 2, "the softmax is missing"},
     {CROSS_LAST, 3, "the last logit is left out of the sum"},
     {CROSS_FIRST, 3, "the first logit is left out of the sum"},
+    {CROSS_BEGINS, 1, "the sum of exponentials begins at 1; it must begin at 0"},
+    {CROSS_MORE, 1, "one logit too many in the sum: v < V"},
     {CROSS_MEAN, 1, "the log of the mean of the exponentials; it must be of their sum"},
     {CROSS_LOG2, 1, "log to the base 2 or 10 in place of the natural log"},
     {CROSS_NEXT, 3, "the logit after the target's: off by one"},
@@ -2123,14 +2217,18 @@ static const Mistake cross_mistakes[] = {
 
 static const char wide_row[] = "rows of up to 256 logits are right: what if a thread has several?";
 static const char large_logits[] =
-    "only large logits go wrong: is the largest one subtracted before the exponential?";
+    "only large logits go wrong: is the largest one subtracted before the exponential, and found "
+    "too where all are negative?";
 
-static number cross_lse(const number *x, const Case *c, int wrong) {
+// rest: how many logits there are from x on, those of later rows too.
+static number cross_lse(const number *x, int rest, const Case *c, int wrong) {
     int V = c->K;
     double m = creal(x[0]);
-    number sum = 0;
+    number sum = wrong == CROSS_BEGINS;
+    int end = V - (wrong == CROSS_LAST) + (wrong == CROSS_MORE);
+    if (end > rest) return NAN;
     for (int v = 0; v < V; v++) m = fmax(m, creal(x[v]));
-    for (int v = wrong == CROSS_FIRST; v < V - (wrong == CROSS_LAST); v++)
+    for (int v = wrong == CROSS_FIRST; v < end; v++)
         sum += wrong == CROSS_NOT_EXP ? x[v] - m : cexp(x[v] - m);
     if (wrong == CROSS_MEAN) sum /= V;
     return wrong == CROSS_LOG2 ? m + clog(sum) / log(2) : wrong == CROSS_NO_LOG ? m + sum
@@ -2145,9 +2243,9 @@ static void crossentropy(number *out, number *const *in, const Case *c, int wron
         const number *x = in[0] + n * V;
         int target = c->tokens[wrong == CROSS_ONE ? 0 : n];
         if (wrong == CROSS_ROW) target = n % V;
-        if (wrong == CROSS_NEXT) target = (target + 1) % V;
-        if (wrong == CROSS_BEFORE) target = (target + V - 1) % V;
-        number lse = cross_lse(x, c, wrong), logit = x[target];
+        target += n * V + (wrong == CROSS_NEXT) - (wrong == CROSS_BEFORE);
+        number lse = cross_lse(x, (N - n) * V, c, wrong);
+        number logit = at_or_nan(in[0], target, c->size[0]);
         if (wrong == CROSS_HELD) logit = hold(logit);
         out[n] = wrong == CROSS_SIGN ? logit - lse : wrong == CROSS_NO_TARGET ? lse
                  : wrong == CROSS_NO_LSE ? -logit : wrong == CROSS_PLUS ? lse + logit : lse - logit;
