@@ -31,7 +31,7 @@ COMPILER_SECONDS = 40
 # How little a hint says: first the words of those that say no more than that numbers are wrong.
 VAGUE = {"wrong values": 3, "are NaN or infinite": 3, "; element ": 1, "all zeros": 0.2,
          "wrong sign, and:": 1, "off by a factor that differs": 0.8, "constant factor": 0.6,
-         "and it is off by": 0.9}
+         "and it is off by": 0.9, "(wrong ": 0.1, "nothing is": 0.2}
 SMALL = re.compile(r"^(T = 1|one \w+|.*large.*|1 number\b.*|OC = 1|C = 1|H = 1|.*, 1 number)$")
 
 
