@@ -24,13 +24,14 @@ part held, or with something else wrong in it, has just the derivative of someon
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 #include "grade.h"
 
 typedef double complex number;
 
 enum { SILU, IDENTITY, RELU, LEAKY_RELU, TANH };
-enum { GUARD = 1024, MAX_WATCHED = 16 };
+enum { GUARD = 1024, MAX_WATCHED = 16, MEGABYTES = 512 };
 
 static uint64_t seed;
 static FILE *results;
@@ -74,7 +75,17 @@ typedef struct {
     const int *tokens;    // or targets
     double *in[3];
     size_t size[3], out_size;
+    const char *names[3];     // of the inputs; an input without rows is none that is read
+    int rows[3], sections;    // a row of in[0] is so many equal parts, with names
+    const char *parts[3];
+    const char *dout;         // its name, if it is another
 } Case;
+
+// An input (rows,columns) of new numbers.
+static void add_input(Case *c, int k, const char *name, int rows, int columns, double size) {
+    c->size[k] = (size_t)rows * columns, c->in[k] = numbers(c->size[k], size);
+    c->names[k] = name, c->rows[k] = rows;
+}
 
 // out = f(in), or what one gets who makes the mistake `wrong` (0: none).
 typedef void (*Definition)(number *out, number *const *in, const Case *c, int wrong);
@@ -109,7 +120,8 @@ static double *differentiate(Definition f, const Case *c, int which, const doubl
         number x = in[which][i];
         in[which][i] = x + I * h;
         f(out, in, c, wrong);
-        for (size_t j = 0; j < c->out_size; j++) result[i] += dout[j] * (cimag(out[j]) / h);
+        for (size_t j = 0; j < c->out_size; j++)  // where there is none, a NaN does not matter
+            if (cimag(out[j]) != 0) result[i] += dout[j] * (cimag(out[j]) / h);
         in[which][i] = x;
     }
     for (int k = 0; k < 3; k++) free(in[k]);
@@ -244,7 +256,7 @@ A wrong result is compared with what known mistakes give. Three kinds of them:
 If nothing fits everywhere, the places where the result is wrong are looked at by themselves: "only
 the last row", "every second channel".
 */
-enum { MAX_HYPOTHESES = 80, MAX_QUANTITIES = 12, MAX_TERMS = 4, HINT_SIZE = 600 };
+enum { MAX_HYPOTHESES = 600, MAX_QUANTITIES = 12, MAX_TERMS = 4, HINT_SIZE = 600 };
 
 typedef struct { const char *text; const double *values; } Named;
 typedef struct { const char *text; double value; } Constant;
@@ -333,8 +345,8 @@ static int equals(const Result *r, const double *x, const double *y, double fact
     for (size_t i = 0; i < r->n; i++) {
         if (where != EVERYWHERE && !r->is_wrong[i]) continue;
         if (where == FINITE_PLACES && !isfinite(x[i])) continue;
-        seen++;
         double z = factor * y[i];
+        seen += isfinite(z) && r->is_wrong[i];
         double allowed = tolerance * (fabs(z) + (r->n == 1 ? 0 : 0.5 * r->scale)) +
                          1e-7 * r->scale + (r->adds ? 1e-6 : 0);
         if (!isfinite(x[i]) && !isfinite(z)) continue;
@@ -359,6 +371,10 @@ static int name_factor(const Result *r, double k, char *text) {
         for (int i = 0; i < r->num_constants; i++) {
             double c = r->constants[i].value;
             const char *s = sign < 0 ? ", and the sign is wrong" : "";
+            if (near(sign * k, c * c) || near(sign * k, 1 / (c * c)))
+                return sprintf(text, "%s %s = %.4g%s", near(sign * k, c * c)
+                               ? "multiplied, in place of divided, by (or once too often by)"
+                               : "divided, in place of multiplied, by", r->constants[i].text, c, s);
             if (near(sign * k, c))
                 return sprintf(text, "too large by the factor %s = %.4g%s", r->constants[i].text, c,
                                s);
@@ -477,11 +493,15 @@ static int explain_terms(const Result *r, int where, char *hint) {
 static int explain_writing(const Result *r, int where, char *hint) {
     const float *old = before(r->got);
     double *then = room(r->n, sizeof *then), *zero = room(r->n, sizeof *zero);
-    double *sum = room(r->n, sizeof *sum), *set = room(r->n, sizeof *set);
+    double *sum = room(r->n, sizeof *sum), *set = room(r->n, sizeof *set), more = 0;
+    double *minus = room(r->n, sizeof *minus), *shifted = room(r->n, sizeof *shifted);
     int found = 0;
+    for (size_t i = 0; i < r->n; i++)
+        if (r->is_wrong[i]) more += (r->value[i] - r->expected[i]) / r->num_wrong;
     for (size_t i = 0; i < r->n; i++) {
         then[i] = old[i];
         sum[i] = then[i] + r->expected[i], set[i] = r->expected[i] - then[i];
+        minus[i] = then[i] - r->expected[i], shifted[i] = r->expected[i] + more;
     }
     if (equals(r, r->value, r->adds ? zero : then, 1, where))
         found = sprintf(hint, "nothing is %s there: it holds what it held before the call",
@@ -491,7 +511,12 @@ static int explain_writing(const Result *r, int where, char *hint) {
                         "+=, for it is summed over micro-batches");
     else if (!r->adds && !r->in_place && equals(r, r->value, sum, 1, where))
         found = sprintf(hint, "it adds to what was there (+=); it must write (=)");
-    free(then), free(zero), free(sum), free(set);
+    else if (!r->adds && !r->in_place && equals(r, r->value, minus, 1, where))
+        found = sprintf(hint, "it subtracts from what was there (-=); it must write (=)");
+    else if (r->num_wrong > 2 && equals(r, r->value, shifted, 1, where))
+        found = sprintf(hint, "%.4g too %s everywhere: does each sum begin at 0?", fabs(more),
+                        more > 0 ? "large" : "small");
+    free(then), free(zero), free(sum), free(set), free(minus), free(shifted);
     return found;
 }
 
@@ -509,7 +534,7 @@ static int explain_values(const Result *r, int where, char *hint) {
     return explain_writing(r, where, hint) ||
            (equals(r, x, y, -1, where) && sprintf(hint, "it has the wrong sign")) ||
            (where == EVERYWHERE && explain_hypotheses(r, where, 1, hint)) ||
-           (!r->adds && equals(r, x, y, 0, where) && sprintf(hint, "all zeros")) ||
+           (!r->adds && equals(r, x, y, 0, where) && sprintf(hint, "it is all zeros")) ||
            constant_factor(r, x, y, where, 1, hint) ||
            (quantities_first && quantity_factor(r, x, y, where, hint)) ||
            constant_factor(r, x, y, where, 0, hint) ||
@@ -552,6 +577,19 @@ static int explain_places(const Result *r, char *hint) {
     for (size_t i = 0; i < r->n; i++) moved[i] = r->expected[i % rows * columns + i / rows];
     if (!found && rows > 1 && columns > 1 && equals(r, r->value, moved, 1, 1))
         found = sprintf(hint, "the indices are transposed: rows and columns are exchanged");
+    for (int k = 0; k < 4 && !found && rows > 1; k++) {
+        int steps[] = {0, 1, rows, columns / 2}, step = steps[k];
+        if (step >= columns) continue;
+        for (size_t i = 0; i < r->n; i++) moved[i] = r->adds ? 0 : before(r->got)[i];
+        for (size_t i = 0; i < r->n; i++) {
+            double *to = moved + i / columns * step + i % columns;
+            *to = r->expected[i] + (r->adds ? *to : 0);
+        }
+        if (equals(r, r->value, moved, 1, EVERYWHERE))
+            found = step ? sprintf(hint, "%s n is written from element %d n on; it begins at %d n",
+                                   r->row, step, columns)
+                         : sprintf(hint, "every %s is written to the first one", r->row);
+    }
     for (size_t i = 0; i < r->n; i++) {
         int c = (int)(i % columns);
         moved[i] = r->expected[i - c + (c + columns / 2) % columns];
@@ -658,62 +696,166 @@ typedef struct { int number, pass; const char *text; } Mistake;
 
 static number logistic(number x) { return 1 / (1 + cexp(-x)); }
 
+static double *repeated(double x, size_t n) {
+    double *a = room(n, sizeof *a);
+    for (size_t i = 0; i < n; i++) a[i] = x;
+    return a;
+}
+
+// The mistakes of indices that any loop can have: an array, or a part of its rows, is not all read,
+// or at the wrong places, or another one in its place.
+typedef struct {
+    const double *x;
+    int array, rows, columns, begin, width;  // array 3 is dout; a part's columns begin at begin
+    const char *name;
+} View;
+
+enum { LAST_ROW, FIRST_ROW, ONLY_LAST, SAME_ROW, ROWS_REVERSED, TURNED, STEP_1, STEP_ROWS,
+       STEP_HALF, STEP_DOUBLE,  // up to here only for several rows; then for several columns
+       LAST_COLUMN, FIRST_COLUMN, ONLY_LAST_COLUMN, ONLY_FIRST_COLUMN, SAME_COLUMN, REVERSED,
+       IN_LOOP, NOT_READ, TOO_FAR, TOO_EARLY, READINGS, RIGHTLY };
+static const char *const readings[READINGS] = {
+    "the last row of %s is left out", "the first row of %s is left out",
+    "only the last row of %s counts: is it set (=) in the loop instead of added (+=)?",
+    "row 0 of %s is read for every row", "the rows of %s are read in reverse order",
+    "%s is read transposed: rows and columns are exchanged",
+    "row n of %s is read from element n on: n must be multiplied by the row's length",
+    "row n of %s is read from element n times the number of rows on; it is n times its length",
+    "row n of %s is read half a row's length times n on: its length is forgotten in part",
+    "row n of %s is read from twice the row's length times n on",
+    "the last column of %s is left out", "the first column of %s is left out",
+    "only the last column of %s counts: is it set (=) in the loop instead of added (+=)?",
+    "only the first column of %s counts", "%s is read at [0] for every index",
+    "%s is read in reverse order",
+    "the sum over the columns of %s is added inside of the loop, again and again",
+    "%s is missing: 1 stands in its place", "%s is read one place too far",
+    "%s is read one place too early"};
+
+static double read_wrongly(const View *v, int how, int row, int column) {
+    int last_row = v->rows - 1, last = v->width - 1, at;
+    if (how == NOT_READ) return 1;
+    if ((how == LAST_ROW && row == last_row) || (how == FIRST_ROW && row == 0) ||
+        (how == LAST_COLUMN && column == last) || (how == FIRST_COLUMN && column == 0) ||
+        (how == ONLY_LAST && row < last_row) || (how == ONLY_LAST_COLUMN && column < last) ||
+        (how == ONLY_FIRST_COLUMN && column > 0))
+        return 0;
+    if (how == SAME_ROW) row = 0;
+    if (how == ROWS_REVERSED) row = last_row - row;
+    if (how == SAME_COLUMN) column = 0;
+    if (how == REVERSED) column = last - column;
+    at = row * v->columns + v->begin + column + (how == TOO_FAR) - (how == TOO_EARLY);
+    if (how == TURNED) at = column * v->rows + row;
+    if (how == STEP_1) at = row + v->begin + column;
+    if (how == STEP_ROWS) at = row * v->rows + v->begin + column;
+    if (how == STEP_HALF) at = row * v->columns / 2 + v->begin + column;
+    if (how == STEP_DOUBLE) at = row * v->columns * 2 + v->begin + column;
+    return at < 0 || at >= v->rows * v->columns ? NAN
+           : v->x[at] * (how == IN_LOOP ? v->width - column : 1);
+}
+
+static double *misread(const View *v, int how, const View *other) {
+    double *y = room((size_t)v->rows * v->columns, sizeof *y);
+    memcpy(y, v->x, (size_t)v->rows * v->columns * sizeof *y);
+    for (int i = 0; i < v->rows; i++)
+        for (int j = 0; j < v->width; j++)
+            y[i * v->columns + v->begin + j] = other ? read_wrongly(other, RIGHTLY, i, j)
+                                                     : read_wrongly(v, how, i, j);
+    return y;
+}
+
+static int views_of(View *v, const Case *c, const double *dout, int rows, int columns) {
+    int n = 0;
+    for (int k = 0; k < 3; k++) {
+        int parts = k == 0 && c->sections ? c->sections : 1;
+        int width = c->rows[k] ? (int)(c->size[k] / c->rows[k]) : 0;
+        if (width) v[n++] = (View){c->in[k], k, c->rows[k], width, 0, width, c->names[k]};
+        for (int s = 0; s < parts && width && parts > 1; s++)
+            v[n++] = (View){c->in[k], k, c->rows[k], width, s * width / parts, width / parts,
+                            c->parts[s]};
+    }
+    if (dout) v[n++] = (View){dout, 3, rows, columns, 0, columns, c->dout ? c->dout : "dout"};
+    return n;
+}
+
+// What a mistake's result is made of: the whole, and, of a gradient with two terms, each alone.
+typedef struct {
+    Definition f;
+    const Case *c;
+    const double *dout;       // NULL: forward
+    int which, held;
+    size_t offset;            // forward: where in f's result the output begins
+    const double *direct;     // with held: the first term as it should be
+    const char *first, *second;
+} Outcome;
+
+static void add_outcome(Result *r, const Outcome *o, const Case *c, const double *dout,
+                        const char *text) {
+    double *all = o->dout ? differentiate(o->f, c, o->which, dout, 0)
+                          : evaluate(o->f, c, 0) + o->offset;
+    if (!o->held && size_of(all, r->n) > 1e-9) add_hypothesis(r, text, all);
+    if (!o->held) return;
+    double *held = differentiate(o->f, c, o->which, dout, o->held);
+    for (int second = 0; second < 2; second++) {
+        double *z = room(r->n, sizeof *z), *term = room(r->n, sizeof *term);
+        char *said = room(strlen(text) + 200, 1);
+        for (size_t i = 0; i < r->n; i++) {
+            term[i] = second ? all[i] - held[i] : held[i];
+            z[i] = term[i] + (second ? o->direct[i] : r->expected[i] - o->direct[i]);
+        }
+        if (size_of(term, r->n) < 1e-9) return;  // so the term is missing: another hint
+        sprintf(said, "in one term (%s): %s", second ? o->second : o->first, text);
+        add_hypothesis(r, said, z);
+    }
+    add_hypothesis(r, text, all);
+}
+
+static void reading_mistakes(Result *r, const Outcome *o, int rows, int columns) {
+    View views[8];
+    int n = views_of(views, o->c, o->dout, rows, columns);
+    if (o->dout && o->c->size[o->which] * o->c->out_size > 10000) return;  // that would take long
+    for (View *v = views; v < views + n; v++)
+        for (int how = 0; how < READINGS + n; how++) {
+            View *other = how < READINGS ? NULL : views + how - READINGS;
+            Case c = *o->c;
+            char *text = room(300, 1);
+            if (other && (other == v || other->rows != v->rows || other->width != v->width))
+                continue;
+            if ((v->rows == 1 && how < LAST_COLUMN) ||
+                (v->width == 1 && how >= LAST_COLUMN && how <= IN_LOOP))
+                continue;
+            double *y = misread(v, how, other);
+            if (other) sprintf(text, "%s is read in place of %s", other->name, v->name);
+            else sprintf(text, readings[how], v->name);
+            if (v->array < 3) c.in[v->array] = y;
+            add_outcome(r, o, &c, v->array < 3 ? o->dout : y, text);
+        }
+}
+
 // Hypotheses for an output that begins at `offset` in what the definition returns.
 static void forward_mistakes(Result *r, Definition f, const Case *c, size_t offset,
                              const Mistake *m) {
     for (; m->text; m++)
         if (m->pass & FORWARD) add_hypothesis(r, m->text, evaluate(f, c, m->number) + offset);
+    reading_mistakes(r, &(Outcome){.f = f, .c = c, .offset = offset}, 0, 0);
 }
 
-// dout with one row or column set to 0, or all but one row.
-static double *thinned(const double *dout, int rows, int columns, int how) {
-    double *d = room((size_t)rows * columns, sizeof *d);
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < columns; j++) {
-            int gone = how == 0 ? i == rows - 1 : how == 1 ? i == 0 : how == 2 ? j == columns - 1
-                     : how == 3 ? j == 0 : i != rows - 1;
-            d[i * columns + j] = gone ? 0 : dout[i * columns + j];
-        }
-    return d;
-}
-
-static const char *const thinnings[] = {
-    "the last row is left out of the sum", "the first row is left out of the sum",
-    "the last column is left out of the sum", "the first column is left out of the sum",
-    "only the last row counts: is it set (=) in the loop instead of added (+=)?"};
-
-// Hypotheses for the gradient of input `which`: of mistaken definitions, and of a dout (rows,
-// columns) that is not used up. With `held`, a mistake that holds one part of the definition, the
-// gradient is made of two terms, whose names are given.
+// Hypotheses for the gradient of input `which`: of mistaken definitions, and of arrays that are
+// not read as they should be. dout is (rows,columns). With `held`, a mistake that holds one part of
+// the definition, the gradient is made of two terms, whose names are given.
 static void backward_mistakes(Result *r, Definition f, const Case *c, int which, const double *dout,
                               int rows, int columns, const Mistake *m, int held, const char *first,
                               const char *second) {
-    double *rest = NULL, *direct = NULL;
+    double *rest = room(r->n, sizeof *rest), *direct = NULL;
     for (; m->text; m++)
         if (m->pass & BACKWARD)
             add_hypothesis(r, m->text, differentiate(f, c, which, dout, m->number));
     if (held) {
-        direct = differentiate(f, c, which, dout, held), rest = room(r->n, sizeof *rest);
+        direct = differentiate(f, c, which, dout, held);
         for (size_t i = 0; i < r->n; i++) rest[i] = r->expected[i] - direct[i];
         add_term(r, first, direct), add_term(r, second, rest);
     }
-    for (int how = 0; how < 5 && c->out_size == (size_t)rows * columns; how++) {
-        double *d = thinned(dout, rows, columns, how);
-        double *all = differentiate(f, c, which, d, 0);
-        add_hypothesis(r, thinnings[how], all);
-        if (held) {  // the same in the second term alone
-            double *part = differentiate(f, c, which, d, held);
-            for (size_t i = 0; i < r->n; i++) part[i] = direct[i] + all[i] - part[i];
-            add_hypothesis(r, thinnings[how], part);
-        }
-        free(d);
-    }
-}
-
-static double *repeated(double x, size_t n) {
-    double *a = room(n, sizeof *a);
-    for (size_t i = 0; i < n; i++) a[i] = x;
-    return a;
+    reading_mistakes(r, &(Outcome){f, c, dout, which, held, 0, direct, first, second}, rows,
+                     columns);
 }
 
 // ---- gpas: in[0] x (n), in[1] the gate.
@@ -726,7 +868,7 @@ static number gate_function(number g, int act) {
 }
 
 enum { GPAS_HOLDS = 1, GPAS_PLAIN, GPAS_PLUS, GPAS_RAW, GPAS_SIGMOID, GPAS_OFF, GPAS_ONLY,
-       GPAS_LEAK, GPAS_NEGATIVE, GPAS_INSIDE, GPAS_MINUS,
+       GPAS_NO_X, GPAS_LEAK, GPAS_NEGATIVE, GPAS_INSIDE, GPAS_MINUS,
        GPAS_HOLD_SIGMOID, GPAS_HOLD_FACTOR };
 static const Mistake gpas_mistakes[] = {
     {GPAS_HOLDS, BACKWARD, "dinp is dout, unscaled: the derivative does not look into sg(x)"},
@@ -734,8 +876,9 @@ static const Mistake gpas_mistakes[] = {
      "dout itself, for sg(x) is a constant to the derivative"},
     {GPAS_PLUS, BOTH, "the sign of a(g) x is wrong: it is 1 + a(g) instead of 1 - a(g)"},
     {GPAS_RAW, BOTH, "the gate is used as it is: the scale is 1 - a(g), not 1 - g"},
-    {GPAS_SIGMOID, BOTH, "SiLU is g sigmoid(g); this is sigmoid(g)"},
+    {GPAS_SIGMOID, BOTH, "SiLU is g sigmoid(g); this is what sigmoid(g) alone gives"},
     {GPAS_OFF, FORWARD, "inp is not scaled at all"},
+    {GPAS_NO_X, FORWARD, "a(g) is subtracted as it is; it must be a(g) x"},
     {GPAS_ONLY, BOTH, "this is a(g) x; it must be x - a(g) x"},
     {GPAS_NEGATIVE, BOTH, "a(-g) in place of a(g): the sign of the gate in its activation"},
     {GPAS_INSIDE, BOTH, "the sign inside of the sigmoid of SiLU: a = g / (1 + e^-g)"},
@@ -760,6 +903,7 @@ static void gpas(number *out, number *const *in, const Case *c, int wrong) {
         out[i] = x - a * (stop ? hold(x) : x);
         if (wrong == GPAS_OFF) out[i] = x;
         if (wrong == GPAS_ONLY) out[i] = a * x;
+        if (wrong == GPAS_NO_X) out[i] = x - a;
     }
 }
 
@@ -770,7 +914,7 @@ static Case gpas_case(int n, int act, double gate, const char *more) {
     char *name = room(100, 1);
     sprintf(name, "%s gate %.2f, %d number%s%s", acts[act], gate, n, n > 1 ? "s" : "", more);
     c.name = name;
-    c.in[0] = numbers(n, 1), c.size[0] = n;
+    add_input(&c, 0, "inp", 1, n, 1);
     c.in[1] = repeated((float)gate, 1), c.size[1] = 1;
     return c;
 }
@@ -793,19 +937,9 @@ static void check_gpas_forward(void) {
         Result r = result_of("out", y, evaluate(gpas, &c, 0), 0, 1, c.C, "row", "element");
         if (!compare(&r)) continue;
         forward_mistakes(&r, gpas, &c, 0, gpas_mistakes);
+        add_constant(&r, "1 - a(g)", 1 - creal(gate_function(c.in[1][0], act)));
         report(&r, NULL);
     }
-}
-
-// Gradients of the gate from an x or a dout that someone may take by mistake.
-static void gate_sums(Result *r, const Case *c, const double *dout) {
-    Case ones = *c, swapped = *c;
-    ones.in[0] = repeated(1, c->size[0]), swapped.in[0] = (double *)dout;
-    const double *one = ones.in[0], *x = c->in[0];
-    add_hypothesis(r, "x is missing in the sum", differentiate(gpas, &ones, 1, dout, 0));
-    add_hypothesis(r, "dout is missing in the sum", differentiate(gpas, c, 1, one, 0));
-    add_hypothesis(r, "x squared in the sum", differentiate(gpas, c, 1, x, 0));
-    add_hypothesis(r, "dout squared in the sum", differentiate(gpas, &swapped, 1, dout, 0));
 }
 
 static void gate_hints(Result *r, const Case *c, const double *dout) {
@@ -815,7 +949,6 @@ static void gate_hints(Result *r, const Case *c, const double *dout) {
     double *plain = differentiate(gpas, c, 1, dout, GPAS_RAW);
     add_hypothesis(r, "the factor a'(g) is missing", plain);
     add_hypothesis(r, "a(g) in place of a'(g)", repeated(plain[0] * a, 1));
-    gate_sums(r, c, dout);
     add_constant(r, "n (a mean in place of the sum?)", c->C);
     add_quantity(r, "a'(g)", differentiate(gpas, &one, 1, minus, 0));
     add_quantity(r, "a(g)", repeated(a, 1));
@@ -833,6 +966,7 @@ static void gate_hints(Result *r, const Case *c, const double *dout) {
 }
 
 static void check_gpas_gate(const Case *c, const double *dout, const float *dgate) {
+    static int bad;  // with the stop-gradient
     Result r = result_of("dgate", dgate, differentiate(gpas, c, 1, dout, 0), 1, 1, 1, "row",
                          "number");
     for (size_t i = 0; i < c->size[0]; i++) r.scale += fabs(dout[i] * c->in[0][i]) / 8;
@@ -841,9 +975,10 @@ static void check_gpas_gate(const Case *c, const double *dout, const float *dgat
     gate_hints(&r, c, dout);
     backward_mistakes(&r, gpas, c, 1, dout, 1, c->C, gpas_mistakes + 2, 0, NULL, NULL);
     char *slope = room(100, 1);
-    sprintf(slope, "right for other activations? Then look at the slope of %s", acts[c->act]);
-    report(&r, !c->stop_grad ? "stop_grad 0 changes dinp, not dgate" : c->act == SILU ? NULL
-               : slope);
+    sprintf(slope, "right for SiLU: look at the slope of %s", acts[c->act]);
+    report(&r, bad ? NULL : !c->stop_grad ? "stop_grad 0 changes dinp, not dgate"
+               : c->act == SILU ? NULL : slope);
+    bad = bad || (c->act == SILU && c->stop_grad);
 }
 
 static void check_gpas_dinp(const Case *c, const double *dout, const float *dinp, int alias) {
@@ -854,6 +989,12 @@ static void check_gpas_dinp(const Case *c, const double *dout, const float *dinp
     if (!compare(&r)) return;
     add_constant(&r, "1 - a(g)", 1 - creal(gate_function(c->in[1][0], c->act)));
     add_hypothesis(&r, "this is inp; wanted is the gradient", c->in[0]);
+    double one[] = {-1}, *sloped = room(r.n, sizeof *sloped);
+    Case single = *c;
+    single.size[0] = single.out_size = 1, single.in[0] = repeated(1, 1);
+    double slope = *differentiate(gpas, &single, 1, one, 0);
+    for (size_t i = 0; i < r.n; i++) sloped[i] = (1 - slope) * dout[i];
+    add_hypothesis(&r, "scaled by 1 - a'(g); without the stop-gradient it is 1 - a(g)", sloped);
     double *plain = differentiate(gpas, c, 0, dout, GPAS_PLAIN);
     if (c->stop_grad && equals(&r, r.value, plain, 1, 1)) {
         wrong(r.name, "%s", gpas_mistakes[1].text);
@@ -865,7 +1006,8 @@ static void check_gpas_dinp(const Case *c, const double *dout, const float *dinp
         return;
     }
     backward_mistakes(&r, gpas, c, 0, dout, 1, c->C, gpas_mistakes, 0, NULL, NULL);
-    report(&r, c->stop_grad ? "it must be dout exactly" : NULL);
+    int close = c->stop_grad && equals(&r, r.value, dout, 1, EVERYWHERE);
+    report(&r, close ? "it must be dout exactly, to the last bit" : NULL);
 }
 
 static void check_gpas_backward(void) {
@@ -895,22 +1037,29 @@ static void check_gpas_backward(void) {
 
 // ---- residual: in[0] the shortcut, in[1] the branch (n).
 
-enum { RESIDUAL_SWAPPED = 1, RESIDUAL_BOTH, RESIDUAL_PLAIN };
+enum { RESIDUAL_SWAPPED = 1, RESIDUAL_BOTH, RESIDUAL_PLAIN, RESIDUAL_PRODUCT, RESIDUAL_ADDED };
 static const Mistake residual_mistakes[] = {
-    {RESIDUAL_SWAPPED, BOTH, "alpha scales the branch; it must scale the shortcut"},
+    {RESIDUAL_SWAPPED, FORWARD, "alpha scales the branch; it must scale the shortcut"},
     {RESIDUAL_BOTH, FORWARD, "alpha scales the branch too; it must scale the shortcut alone"},
     {RESIDUAL_PLAIN, BOTH, "alpha is not used"},
+    {RESIDUAL_PRODUCT, FORWARD, "shortcut and branch are multiplied; they must be added"},
+    {RESIDUAL_ADDED, FORWARD, "alpha is added; it must scale the shortcut"},
     {0, 0, NULL}};
 
 static void residual(number *out, number *const *in, const Case *c, int wrong) {
-    double a = wrong == RESIDUAL_SWAPPED || wrong == RESIDUAL_PLAIN ? 1 : c->factor;
+    int plain = wrong == RESIDUAL_SWAPPED || wrong == RESIDUAL_PLAIN || wrong == RESIDUAL_ADDED;
+    double a = plain ? 1 : c->factor;
     double b = wrong == RESIDUAL_SWAPPED || wrong == RESIDUAL_BOTH ? c->factor : 1;
-    for (size_t i = 0; i < c->out_size; i++) out[i] = a * in[0][i] + b * in[1][i];
+    for (size_t i = 0; i < c->out_size; i++) {
+        out[i] = a * in[0][i] + b * in[1][i];
+        if (wrong == RESIDUAL_PRODUCT) out[i] = a * in[0][i] * in[1][i];
+        if (wrong == RESIDUAL_ADDED) out[i] += c->factor;
+    }
 }
 
 static Case residual_case(int n, double alpha, const char *name) {
     Case c = {.name = name, .C = n, .factor = (float)alpha, .out_size = (size_t)n};
-    for (int k = 0; k < 2; k++) c.in[k] = numbers(n, 1), c.size[k] = n;
+    add_input(&c, 0, "shortcut", 1, n, 1), add_input(&c, 1, "branch", 1, n, 1);
     return c;
 }
 
@@ -959,20 +1108,20 @@ static void check_residual_backward(void) {
         r.in_place = k >= 4;
         if (!compare(&r)) continue;
         backward_mistakes(&r, residual, &c, 0, dout, 1, c.C, residual_mistakes, 0, NULL, NULL);
-        add_constant(&r, "alpha", c.factor), add_constant(&r, "alpha^2", c.factor * c.factor);
+        add_constant(&r, "alpha", c.factor);
         report(&r, NULL);
     }
 }
 
 // ---- embedding: in[0] the table (V,C).
 
-enum { EMBEDDING_NO_TOKEN = 1, EMBEDDING_NEXT, EMBEDDING_BEFORE, EMBEDDING_TRANSPOSED,
-       EMBEDDING_FIRST };
+enum { EMBEDDING_NO_TOKEN = 1, EMBEDDING_NEXT, EMBEDDING_BEFORE, EMBEDDING_FIRST,
+       EMBEDDING_TOKEN_NEXT };
 static const Mistake embedding_mistakes[] = {
     {EMBEDDING_NO_TOKEN, BOTH, "row n of the table in place of row tokens[n]"},
     {EMBEDDING_NEXT, BOTH, "the row after that of the token: an index is off by one"},
     {EMBEDDING_BEFORE, BOTH, "the row before that of the token: an index is off by one"},
-    {EMBEDDING_TRANSPOSED, BOTH, "the table is indexed as (C,V): transposed; it is (V,C)"},
+    {EMBEDDING_TOKEN_NEXT, BOTH, "tokens[n + 1] in place of tokens[n]: off by one"},
     {EMBEDDING_FIRST, BOTH, "tokens[0] is used for every row"},
     {0, 0, NULL}};
 
@@ -985,7 +1134,8 @@ static void embedding(number *out, number *const *in, const Case *c, int wrong) 
             if (wrong == EMBEDDING_NEXT) v = (v + 1) % V;
             if (wrong == EMBEDDING_BEFORE) v = (v + V - 1) % V;
             if (wrong == EMBEDDING_FIRST) v = c->tokens[0];
-            out[n * C + i] = in[0][wrong == EMBEDDING_TRANSPOSED ? i * V + v : v * C + i];
+            if (wrong == EMBEDDING_TOKEN_NEXT) v = n + 1 < c->T ? c->tokens[n + 1] : V;
+            out[n * C + i] = v < V ? in[0][v * C + i] : NAN;
         }
 }
 
@@ -998,7 +1148,7 @@ static Case embedding_case(int k) {
     int first = (int)((uniform() + 1) / 2 * V);
     for (int n = 0; n < N; n++)
         tokens[n] = k == 0 ? (first + 2 * n) % V : (int)((uniform() + 1) / 2 * (V - 1));
-    c.tokens = tokens, c.in[0] = numbers((size_t)V * C, 1), c.size[0] = (size_t)V * C;
+    c.tokens = tokens, add_input(&c, 0, "weight", V, C, 1);
     return c;
 }
 
@@ -1050,8 +1200,9 @@ static void check_embedding_backward(void) {
 // ---- rmsnorm: in[0] x (N,C), in[1] the weight (C). After out (N,C) comes rstd (N).
 
 enum { NORM_HELD = 1, NORM_SUM, NORM_NO_EPS, NORM_EPS, NORM_NO_ROOT, NORM_INVERSE, NORM_MEAN,
-       NORM_LAST, NORM_FIRST, NORM_ABS, NORM_MINUS_ONE, NORM_NO_R, NORM_R2, NORM_NO_WEIGHT,
-       NORM_COLUMN, NORM_EPS_OUTSIDE, NORM_NO_X, NORM_ROW_0 };
+       NORM_LAST, NORM_FIRST, NORM_ABS, NORM_MINUS_ONE, NORM_NO_R, NORM_R2,
+       NORM_COLUMN, NORM_EPS_OUTSIDE, NORM_NO_X, NORM_ROW_0, NORM_NO_SQUARE, NORM_ABS_ROOT,
+       NORM_SQUARE, NORM_GROWS, NORM_ALL, NORM_WEIGHT_1, NORM_MORE, NORM_OWN };
 static const Mistake norm_mistakes[] = {
     {NORM_HELD, 2, "r is treated as a constant, but it depends on every x of its row: a term is "
      "missing"},
@@ -1065,32 +1216,49 @@ static const Mistake norm_mistakes[] = {
     {NORM_LAST, 3, "the last channel is missing in the mean of squares"},
     {NORM_FIRST, 3, "the first channel is missing in the mean of squares"},
     {NORM_ABS, 3, "the mean of |x| in place of the root of the mean of x^2"},
+    {NORM_NO_SQUARE, 1, "the square is missing: the mean of x in place of that of x^2"},
+    {NORM_ABS_ROOT, 1, "the mean of |x| in place of that of x^2"},
+    {NORM_SQUARE, 1, "this is the mean of the squares; r is 1 / sqrt of it"},
+    {NORM_MORE, 1, "one channel too many in the sum: c < C"},
+    {NORM_GROWS, 1, "the sum of squares goes on from row to row; it must begin at 0 in each"},
+    {NORM_ALL, 1, "one mean over all rows; each row has its own"},
+    {NORM_WEIGHT_1, 1, "multiplied by 1 + weight; it is weight"},
     {NORM_MINUS_ONE, 3, "the mean divides by C, not by C - 1 or C + 1"},
     {NORM_NO_R, 3, "not divided by the root mean square: the factor r is missing"},
     {NORM_NO_ROOT, 3, "the square root is missing in r = 1 / sqrt(...)"},
     {NORM_ROW_0, 3, "r of row 0 is used for every row"},
-    {NORM_NO_WEIGHT, 3, "the weight is missing"},
     {NORM_NO_X, 2, "x is missing in the sum"},
     {NORM_COLUMN, 3, "the wrong axis: the mean is over the rows, it must be over the channels"},
     {0, 0, NULL}};
 
 static number norm_r(number *const *in, const Case *c, int n, int wrong) {
-    int C = c->C, begin = wrong == NORM_FIRST, end = wrong == NORM_LAST ? C - 1 : C;
-    number sum = 0, mean = 0;
-    const number *x = in[0] + (wrong == NORM_ROW_0 ? 0 : n) * C;
-    for (int i = begin; i < end; i++) mean += x[i] / C;
-    if (wrong != NORM_MEAN) mean = 0;
-    for (int i = begin; i < end; i++)
-        sum += wrong == NORM_ABS ? (creal(x[i]) < 0 ? -x[i] : x[i]) : (x[i] - mean) * (x[i] - mean);
+    int C = c->C, begin = wrong == NORM_FIRST;
+    int end = wrong == NORM_LAST ? C - 1 : wrong == NORM_MORE ? C + 1 : C;
+    int first = wrong == NORM_ROW_0 || wrong == NORM_GROWS || wrong == NORM_ALL ? 0 : n;
+    int last = wrong == NORM_ROW_0 ? 0 : wrong == NORM_ALL ? c->T - 1 : n;
+    number sum = 0, mean = 0, m;
+    for (int row = first; row <= last; row++) {
+        const number *x = in[0] + row * C;
+        for (int i = begin; i < end && wrong == NORM_MEAN; i++) mean += x[i] / C;
+        if (row * C + end > (int)c->size[0]) return NAN;
+        for (int i = begin; i < end; i++)
+            sum += wrong == NORM_NO_SQUARE ? x[i] : wrong == NORM_ABS || wrong == NORM_ABS_ROOT
+                   ? (creal(x[i]) < 0 ? -x[i] : x[i]) : (x[i] - mean) * (x[i] - mean);
+    }
     for (int row = 0; row < c->T && wrong == NORM_COLUMN; row++)
         sum += (row ? 0 : -sum) + in[0][row * C] * in[0][row * C];
-    number m = sum / (wrong == NORM_SUM ? 1 : wrong == NORM_MINUS_ONE ? fmax(1, C - 1)
-                      : wrong == NORM_COLUMN ? c->T : C);
+    m = sum / (wrong == NORM_SUM ? 1 : wrong == NORM_MINUS_ONE ? fmax(1, C - 1)
+               : wrong == NORM_COLUMN ? c->T : wrong == NORM_ALL ? C * c->T : C);
     if (wrong == NORM_ABS) return 1 / m;
     if (wrong == NORM_EPS_OUTSIDE) return 1 / (csqrt(m) + 1e-6);
+    if (wrong == NORM_SQUARE) return m;
     m += wrong == NORM_NO_EPS ? 0 : wrong == NORM_EPS ? 1e-5 : 1e-6;
+    if (creal(m) < 0) return NAN;  // the root of a negative sum
     return wrong == NORM_NO_ROOT ? 1 / m : wrong == NORM_INVERSE ? csqrt(m) : 1 / csqrt(m);
 }
+
+static const char own_part[] = "each thread uses its own part of the sum over the row: is the sum "
+    "over the block missing?";
 
 static void rmsnorm(number *out, number *const *in, const Case *c, int wrong) {
     for (int n = 0; n < c->T; n++) {
@@ -1098,9 +1266,10 @@ static void rmsnorm(number *out, number *const *in, const Case *c, int wrong) {
         if (wrong == NORM_HELD) r = hold(r);
         for (int i = 0; i < c->C && wrong == NORM_MEAN; i++) mean += in[0][n * c->C + i] / c->C;
         for (int i = 0; i < c->C; i++) {
-            number w = wrong == NORM_NO_WEIGHT ? 1 : in[1][i];
+            number w = in[1][i] + (wrong == NORM_WEIGHT_1);
             number times = wrong == NORM_NO_R ? 1 : wrong == NORM_R2 ? r * r : r;
             number x = wrong == NORM_NO_X ? 1 : in[0][n * c->C + i] - mean;
+            if (wrong == NORM_OWN) times = 1 / csqrt(x * x / c->C + 1e-6);
             out[n * c->C + i] = w * x * times;
         }
         if (c->out_size > (size_t)c->T * c->C) out[c->T * c->C + n] = r;
@@ -1108,16 +1277,15 @@ static void rmsnorm(number *out, number *const *in, const Case *c, int wrong) {
 }
 
 static Case norm_case(int k, int with_rstd) {
-    static const int shapes[][2] = {{5, 7}, {1, 7}, {4, 1}, {2, 301}, {4, 8}, {1, 1}};
+    static const int shapes[][2] = {{5, 7}, {1, 7}, {4, 1}, {2, 301}, {4, 8}, {1, 1}, {1100, 2}};
     static const char *const names[] = {"5 rows x 7", "one row", "one channel", "2 rows x 301",
-                                        "4 rows x 8, small inputs", "one number"};
+                                        "4 rows x 8, small inputs", "one number", "1100 rows x 2"};
     int N = shapes[k][0], C = shapes[k][1];
     Case c = {.name = names[k], .T = N, .C = C, .out_size = (size_t)N * (C + with_rstd)};
-    c.in[0] = numbers((size_t)N * C, k == 4 ? 1e-3 : 1), c.size[0] = (size_t)N * C;
-    c.in[1] = numbers(C, 1), c.size[1] = C;
+    add_input(&c, 0, "inp", N, C, k == 4 ? 1e-3 : 1), add_input(&c, 1, "weight", 1, C, 1);
     for (int n = 0; n < N; n++)  // rows of different size
         for (int i = 0; i < C; i++)
-            c.in[0][n * C + i] = (float)(c.in[0][n * C + i] * (1 + 0.6 * n));
+            c.in[0][n * C + i] = (float)(c.in[0][n * C + i] * (1 + 0.6 * (n % 6)));
     return c;
 }
 
@@ -1145,13 +1313,51 @@ static void check_rmsnorm_forward(void) {
         add_quantity(&r, "x", c.in[0]), add_spread(&s, "r", rs, 0);
         s.quantities[0].values = rs;
         add_constant(&r, "C", c.C), add_constant(&r, "sqrt(C)", sqrt(c.C));
+        for (int i = 0; i < 2; i++)
+            add_constant(i ? &r : &s, "sqrt(C / N) (is it the mean over the C channels?)",
+                         sqrt((double)c.C / c.T));
+        if (submission.cuda) add_hypothesis(&r, own_part, evaluate(rmsnorm, &c, NORM_OWN));
         if (bad_r) forward_mistakes(&s, rmsnorm, &c, c.size[0], norm_mistakes), report(&s, NULL);
         if (bad) forward_mistakes(&r, rmsnorm, &c, 0, norm_mistakes), report(&r, NULL);
     }
 }
 
+// The sum in the second term without one of its factors, and with a wrong r: the first term has it
+// once, the second three times.
+static void norm_backward_mistakes(Result *r, const Case *c, const double *dout, const double *rs) {
+    static const char *const texts[] = {
+        "in the sum of the term through r the weight is missing",
+        "in the sum of the term through r, x is missing", "r of row 0 is used for every row",
+        "r is used as if it were the root mean square itself: it is 1 / sqrt(...) already"};
+    for (int k = 0; k < 4; k++) {
+        double *d = room(r->n, sizeof *d), *z = room(r->n, sizeof *z);
+        for (size_t i = 0; i < r->n; i++) d[i] = dout[i] / (k ? c->in[0][i] : c->in[1][i % c->C]);
+        double *all = differentiate(rmsnorm, c, 0, d, 0);
+        double *held = differentiate(rmsnorm, c, 0, d, NORM_HELD);
+        for (size_t i = 0; i < r->n; i++) {
+            double own = rs[i / c->C], q = (k == 2 ? rs[0] : 1 / own) / own;
+            double one = r->terms[0].values[i], two = r->terms[1].values[i];
+            z[i] = k < 2 ? one + all[i] - held[i] : one * q + two * q * q * q;
+        }
+        add_hypothesis(r, texts[k], z);
+    }
+    double *own = room(r->n, sizeof *own);
+    for (int j = 0; j < c->C && submission.cuda; j++) {
+        double *d = room(r->n, sizeof *d);
+        for (size_t i = j; i < r->n; i += c->C) d[i] = dout[i];
+        double *all = differentiate(rmsnorm, c, 0, d, 0);
+        double *held = differentiate(rmsnorm, c, 0, d, NORM_HELD);
+        for (size_t i = j; i < r->n; i += c->C) own[i] = r->terms[0].values[i] + all[i] - held[i];
+    }
+    if (submission.cuda) add_hypothesis(r, own_part, own);
+}
+
+// A block of kernels takes every 1024th row, so more of them show what is kept from row to row.
+static const char many_rows[] = "few rows are right: what if a block has several? Is what belongs "
+    "to one row set to 0 for the next, and what belongs to all of them added up (+=)?";
+
 static void check_rmsnorm_backward(void) {
-    for (int k = 0; k < 6; k++) {
+    for (int k = 0; k < 6 + submission.cuda; k++) {
         Case c = norm_case(k, 0), d = c;
         double *dout = numbers(c.size[0], 1);
         d.out_size += c.T;
@@ -1168,19 +1374,21 @@ static void check_rmsnorm_backward(void) {
         Result s = result_of("dweight", dw, differentiate(rmsnorm, &c, 1, dout, 0), 1, 1, c.C,
                              "row", "channel");
         if (c.C == 1) r.scale = size_of(dout, c.T);  // dx is all but 0 there
+        if (k == 6) {
+            int bad = num_complaints;
+            if (compare(&r)) report(&r, bad ? NULL : many_rows);
+            if (compare(&s)) report(&s, bad ? NULL : many_rows);
+            continue;
+        }
         if (compare(&r)) {
             add_constant(&r, "C", c.C);
+            add_constant(&r, "C / N (is it the mean over the C channels?)", (double)c.C / c.T);
             add_spread(&r, "r", rs, 1), add_spread(&r, "weight", c.in[1], 0);
             add_quantity(&r, "x", c.in[0]), add_quantity(&r, "dout", dout);
             backward_mistakes(&r, rmsnorm, &c, 0, dout, c.T, c.C, norm_mistakes, NORM_HELD,
                               "that with r held", "that through r, which depends on every x of the "
                               "row");
-            double *unweighted = room(c.size[0], sizeof *unweighted), *z = room(r.n, sizeof *z);
-            for (size_t i = 0; i < r.n; i++) unweighted[i] = dout[i] / c.in[1][i % c.C];
-            double *all = differentiate(rmsnorm, &c, 0, unweighted, 0);
-            double *held = differentiate(rmsnorm, &c, 0, unweighted, NORM_HELD);
-            for (size_t i = 0; i < r.n; i++) z[i] = r.terms[0].values[i] + all[i] - held[i];
-            add_hypothesis(&r, "in the term through r the weight is missing", z);
+            norm_backward_mistakes(&r, &c, dout, rs);
             report(&r, NULL);
         }
         if (compare(&s)) {
@@ -1198,12 +1406,13 @@ static void check_rmsnorm_backward(void) {
     }
 }
 
-// ---- rope: in[0] qkv (B,T,3C).
+// ---- rope: in[0] qkv (B,T,3C), in[1] the table (T,hs). factor -1: the other way round.
 
 enum { ROPE_BACK = 1, ROPE_SWAPPED, ROPE_VALUES, ROPE_QUERIES, ROPE_KEYS, ROPE_NEXT, ROPE_BEFORE,
-       ROPE_ROW, ROPE_HALVES, ROPE_ALIASED, ROPE_FIRST_PLUS, ROPE_SECOND_MINUS, ROPE_COSINE_MINUS,
-       ROPE_HEAD, ROPE_ONE_HEAD, ROPE_NO_SINE, ROPE_STILL, ROPE_ANGLE, ROPE_OTHER,
-       ROPE_TWICE };
+       ROPE_ROW, ROPE_SEQUENCE, ROPE_HALVES, ROPE_ALIASED, ROPE_FIRST_PLUS, ROPE_SECOND_MINUS,
+       ROPE_COSINE_MINUS, ROPE_HEAD, ROPE_TABLE_C, ROPE_ONE_HEAD, ROPE_LATER_HEADS, ROPE_NO_SINE,
+       ROPE_ONLY_COSINES, ROPE_ONLY_SINES, ROPE_ANGLES, ROPE_FIRST_ANGLE, ROPE_FAR, ROPE_SAME,
+       ROPE_TWICE, ROPE_OVERLAP, ROPE_STEP_C, ROPE_STEP_2C };
 static const Mistake rope_mistakes[] = {
     {ROPE_BACK, FORWARD, "turned the wrong way: the sign of the sine"},
     {ROPE_BACK, BACKWARD, "turned the same way as in the forward pass"},
@@ -1214,54 +1423,73 @@ static const Mistake rope_mistakes[] = {
     {ROPE_NEXT, BOTH, "the angles of position t + 1: off by one"},
     {ROPE_BEFORE, BOTH, "the angles of position t - 1: off by one"},
     {ROPE_ROW, BOTH, "the position is the row n; in the second sequence it begins anew: n % T"},
+    {ROPE_SEQUENCE, BOTH, "the position is n % T, not n / T, which counts the sequences"},
     {ROPE_HALVES, BOTH, "channel j is paired with j + hs/2; pairs are adjacent channels"},
     {ROPE_ALIASED, BOTH, "x0 is overwritten before the second line of the rotation reads it"},
-    {ROPE_FIRST_PLUS, BOTH, "sign: the first of the pair is x0 cos - x1 sin (going back, the sines "
-     "have the other sign)"},
-    {ROPE_SECOND_MINUS, BOTH, "sign: the second of the pair is x0 sin + x1 cos (going back, the "
-     "sines have the other sign)"},
+    {ROPE_FIRST_PLUS, FORWARD, "sign: the first of the pair is x0 cos - x1 sin"},
+    {ROPE_FIRST_PLUS, BACKWARD, "the sign of the sine in the first of the pair"},
+    {ROPE_SECOND_MINUS, FORWARD, "sign: the second of the pair is x0 sin + x1 cos"},
+    {ROPE_SECOND_MINUS, BACKWARD, "the sign of the sine in the second of the pair"},
     {ROPE_COSINE_MINUS, BOTH, "sign: the second of the pair has + x1 cos"},
-    {ROPE_HEAD, BOTH, "the angles go on from head to head; each head begins with angle 0"},
+    {ROPE_HEAD, BOTH, "the table's columns go on from head to head; each head begins with 0"},
+    {ROPE_TABLE_C, BOTH, "a row of the table is hs long, not C"},
     {ROPE_ONE_HEAD, BOTH, "only the first head is turned"},
+    {ROPE_LATER_HEADS, BOTH, "the first head of the queries is not turned"},
     {ROPE_NO_SINE, BOTH, "the sines are missing"},
-    {ROPE_STILL, BOTH, "nothing is turned"},
+    {ROPE_ONLY_COSINES, BOTH, "the cosine stands in place of the sine"},
+    {ROPE_ONLY_SINES, BOTH, "the sine stands in place of the cosine"},
+    {ROPE_ANGLES, BOTH, "the table holds cosines and sines already, no angles"},
+    {ROPE_FIRST_ANGLE, BOTH, "all pairs turn by the angle of the first pair"},
     {ROPE_TWICE, BOTH, "both results are written to the first of the pair"},
-    {ROPE_OTHER, BOTH, "the second of the pair is read one place too far"},
-    {ROPE_ANGLE, BOTH, "all pairs turn by the angle of the first pair"},
+    {ROPE_FAR, BOTH, "the second of the pair is read one place too far"},
+    {ROPE_SAME, BOTH, "the first of the pair is read in place of the second"},
+    {ROPE_OVERLAP, BOTH, "the pairs overlap: from one to the next it is 2 channels"},
+    {ROPE_STEP_C, BOTH, "a row of qkv is 3 C long, not C"},
+    {ROPE_STEP_2C, BOTH, "a row of qkv is 3 C long, not 2 C"},
     {0, 0, NULL}};
 
-static void rope_pair(number *y, const number *x, int second, double angle, int wrong) {
-    double c = cos(angle), s = wrong == ROPE_BACK ? -sin(angle) : sin(angle);
-    if (wrong == ROPE_SWAPPED) { double t = c; c = s, s = t; }
-    if (wrong == ROPE_NO_SINE) s = 0;
-    number x0 = x[0], x1 = x[wrong == ROPE_OTHER ? 2 : second];
-    y[0] = x0 * c + (wrong == ROPE_FIRST_PLUS ? x1 : -x1) * s;
-    if (wrong == ROPE_ALIASED) x0 = y[0];
-    y[second] = (wrong == ROPE_SECOND_MINUS ? -x0 : x0) * s +
-                (wrong == ROPE_COSINE_MINUS ? -x1 : x1) * c;
-    if (wrong == ROPE_TWICE) y[0] = y[second], y[second] = x1;
+static number at_or_nan(const number *x, long i, size_t n) {
+    return i < 0 || i >= (long)n ? NAN : x[i];
 }
 
+static void rope_pair(number *out, long first, int j, int t, number *const *in, const Case *c,
+                      int wrong) {
+    int hs = c->C / c->NH, size = wrong == ROPE_TABLE_C ? c->C : hs;
+    long second = first + (wrong == ROPE_HALVES ? hs / 2 : 1);
+    long at = (long)t * size + (wrong == ROPE_FIRST_ANGLE ? 0 : j);
+    number cosine = at_or_nan(in[1], at, c->size[1]), sine = at_or_nan(in[1], at + 1, c->size[1]);
+    if (wrong == ROPE_ANGLES) sine = sin(creal(cosine)), cosine = cos(creal(cosine));
+    if (wrong == ROPE_SWAPPED) { number x = cosine; cosine = sine, sine = x; }
+    if (wrong == ROPE_NO_SINE) sine = 0;
+    if (wrong == ROPE_ONLY_COSINES) sine = cosine;
+    if (wrong == ROPE_ONLY_SINES) cosine = sine;
+    if ((c->factor < 0) != (wrong == ROPE_BACK)) sine = -sine;
+    number x0 = out[first], x1 = at_or_nan(out, wrong == ROPE_SAME ? first
+                                                : second + (wrong == ROPE_FAR), c->out_size);
+    if (second >= (long)c->out_size) return;
+    out[first] = x0 * cosine + (wrong == ROPE_FIRST_PLUS ? x1 : -x1) * sine;
+    if (wrong == ROPE_ALIASED) x0 = out[first];
+    number y = (wrong == ROPE_SECOND_MINUS ? -x0 : x0) * sine +
+               (wrong == ROPE_COSINE_MINUS ? -x1 : x1) * cosine;
+    out[wrong == ROPE_TWICE ? first : second] = y;
+}
+
+// In place, as the layer does it: so a pair that is read too late is what has been made of it.
 static void rope(number *out, number *const *in, const Case *c, int wrong) {
-    int C = c->C, hs = C / c->NH;
+    int C = c->C, hs = C / c->NH, step = wrong == ROPE_STEP_C ? C : wrong == ROPE_STEP_2C ? 2 * C
+                                                                                         : 3 * C;
+    int begin = wrong == ROPE_KEYS ? C : wrong == ROPE_LATER_HEADS ? hs : 0;
+    int end = wrong == ROPE_VALUES ? 3 * C : wrong == ROPE_QUERIES ? C : 2 * C;
+    for (size_t i = 0; i < c->out_size; i++) out[i] = in[0][i];
     for (int n = 0; n < c->B * c->T; n++)
-        for (int i = 0; i < 3 * C; i++) {
-            const number *x = in[0] + n * 3 * C + i;
-            int section = i / C, j = i % hs, t = n % c->T;
-            int second = wrong == ROPE_HALVES ? hs / 2 : 1;
-            int turned = section < 2 || wrong == ROPE_VALUES;
-            if (wrong == ROPE_ROW) t = n;
-            t += (wrong == ROPE_NEXT) - (wrong == ROPE_BEFORE);
-            if ((wrong == ROPE_QUERIES && section == 1) || (wrong == ROPE_KEYS && section == 0) ||
-                (wrong == ROPE_ONE_HEAD && i % C >= hs) || wrong == ROPE_STILL) turned = 0;
-            int pair = wrong == ROPE_HALVES ? j : j / 2;
-            int first = wrong == ROPE_HALVES ? j < hs / 2 : j % 2 == 0;
-            if (!turned) out[n * 3 * C + i] = *x;
-            if (!turned || !first) continue;
-            if (wrong == ROPE_HEAD) t += i / hs, pair = j / 2;
-            if (wrong == ROPE_ANGLE) pair = 0;
-            rope_pair(out + n * 3 * C + i, x, second, t * pow(10000, -2.0 * pair / hs), wrong);
-        }
+        for (int head = begin; head < end; head += hs)
+            for (int j = 0; j < hs; j += wrong == ROPE_OVERLAP ? 1 : 2) {
+                int t = wrong == ROPE_ROW ? n : wrong == ROPE_SEQUENCE ? n / c->T : n % c->T;
+                t += (wrong == ROPE_NEXT) - (wrong == ROPE_BEFORE);
+                if (wrong == ROPE_ONE_HEAD && head % C >= hs) continue;
+                long first = (long)n * step + head + (wrong == ROPE_HALVES ? j / 2 : j);
+                rope_pair(out, first, wrong == ROPE_HEAD ? head % C + j : j, t, in, c, wrong);
+            }
 }
 
 static double *rope_table(int T, int hs) {
@@ -1273,6 +1501,12 @@ static double *rope_table(int T, int hs) {
     return table;
 }
 
+static void qkv_input(Case *c, double size) {
+    add_input(c, 0, "qkv", c->B * c->T, 3 * c->C, size);
+    c->sections = 3;
+    c->parts[0] = "q", c->parts[1] = "k", c->parts[2] = "v";
+}
+
 static Case rope_case(int k) {
     static const int shapes[][4] = {{1, 5, 4, 1}, {1, 1, 4, 1}, {1, 5, 12, 3}, {2, 5, 4, 1},
                                     {3, 7, 20, 2}};
@@ -1280,8 +1514,10 @@ static Case rope_case(int k) {
                                         "2 sequences", "3 sequences, 2 heads of 10"};
     Case c = {.name = names[k], .B = shapes[k][0], .T = shapes[k][1], .C = shapes[k][2],
               .NH = shapes[k][3]};
-    c.size[0] = c.out_size = (size_t)c.B * c.T * 3 * c.C;
-    c.in[0] = numbers(c.size[0], 1);
+    int hs = c.C / c.NH;
+    qkv_input(&c, 1);
+    c.in[1] = rope_table(c.T, hs), c.size[1] = (size_t)c.T * hs;
+    c.names[1] = "the table", c.rows[1] = c.T, c.out_size = c.size[0];
     return c;
 }
 
@@ -1296,9 +1532,9 @@ static void check_rope(int backward) {
     for (int k = 0; k < 5; k++) {
         Case c = rope_case(k);
         int hs = c.C / c.NH;
-        double *dout = numbers(c.size[0], 1), *angles = rope_table(c.T, hs);
+        double *dout = numbers(c.size[0], 1), *angles = c.in[1];
         begin_case(&c);
-        float *table = input("table", angles, (size_t)c.T * hs);
+        float *table = input("table", angles, c.size[1]);
         float *x = in_place(backward ? "dqkv" : "qkv", backward ? dout : c.in[0], c.size[0]);
         float *made = output("rope_angles", (size_t)c.T * hs);
         remember();
@@ -1314,8 +1550,13 @@ static void check_rope(int backward) {
                               "the values");
         r.in_place = 1;
         if (!compare(&r)) continue;
-        if (backward) backward_mistakes(&r, rope, &c, 0, dout, 1, 0, rope_mistakes, 0, NULL, NULL);
-        else forward_mistakes(&r, rope, &c, 0, rope_mistakes);
+        if (!backward) forward_mistakes(&r, rope, &c, 0, rope_mistakes);
+        for (int side = -1; side <= 1 && backward; side += 2) {  // mistaken rotations, either way
+            c.in[0] = dout, c.factor = side;
+            for (const Mistake *m = rope_mistakes; m->text; m++)
+                if (m->pass & BACKWARD) add_hypothesis(&r, m->text, evaluate(rope, &c, m->number));
+            reading_mistakes(&r, &(Outcome){.f = rope, .c = &c}, 0, 0);
+        }
         size_t first = 0;
         while (!r.is_wrong[first]) first++;
         report(&r, first < r.n / c.B ? NULL : "only later sequences are wrong: the position begins "
@@ -1329,7 +1570,8 @@ static void check_rope_backward(void) { check_rope(1); }
 // ---- swiglu: in[0] (N,2H), a row holds a, then b.
 
 enum { SWIGLU_HELD = 1, SWIGLU_SWAPPED, SWIGLU_SIGMOID, SWIGLU_PRODUCT, SWIGLU_SUM, SWIGLU_NEGATIVE,
-       SWIGLU_TANH, SWIGLU_ALONE, SWIGLU_LINEAR, SWIGLU_MIXED, SWIGLU_SHIFT, SWIGLU_INTERLEAVED };
+       SWIGLU_TANH, SWIGLU_LINEAR, SWIGLU_MIXED, SWIGLU_INTERLEAVED,
+       SWIGLU_BESIDE, SWIGLU_FAR, SWIGLU_RELU, SWIGLU_GELU, SWIGLU_ONLY_TANH };
 static const Mistake swiglu_mistakes[] = {
     {SWIGLU_HELD, 2, "silu(a) = a sigmoid(a) is a product: the term through the sigmoid is "
      "missing"},
@@ -1341,9 +1583,12 @@ static const Mistake swiglu_mistakes[] = {
     {SWIGLU_SUM, 3, "silu(a) + b in place of silu(a) b"},
     {SWIGLU_NEGATIVE, 3, "the sign inside of the sigmoid is wrong"},
     {SWIGLU_TANH, 3, "tanh in place of the sigmoid"},
-    {SWIGLU_ALONE, 3, "silu(a): the factor b is missing"},
     {SWIGLU_MIXED, 3, "sigmoid(b) in place of sigmoid(a)"},
-    {SWIGLU_SHIFT, 3, "an index is off by one: b is read one place further"},
+    {SWIGLU_BESIDE, 3, "b begins H places after a, not 1"},
+    {SWIGLU_FAR, 3, "b begins H places after a, in the same row; not N H"},
+    {SWIGLU_RELU, 3, "ReLU in place of SiLU"},
+    {SWIGLU_GELU, 3, "GELU in place of SiLU: nothing stands before a in the sigmoid"},
+    {SWIGLU_ONLY_TANH, 3, "tanh(a) in place of a sigmoid(a)"},
     {SWIGLU_INTERLEAVED, 3, "a and b are read alternately; a row holds all of a, then all of b"},
     {0, 0, NULL}};
 
@@ -1353,24 +1598,28 @@ static void swiglu(number *out, number *const *in, const Case *c, int wrong) {
         for (int i = 0; i < H; i++) {
             const number *row = in[0] + n * 2 * H;
             number a = row[i], b = row[H + i];
-            if (wrong == SWIGLU_SHIFT) b = row[H + (i + 1) % H];
+            if (wrong == SWIGLU_BESIDE) b = row[i + 1];
+            if (wrong == SWIGLU_FAR) b = at_or_nan(in[0], (2 * n + c->T) * H + i, c->size[0]);
             if (wrong == SWIGLU_INTERLEAVED) a = row[2 * i], b = row[2 * i + 1];
             if (wrong == SWIGLU_SWAPPED) { number t = a; a = b, b = t; }
-            number s = logistic(wrong == SWIGLU_NEGATIVE ? -a : wrong == SWIGLU_MIXED ? b : a);
+            number s = logistic(wrong == SWIGLU_NEGATIVE ? -a : wrong == SWIGLU_MIXED ? b
+                                : wrong == SWIGLU_GELU ? 1.702 * a : a);
             if (wrong == SWIGLU_HELD) s = hold(s);
             if (wrong == SWIGLU_LINEAR) a = hold(a);
             if (wrong == SWIGLU_TANH) s = ctanh(a);
+            if (wrong == SWIGLU_RELU) s = creal(a) > 0;
+            if (wrong == SWIGLU_ONLY_TANH) s = ctanh(a) / a;
             number silu = wrong == SWIGLU_SIGMOID ? s : wrong == SWIGLU_PRODUCT ? a : a * s;
-            out[n * H + i] = wrong == SWIGLU_SUM ? silu + b : wrong == SWIGLU_ALONE ? silu
-                                                                                    : silu * b;
+            out[n * H + i] = wrong == SWIGLU_SUM ? silu + b : silu * b;
         }
 }
 
 static Case swiglu_case(int k) {
-    static const int shapes[][2] = {{5, 7}, {1, 7}, {4, 1}, {3, 64}};
-    static const char *const names[] = {"5 rows x 7", "one row", "H = 1", "3 rows x 64"};
+    static const int shapes[][2] = {{5, 7}, {1, 7}, {4, 1}, {5, 64}};
+    static const char *const names[] = {"5 rows x 7", "one row", "H = 1", "5 rows x 64"};
     Case c = {.name = names[k], .T = shapes[k][0], .K = shapes[k][1]};
-    c.out_size = (size_t)c.T * c.K, c.size[0] = 2 * c.out_size, c.in[0] = numbers(c.size[0], 1.4);
+    add_input(&c, 0, "inp", c.T, 2 * c.K, 1.4);
+    c.out_size = (size_t)c.T * c.K, c.sections = 2, c.parts[0] = "a", c.parts[1] = "b";
     return c;
 }
 
@@ -1423,39 +1672,33 @@ static void check_swiglu_backward(void) {
                           "that with the sigmoid held, and all of db", "that through the "
                           "derivative of the sigmoid, in da");
         swiglu_quantities(&r, &c, dout, 2);
-        double *swapped = room(r.n, sizeof *swapped);
-        for (int n = 0; n < c.T; n++)
-            for (int j = 0; j < 2 * c.K; j++)
-                swapped[n * 2 * c.K + j] = r.expected[n * 2 * c.K + (j + c.K) % (2 * c.K)];
-        add_hypothesis(&r, "here stands what belongs in the other half of the row", swapped);
         report(&r, NULL);
     }
 }
 
 // ---- matmul: in[0] x (N,C), in[1] the weight (OC,C).
 
-enum { MATMUL_TRANSPOSED = 1, MATMUL_INPUT, MATMUL_LAST, MATMUL_FIRST, MATMUL_ROW, MATMUL_OUTPUT };
+enum { MATMUL_MORE = 1, MATMUL_GROWS, MATMUL_SAME, MATMUL_OUTPUT };
 static const Mistake matmul_mistakes[] = {
-    {MATMUL_TRANSPOSED, 3, "the weight is read transposed: it is (OC,C), row o holds output o"},
-    {MATMUL_INPUT, 3, "inp is read transposed: it is (N,C)"},
-    {MATMUL_LAST, 3, "the last channel is left out of the sum"},
-    {MATMUL_FIRST, 3, "the first channel is left out of the sum"},
-    {MATMUL_ROW, 3, "every row is computed from the first row of inp"},
+    {MATMUL_MORE, 1, "one channel too many in the sum: c < C"},
+    {MATMUL_GROWS, 1, "the sum goes on from output to output; it must begin at 0 for each"},
+    {MATMUL_SAME, 1, "row n of the weight in place of row o"},
     {MATMUL_OUTPUT, 3, "the next output's row of the weight: off by one"},
     {0, 0, NULL}};
 
 static void matmul(number *out, number *const *in, const Case *c, int wrong) {
-    int N = c->T, C = c->C, OC = c->K;
-    for (int n = 0; n < N; n++)
+    int C = c->C, OC = c->K;
+    for (int n = 0; n < c->T; n++) {
+        number sum = 0;
         for (int o = 0; o < OC; o++) {
-            number sum = 0;
-            int row = wrong == MATMUL_OUTPUT ? (o + 1) % OC : o;
-            for (int i = wrong == MATMUL_FIRST; i < C - (wrong == MATMUL_LAST); i++)
-                sum += in[0][wrong == MATMUL_INPUT ? i * N + n
-                             : wrong == MATMUL_ROW ? i : n * C + i] *
-                       in[1][wrong == MATMUL_TRANSPOSED ? i * OC + o : row * C + i];
+            int row = wrong == MATMUL_OUTPUT ? (o + 1) % OC : wrong == MATMUL_SAME ? n : o;
+            if (wrong != MATMUL_GROWS) sum = 0;
+            for (int i = 0; i < C + (wrong == MATMUL_MORE); i++)
+                sum += at_or_nan(in[0], n * C + i, c->size[0]) *
+                       at_or_nan(in[1], row * C + i, c->size[1]);
             out[n * OC + o] = sum;
         }
+    }
 }
 
 static Case matmul_case(int k) {
@@ -1464,8 +1707,8 @@ static Case matmul_case(int k) {
     static const char *const names[] = {"N 5, C 7, OC 3", "one row", "N 4, C 4, OC 4", "C = 1",
                                         "OC = 1", "N 13, C 37, OC 19"};
     Case c = {.name = names[k], .T = shapes[k][0], .C = shapes[k][1], .K = shapes[k][2]};
-    c.size[0] = (size_t)c.T * c.C, c.size[1] = (size_t)c.K * c.C, c.out_size = (size_t)c.T * c.K;
-    for (int i = 0; i < 2; i++) c.in[i] = numbers(c.size[i], 1);
+    add_input(&c, 0, "inp", c.T, c.C, 1), add_input(&c, 1, "weight", c.K, c.C, 1);
+    c.out_size = (size_t)c.T * c.K;
     return c;
 }
 
@@ -1484,14 +1727,6 @@ static void check_matmul_forward(void) {
         add_constant(&r, "C", c.C);
         report(&r, NULL);
     }
-}
-
-// The gradient of a matmul whose dout was read as (OC,N).
-static const double *matmul_transposed_dout(const Case *c, int which, const double *dout) {
-    double *d = room(c->out_size, sizeof *d);
-    for (int i = 0; i < c->T; i++)
-        for (int o = 0; o < c->K; o++) d[i * c->K + o] = dout[o * c->T + i];
-    return differentiate(matmul, c, which, d, 0);
 }
 
 static void check_matmul_backward(void) {
@@ -1513,8 +1748,6 @@ static void check_matmul_backward(void) {
             Result *r = &two[which];
             if (!compare(r)) continue;
             backward_mistakes(r, matmul, &c, which, dout, c.T, c.K, matmul_mistakes, 0, NULL, NULL);
-            add_hypothesis(r, "dout is read transposed: it is (N,OC)",
-                           matmul_transposed_dout(&c, which, dout));
             add_constant(r, "N", c.T), add_constant(r, "OC", c.K), add_constant(r, "C", c.C);
             report(r, NULL);
         }
@@ -1527,7 +1760,8 @@ static void check_matmul_backward(void) {
 enum { ATTENTION_HELD = 1, ATTENTION_UNMASKED, ATTENTION_PEEK, ATTENTION_STRICT, ATTENTION_UNSCALED,
        ATTENTION_HS, ATTENTION_C, ATTENTION_UP, ATTENTION_RAW, ATTENTION_ALL, ATTENTION_QQ,
        ATTENTION_KK, ATTENTION_VK, ATTENTION_VQ, ATTENTION_Q0, ATTENTION_K0, ATTENTION_V0,
-       ATTENTION_AXIS, ATTENTION_TRANSPOSED, ATTENTION_NOT_EXP,
+       ATTENTION_AXIS, ATTENTION_TRANSPOSED, ATTENTION_NOT_EXP, ATTENTION_FUTURE, ATTENTION_MEAN,
+       ATTENTION_T, ATTENTION_GROUPED, ATTENTION_BY_HEAD, ATTENTION_VT, ATTENTION_B0,
        LSE_NO_M, LSE_NO_LOG, LSE_ONLY_M, LSE_MINUS, LSE_M_TWICE, LSE_TWO_M };  // of lse alone
 static const Mistake attention_mistakes[] = {
     {ATTENTION_UNMASKED, 3, "the causal mask is missing: it reads keys after the query (future "
@@ -1539,6 +1773,16 @@ static const Mistake attention_mistakes[] = {
     {ATTENTION_HS, 3, "the scores are scaled by 1 / hs; it must be 1 / sqrt(hs)"},
     {ATTENTION_C, 3, "the scores are scaled by 1 / sqrt(C); it must be 1 / sqrt(hs)"},
     {ATTENTION_UP, 3, "the scores are multiplied by sqrt(hs) in place of divided"},
+    {ATTENTION_FUTURE, 3, "the mask is the wrong way round: a query sees the keys from its own "
+     "position on, not those up to it"},
+    {ATTENTION_MEAN, 1, "divided by the number of keys in place of the sum of the exponentials"},
+    {ATTENTION_T, 1, "divided by T in place of the sum of the exponentials"},
+    {ATTENTION_GROUPED, 3, "two heads share keys and values, as in grouped-query attention; here "
+     "each head has its own"},
+    {ATTENTION_BY_HEAD, 3, "q, k and v are read head by head; a row holds the queries of all "
+     "heads, then all keys, then all values"},
+    {ATTENTION_B0, 3, "keys and values of the first sequence are used for every sequence"},
+    {ATTENTION_VT, 3, "the value of the query's position in place of the key's: v_t, not v_s"},
     {ATTENTION_RAW, 1, "not divided by the row's sum: the softmax is not normalized"},
     {ATTENTION_ALL, 3, "the row's sum goes over all keys, the future ones too"},
     {ATTENTION_QQ, 3, "queries are used as keys"},
@@ -1560,12 +1804,24 @@ static const Mistake attention_mistakes[] = {
     {ATTENTION_NOT_EXP, 1, "the exponential is missing"},
     {0, 0, NULL}};
 
+// Where head h of part 0, 1 or 2 (q, k, v) of a row begins.
+static const number *attention_head(number *const *in, const Case *c, int b, int t, int part, int h,
+                                    int wrong) {
+    int C = c->C, hs = C / c->NH;
+    if ((wrong == ATTENTION_Q0 && part == 0) || (wrong == ATTENTION_K0 && part == 1) ||
+        (wrong == ATTENTION_V0 && part == 2))
+        h = 0;
+    if (wrong == ATTENTION_GROUPED && part > 0) h /= 2;
+    if (wrong == ATTENTION_B0 && part > 0) b = 0;
+    return in[0] + (size_t)(b * c->T + t) * 3 * C +
+           (wrong == ATTENTION_BY_HEAD ? (3 * h + part) * hs : part * C + h * hs);
+}
+
 static number attention_score(number *const *in, const Case *c, int b, int h, int t, int s,
                               int wrong) {
-    int C = c->C, hs = C / c->NH, hq = wrong == ATTENTION_Q0 ? 0 : h, hk = wrong == ATTENTION_K0
-                                                                               ? 0 : h;
-    const number *q = in[0] + (size_t)(b * c->T + t) * 3 * C + hq * hs;
-    const number *k = in[0] + (size_t)(b * c->T + s) * 3 * C + C + hk * hs;
+    int C = c->C, hs = C / c->NH;
+    const number *q = attention_head(in, c, b, t, 0, h, wrong);
+    const number *k = attention_head(in, c, b, s, 1, h, wrong);
     number sum = 0;
     if (wrong == ATTENTION_QQ) k -= C;
     if (wrong == ATTENTION_KK) q += C;
@@ -1577,9 +1833,10 @@ static number attention_score(number *const *in, const Case *c, int b, int h, in
 
 // The keys that query t sees are those from *begin to *end - 1.
 static void attention_keys(const Case *c, int t, int wrong, int *begin, int *end) {
-    *begin = wrong == ATTENTION_TRANSPOSED ? t : 0;
+    *begin = wrong == ATTENTION_TRANSPOSED || wrong == ATTENTION_FUTURE ? t : 0;
     *end = t + 1;
-    if (wrong == ATTENTION_UNMASKED || wrong == ATTENTION_TRANSPOSED) *end = c->T;
+    if (wrong == ATTENTION_UNMASKED || wrong == ATTENTION_TRANSPOSED || wrong == ATTENTION_FUTURE)
+        *end = c->T;
     if (wrong == ATTENTION_PEEK && t + 1 < c->T) *end = t + 2;
     if (wrong == ATTENTION_STRICT) *end = t;
 }
@@ -1592,8 +1849,8 @@ static double lse_mistake(int wrong, double m, double sum, int hs) {
 
 static void attention_row(number *out, number *lse, number *const *in, const Case *c, int b, int h,
                           int t, int wrong) {
-    int C = c->C, hs = C / c->NH, begin, end, hv = wrong == ATTENTION_V0 ? 0 : h;
-    int shift = wrong == ATTENTION_VK ? C : wrong == ATTENTION_VQ ? 0 : 2 * C;
+    int hs = c->C / c->NH, begin, end;
+    int part = wrong == ATTENTION_VK ? 1 : wrong == ATTENTION_VQ ? 0 : 2;
     number *p = room(c->T, sizeof *p), sum = 0;
     double m = -1e300;
     attention_keys(c, t, wrong, &begin, &end);
@@ -1619,8 +1876,10 @@ static void attention_row(number *out, number *lse, number *const *in, const Cas
                              : attention_score(in, c, b, h, s, t, 0)) / total;
             sum = 1;
         }
-        const number *v = in[0] + (size_t)(b * c->T + s) * 3 * C + shift + hv * hs;
-        number weight = p[s] / (wrong == ATTENTION_RAW ? 1 : sum);
+        int at = wrong == ATTENTION_VT ? t : s;
+        const number *v = attention_head(in, c, b, at, part, h, wrong);
+        number weight = p[s] / (wrong == ATTENTION_RAW ? 1 : wrong == ATTENTION_MEAN ? t + 1
+                                : wrong == ATTENTION_T ? c->T : sum);
         for (int i = 0; i < hs; i++) out[i] += weight * v[i];
     }
     free(p);
@@ -1653,9 +1912,11 @@ static Case attention_case(int k, int with_lse) {
     if (submission.cuda && c.C / c.NH % 2) c.C += c.NH;  // pairs of channels are loaded there
     if (k == 6) c.T = submission.cuda ? 140 : 530;       // several blocks
     if (k == 6) c.name = submission.cuda ? "T = 140" : "T = 530";
-    c.size[0] = (size_t)c.B * c.T * 3 * c.C, c.in[0] = numbers(c.size[0], k == 6 ? 1.6 : 1.2);
+    qkv_input(&c, k == 6 ? 1.6 : 1.2);
     for (size_t i = 0; i < c.size[0] && k == 5; i++)  // large queries and keys
         if (i / c.C % 3 < 2) c.in[0][i] = (float)(c.in[0][i] * 10);
+    for (int i = 0; i < c.C && k == 5; i++)  // the first score, all that its query sees: -200
+        c.in[0][c.C + i] = (float)(-200 * sqrt(c.C) / c.C / c.in[0][i]);
     c.out_size = (size_t)c.B * c.T * c.C + (with_lse ? (size_t)c.B * c.NH * c.T : 0);
     return c;
 }
@@ -1663,8 +1924,12 @@ static Case attention_case(int k, int with_lse) {
 static const char several_heads[] =
     "one head of one sequence is right: look at where a head begins in qkv and out, at the order "
     "(B,NH,T) of lse, and whether hs is meant where C stands";
+static const char several_lanes[] =
+    "one key is right, several are not: are a row's largest score and its sum taken over all lanes "
+    "that share it?";
 static const char at_large_scores[] =
-    "only large scores go wrong: is the largest one subtracted before the exponential?";
+    "only large scores go wrong: is the largest one subtracted before the exponential, and found "
+    "too where all are negative?";
 static const char across_blocks[] =
     "shorter sequences are right: look at what happens from one block to the next (where a block "
     "begins, the correction of what has been summed, whether a product adds or writes)";
@@ -1683,11 +1948,18 @@ static void check_attention_forward(void) {
         double *right = evaluate(attention, &c, 0);
         Result r = result_of("out", y, right, 0, c.B * c.T, c.C, "row", "channel");
         Result s = result_of("lse", lse, right + n, 0, c.B * c.NH, c.T, "head", "position");
-        const char *about = bad ? NULL : k == 6 ? across_blocks : k == 5 ? at_large_scores
+        const char *about = bad ? NULL : k == 1 && submission.cuda ? several_lanes
+                            : k == 6 ? across_blocks : k == 5 ? at_large_scores
                             : k == 2 || k == 3 ? several_heads : NULL;
         r.tolerance = s.tolerance = k == 5 ? 5e-4 : 1e-4;
         if (compare(&r)) {
             if (k < 6) forward_mistakes(&r, attention, &c, 0, attention_mistakes);
+            double *by_heads = room(r.n, sizeof *by_heads);
+            for (size_t i = 0; i < n; i++) {
+                int hs = c.C / c.NH, bt = (int)(i / c.C), h = (int)(i % c.C) / hs;
+                by_heads[((bt / c.T * c.NH + h) * c.T + bt % c.T) * hs + i % hs] = right[i];
+            }
+            add_hypothesis(&r, "out is written as (B,NH,T,hs); it is (B,T,C)", by_heads);
             report(&r, about);
         }
         if (compare(&s)) {
@@ -1698,14 +1970,12 @@ static void check_attention_forward(void) {
     }
 }
 
-// sum_s M_ts x_s, or with `transposed` sum_t M_ts x_t, for each head, times factor: x is a part of
-// qkv (0 q, 1 k, 2 v) or dout (3). The result lies in part `to` of an array like qkv; the rest is
-// what was expected.
-static double *mixed(const Result *r, const Case *c, const double *M, int transposed, int part,
-                     int to, const double *dout, double factor) {
+// sum_s M_ts x_s, or with `transposed` sum_t M_ts x_t, for each head: x is a part of qkv (0 q, 1 k,
+// 2 v), dout (3) or out (4). The result goes to part `to` of z, which is like qkv.
+static void mix(double *z, const Case *c, const double *M, int transposed, int part, int to,
+                const double *dout, const double *out) {
     int T = c->T, C = c->C, hs = C / c->NH;
-    double *z = room(r->n, sizeof *z);
-    memcpy(z, r->expected, r->n * sizeof *z);
+    const double *x = part == 4 ? out : dout;
     for (int b = 0; b < c->B; b++)
         for (int t = 0; t < T; t++)
             for (int i = 0; i < C; i++) {
@@ -1713,23 +1983,89 @@ static double *mixed(const Result *r, const Case *c, const double *M, int transp
                 double sum = 0;
                 for (int s = 0; s < T; s++)
                     sum += m[transposed ? s * T + t : t * T + s] *
-                           (part == 3 ? dout[(b * T + s) * C + i]
+                           (part >= 3 ? x[(b * T + s) * C + i]
                                       : c->in[0][(b * T + s) * 3 * C + part * C + i]);
-                z[(b * T + t) * 3 * C + to * C + i] = factor * sum;
+                z[(b * T + t) * 3 * C + to * C + i] = sum;
             }
-    return z;
 }
 
 // Products with the wrong one of the two neighbours, or the wrong side of the matrix.
-static void attention_products(Result *r, const Case *c, const double *dout) {
-    static const char *const names[] = {"q", "k", "v", "dout"}, *const to[] = {"dq", "dk", "dv"};
+static void wrong_products(Result *r, const Case *c, const double *dS, const double *P,
+                           const double *dout, const double *out) {
+    static const char *const names[] = {"q", "k", "v", "dout", "out"};
+    static const char *const to[] = {"dq", "dk", "dv"};
+    static const int partners[] = {1, 0, 3};
+    for (int k = 0; k < 3 * 2 * 2 * 5; k++) {
+        int gradient = k / 20, which = k / 10 % 2, transposed = k / 5 % 2, part = k % 5;
+        const char *name = which ? "P" : "dS";
+        char *text = room(300, 1);
+        double *z = room(r->n, sizeof *z);
+        memcpy(z, r->expected, r->n * sizeof *z);
+        mix(z, c, which ? P : dS, transposed, part, gradient, dout, out);
+        if (part == partners[gradient] && which == (gradient == 2))
+            sprintf(text, "the indices of %s are transposed in the sum for %s", name, to[gradient]);
+        else
+            sprintf(text, "%s is a product of the wrong things: this is %s%s times %s",
+                    to[gradient], name, transposed ? " transposed" : "", names[part]);
+        add_hypothesis(r, text, z);
+    }
+}
+
+// All scores; and out from in[1] (B,NH,T,T) in place of P.
+static void all_scores(number *out, number *const *in, const Case *c, int wrong) {
+    for (int i = 0; i < (int)c->out_size; i++) {
+        int s = i % c->T, t = i / c->T % c->T, head = i / c->T / c->T;
+        out[i] = attention_score(in, c, head / c->NH, head % c->NH, t, s, wrong);
+    }
+}
+
+static void all_values(number *out, number *const *in, const Case *c, int wrong) {
+    int hs = c->C / c->NH;
+    for (int i = 0; i < (int)c->out_size; i++) {
+        int t = i / c->C % c->T, b = i / c->C / c->T, h = i % c->C / hs;
+        out[i] = 0;
+        for (int s = 0; s < c->T; s++)
+            out[i] += in[1][((b * c->NH + h) * c->T + t) * c->T + s] *
+                      attention_head(in, c, b, s, 2, h, wrong)[i % hs];
+    }
+}
+
+// All three gradients from a dS or a P with something wrong in it.
+static void wrong_matrices(Result *r, const Case *c, const double *dS, const double *held,
+                           double *P, const double *dout) {
+    enum { NO_P, DIAGONAL_ONLY, NO_DIAGONAL, LAST_KEY, KINDS };
+    static const char *const texts[] = {
+        "the factor P is missing in the gradient of the scores",
+        "the softmax's derivative is more than P (1 - P): a score acts on every P of its row",
+        "the mask is off by one: a query must see the key at its own position",
+        "only a query's last key counts: is dq set (=) in the loop instead of added (+=)?"};
     size_t cells = (size_t)c->B * c->NH * c->T * c->T;
+    for (int kind = 0; kind < KINDS; kind++) {
+        double *S = room(cells, sizeof *S), *Q = room(cells, sizeof *Q);
+        Case scores = *c, values = *c;
+        for (size_t i = 0; i < cells; i++) {
+            int diagonal = i % c->T == i / c->T % c->T;
+            S[i] = kind == NO_P ? (P[i] > 0 ? dS[i] / P[i] : 0) : kind == DIAGONAL_ONLY
+                   ? held[i] * (1 - P[i]) : (kind == LAST_KEY) == diagonal ? dS[i] : 0;
+            Q[i] = kind == NO_DIAGONAL && diagonal ? 0 : P[i];
+        }
+        scores.out_size = cells, values.in[1] = Q, values.size[1] = cells;
+        double *z = differentiate(all_scores, &scores, 0, S, 0);
+        double *v = differentiate(all_values, &values, 0, dout, 0);
+        for (int i = 0; i < (int)r->n; i++)
+            z[i] = kind == LAST_KEY && i % r->columns >= c->C ? r->expected[i] : z[i] + v[i];
+        add_hypothesis(r, texts[kind], z);
+    }
+}
+
+static void attention_products(Result *r, const Case *c, const double *dout, const double *out,
+                               const double *lse) {
+    size_t cells = (size_t)c->B * c->NH * c->T * c->T;
+    double *P = room(cells, sizeof *P), scale = 1 / sqrt(c->C / c->NH), *e = room(r->n, sizeof *e);
     Case d = *c;
     d.in[1] = repeated(0, cells), d.size[1] = cells;
-    double *dS = differentiate(attention, &d, 1, dout, 0), scale = 1 / sqrt(c->C / c->NH);
-    double *P = room(cells, sizeof *P), *lse;
-    d = *c, d.out_size += (size_t)c->B * c->NH * c->T;
-    lse = evaluate(attention, &d, 0) + c->out_size;
+    double *dS = differentiate(attention, &d, 1, dout, 0);
+    double *held = differentiate(attention, &d, 1, dout, ATTENTION_HELD);
     number *in[3] = {room(c->size[0], sizeof(number)), NULL, NULL};
     for (size_t i = 0; i < c->size[0]; i++) in[0][i] = c->in[0][i];
     for (size_t i = 0; i < cells; i++) {
@@ -1738,23 +2074,14 @@ static void attention_products(Result *r, const Case *c, const double *dout) {
             P[i] = exp(creal(attention_score(in, c, head / c->NH, head % c->NH, t, s, 0)) -
                        lse[head * c->T + t]);
     }
-    for (int gradient = 0; gradient < 3; gradient++)
-        for (int which = 0; which < 2; which++)
-            for (int transposed = 0; transposed < 2; transposed++)
-                for (int part = 0; part < 4; part++) {
-                    char *text = room(300, 1);
-                    double *z = mixed(r, c, which ? P : dS, transposed, part, gradient, dout,
-                                      which ? 1 : scale);
-                    int partner = part == (gradient == 0 ? 1 : gradient == 1 ? 0 : 3);
-                    if (partner && which == (gradient == 2))
-                        sprintf(text, "the indices of %s are transposed in the sum for %s",
-                                which ? "P" : "dS", to[gradient]);
-                    else
-                        sprintf(text, "%s is a product of the wrong things: this is %s%s times %s",
-                                to[gradient], which ? "P" : "dS", transposed ? " transposed" : "",
-                                names[part]);
-                    add_hypothesis(r, text, z);
-                }
+    wrong_matrices(r, c, dS, held, P, dout);
+    for (size_t i = 0; i < cells; i++) dS[i] *= scale;
+    wrong_products(r, c, dS, P, dout, out);
+    for (size_t i = 0; i < r->n; i++) {
+        int bt = (int)(i / r->columns), h = (int)(i % c->C) / (c->C / c->NH);
+        e[i] = exp(lse[(bt / c->T * c->NH + h) * c->T + bt % c->T]);
+    }
+    add_quantity(r, "e^lse (P = e^(S - lse))", e);
 }
 
 // Does the gradient read the future? Changes all that comes after position t, but for the softmax
@@ -1767,29 +2094,39 @@ static const char *reads_future(const Case *c, const double *dout, const double 
     float *x = input("qkv", c->in[0], n), *dy = input("dout", dout, (size_t)c->B * c->T * c->C);
     float *y = input("out", out, (size_t)c->B * c->T * c->C);
     float *l = input("lse", lse, (size_t)c->B * c->NH * c->T);
-    float *one = output("dqkv", n), *two = output("dqkv", n);
+    float *one = output("dqkv", n), *two = output("dqkv", n), *three = output("dqkv", n);
+    memcpy(two, one, n * sizeof *two), memcpy(three, one, n * sizeof *three);
     remember();
     submission.attention_backward(one, dy, y, l, x, c->B, c->T, c->C, c->NH);
-    for (int i = (t + 1) * 3 * c->C; i < c->T * 3 * c->C; i++) x[i] += 0.5f;
+    int middle = (t + 1) * 3 * c->C, end = c->T * 3 * c->C;
+    for (int i = middle; i < end; i++) x[i] += 0.5f;
     submission.attention_backward(two, dy, y, l, x, c->B, c->T, c->C, c->NH);
-    for (int i = 0; i < (t + 1) * 3 * c->C; i++)
-        if (i % (3 * c->C) < c->C) changed |= !(fabs(one[i] - two[i]) < 1e-4);
-    return changed ? "dq depends on keys or values after its query (future tokens): check the mask"
-                   : NULL;
+    for (int i = 0; i < end; i++) x[i] = (float)c->in[0][i] + (i < middle ? 0.5f : 0);
+    submission.attention_backward(three, dy, y, l, x, c->B, c->T, c->C, c->NH);
+    for (int i = 0; i < end; i++) {
+        int is_dq = i % (3 * c->C) < c->C;
+        if (i < middle && is_dq) changed |= !(fabs(one[i] - two[i]) < 1e-4);
+        if (i >= middle && !is_dq) changed |= 2 * !(fabs(one[i] - three[i]) < 1e-4);
+    }
+    return changed & 1 ? "dq depends on keys or values after its query (future tokens): check the "
+                         "mask" : changed ? "dk or dv depends on queries before its key, which do "
+                         "not see it: check the mask" : NULL;
 }
 
 // P without the subtraction of lse and the like show where there is but one key: P must be 1.
 static void one_key_hints(Result *r, const Case *c, const double *lse) {
-    double *P = room(r->n, sizeof *P), *up = room(r->n, sizeof *up);
+    double *P = room(r->n, sizeof *P), *up = room(r->n, sizeof *up), *hs = room(r->n, sizeof *hs);
     for (size_t i = 0; i < r->n; i++) {
         int h = (int)(i % c->C / (c->C / c->NH));
-        P[i] = exp(lse[h]), up[i] = exp(lse[h] * (sqrt(c->C / c->NH) - 1));
+        double root = sqrt(c->C / c->NH);
+        P[i] = exp(lse[h]), up[i] = exp(lse[h] * (root - 1)), hs[i] = exp(lse[h] * (1 / root - 1));
     }
     double *unseen = room(r->n, sizeof *unseen);  // a mask without the diagonal: all 0
     add_hypothesis(r, "the mask is off by one: a query must see the key at its own position",
                    unseen);
     add_quantity(r, "e^lse (P = e^(S - lse))", P);
     add_quantity(r, "e^(score - score / sqrt(hs)) (P is made of scores without their scale)", up);
+    add_quantity(r, "e^(S / sqrt(hs) - S) (P is made of scores divided by hs)", hs);
 }
 
 static void check_attention_small(int k, int bad) {
@@ -1814,7 +2151,7 @@ static void check_attention_small(int k, int bad) {
     add_constant(&r, "sqrt(hs)", sqrt(c.C / c.NH)), add_constant(&r, "hs", c.C / c.NH);
     if (k == 0) one_key_hints(&r, &c, lse);
     if (k && c.T <= 6) {
-        attention_products(&r, &c, dout);
+        if (k < 5) attention_products(&r, &c, dout, out, lse);
         backward_mistakes(&r, attention, &c, 0, dout, c.B * c.T, c.C, attention_mistakes,
                           ATTENTION_HELD, "that with the softmax's sum held, and all of dv", "that "
                           "through the softmax's sum, in which every score of the row is");
@@ -1866,7 +2203,7 @@ static void check_attention_backward(void) {
 enum { CROSS_HELD = 1, CROSS_SIGN, CROSS_NO_TARGET, CROSS_NO_LSE, CROSS_LAST, CROSS_FIRST,
        CROSS_MEAN, CROSS_LOG2, CROSS_NEXT, CROSS_BEFORE, CROSS_ONE, CROSS_NO_LOG, CROSS_NO_MAX,
        CROSS_PLUS, CROSS_NOT_EXP, CROSS_MINUS, CROSS_ONLY_MAX, CROSS_MAX_TWICE,
-       CROSS_ROW };
+       CROSS_ROW, CROSS_BEGINS, CROSS_MORE };
 static const Mistake cross_mistakes[] = {
     {CROSS_SIGN, 3, "the sign: loss = lse - logit of the target"},
     {CROSS_PLUS, 1, "the sign: the logit of the target is added; it must be subtracted from lse"},
@@ -1877,6 +2214,8 @@ static const Mistake cross_mistakes[] = {
     {CROSS_NO_LSE, 2, "the softmax is missing"},
     {CROSS_LAST, 3, "the last logit is left out of the sum"},
     {CROSS_FIRST, 3, "the first logit is left out of the sum"},
+    {CROSS_BEGINS, 1, "the sum of exponentials begins at 1; it must begin at 0"},
+    {CROSS_MORE, 1, "one logit too many in the sum: v < V"},
     {CROSS_MEAN, 1, "the log of the mean of the exponentials; it must be of their sum"},
     {CROSS_LOG2, 1, "log to the base 2 or 10 in place of the natural log"},
     {CROSS_NEXT, 3, "the logit after the target's: off by one"},
@@ -1894,14 +2233,18 @@ static const Mistake cross_mistakes[] = {
 
 static const char wide_row[] = "rows of up to 256 logits are right: what if a thread has several?";
 static const char large_logits[] =
-    "only large logits go wrong: is the largest one subtracted before the exponential?";
+    "only large logits go wrong: is the largest one subtracted before the exponential, and found "
+    "too where all are negative?";
 
-static number cross_lse(const number *x, const Case *c, int wrong) {
+// rest: how many logits there are from x on, those of later rows too.
+static number cross_lse(const number *x, int rest, const Case *c, int wrong) {
     int V = c->K;
     double m = creal(x[0]);
-    number sum = 0;
+    number sum = wrong == CROSS_BEGINS;
+    int end = V - (wrong == CROSS_LAST) + (wrong == CROSS_MORE);
+    if (end > rest) return NAN;
     for (int v = 0; v < V; v++) m = fmax(m, creal(x[v]));
-    for (int v = wrong == CROSS_FIRST; v < V - (wrong == CROSS_LAST); v++)
+    for (int v = wrong == CROSS_FIRST; v < end; v++)
         sum += wrong == CROSS_NOT_EXP ? x[v] - m : cexp(x[v] - m);
     if (wrong == CROSS_MEAN) sum /= V;
     return wrong == CROSS_LOG2 ? m + clog(sum) / log(2) : wrong == CROSS_NO_LOG ? m + sum
@@ -1916,9 +2259,9 @@ static void crossentropy(number *out, number *const *in, const Case *c, int wron
         const number *x = in[0] + n * V;
         int target = c->tokens[wrong == CROSS_ONE ? 0 : n];
         if (wrong == CROSS_ROW) target = n % V;
-        if (wrong == CROSS_NEXT) target = (target + 1) % V;
-        if (wrong == CROSS_BEFORE) target = (target + V - 1) % V;
-        number lse = cross_lse(x, c, wrong), logit = x[target];
+        target += n * V + (wrong == CROSS_NEXT) - (wrong == CROSS_BEFORE);
+        number lse = cross_lse(x, (N - n) * V, c, wrong);
+        number logit = at_or_nan(in[0], target, c->size[0]);
         if (wrong == CROSS_HELD) logit = hold(logit);
         out[n] = wrong == CROSS_SIGN ? logit - lse : wrong == CROSS_NO_TARGET ? lse
                  : wrong == CROSS_NO_LSE ? -logit : wrong == CROSS_PLUS ? lse + logit : lse - logit;
@@ -1934,7 +2277,7 @@ static Case cross_case(int k, int with_lse) {
     Case c = {.name = names[k], .T = N, .K = V};
     for (int n = 0; n < N; n++)  // the first row's target is never the last logit
         targets[n] = (int)((uniform() + 1) / 2 * (V - (n == 0 && V > 2)));
-    c.tokens = targets, c.size[0] = (size_t)N * V, c.in[0] = numbers(c.size[0], 2);
+    c.tokens = targets, add_input(&c, 0, "logits", N, V, 2);
     for (size_t i = 0; i < c.size[0] && k == 4; i++)
         c.in[0][i] = (float)(c.in[0][i] + (i / V % 2 ? -130 : 130));
     c.out_size = (size_t)N * (1 + with_lse);
@@ -1966,6 +2309,7 @@ static void check_crossentropy_forward(void) {
             if (!compare(&two[i])) continue;
             if (i == 1 && two[0].num_wrong && follows_lse(&c, losses, lse)) continue;
             forward_mistakes(&two[i], crossentropy, &c, i ? 0 : c.T, cross_mistakes);
+            add_constant(&two[i], "N (each row's loss is wanted, not their mean)", c.T);
             report(&two[i], bad ? NULL : k == 4 ? large_logits
                             : k == 2 && submission.cuda ? wide_row : NULL);
         }
@@ -1973,11 +2317,31 @@ static void check_crossentropy_forward(void) {
     }
 }
 
+static void cross_backward_mistakes(Result *r, const Case *c, const double *lse) {
+    static const char *const texts[] = {
+        "lse of row 0 is used for every row",
+        "something is subtracted from every logit's gradient that belongs to the target's alone",
+        "the logit itself is still in it: its place must be overwritten (=)",
+        "the exponential is missing",
+        "the target's logit is changed before the exponential reads it"};
+    for (int k = 0; k < 5; k++) {
+        double *z = room(r->n, sizeof *z), s = c->factor;
+        for (int i = 0; i < (int)r->n; i++) {
+            int row = i / c->K, target = i % c->K == c->tokens[row];
+            double one = r->terms[0].values[i], two = r->terms[1].values[i], x = c->in[0][i];
+            z[i] = k == 0 ? one * exp(lse[row] - lse[0]) + two : k == 1 ? one + two - s
+                   : k == 2 ? one + two + x : k == 3 ? (x - lse[row]) * s + two
+                   : target ? one * exp(-s) : one;
+        }
+        add_hypothesis(r, texts[k], z);
+    }
+}
+
 static void check_crossentropy_backward(void) {
     for (int k = 0; k < 5; k++) {
         Case c = cross_case(k, 0), d = cross_case(k, 1);
         d.in[0] = c.in[0], d.tokens = c.tokens;
-        c.factor = (float)(0.3 + 0.1 * uniform());
+        c.factor = (float)(0.3 + 0.1 * uniform()), c.dout = "scale";
         double *dout = repeated(c.factor, c.T), *lse = evaluate(crossentropy, &d, 0) + c.T;
         begin_case(&c);
         float *x = in_place("logits", c.in[0], c.size[0]), *l = input("lse", lse, c.T);
@@ -1992,6 +2356,7 @@ static void check_crossentropy_backward(void) {
         backward_mistakes(&r, crossentropy, &c, 0, dout, c.T, 1, cross_mistakes, CROSS_HELD,
                           "that of lse", "that of the target's logit");
         add_constant(&r, "scale", c.factor), add_constant(&r, "N", c.T), add_constant(&r, "V", c.K);
+        cross_backward_mistakes(&r, &c, lse);
         double *e = room(c.T, sizeof *e);
         for (int n = 0; n < c.T; n++) e[n] = exp(fmin(lse[n], 80));
         add_spread(&r, "e^lse", e, 1);
@@ -2007,7 +2372,8 @@ enum { ADAM_NO_BIAS_M = 1, ADAM_NO_BIAS_V, ADAM_NO_BIAS, ADAM_EPS_INSIDE, ADAM_N
        ADAM_BIAS_TIMES, ADAM_GRADIENT, ADAM_BETA_M, ADAM_BETA_V, ADAM_OLD, ADAM_MINUS,
        ADAM_BIAS_SWAPPED, ADAM_NO_OLD, ADAM_UP, ADAM_M_BEFORE, ADAM_V_BEFORE,
        ADAM_M_BETA2, ADAM_V_BETA1, ADAM_KEEP_OTHER, ADAM_NO_LR, ADAM_NO_LR_AT_ALL,
-       ADAM_DECAY_CONSTANT };
+       ADAM_DECAY_CONSTANT, ADAM_CLIP_DIVIDES, ADAM_BETA_NEW, ADAM_OLD_TWICE, ADAM_TIMES_M,
+       ADAM_TIMES_V, ADAM_ROOT_ONCE, ADAM_FIRST };
 static const Mistake adam_mistakes[] = {
     {ADAM_NO_BIAS_M, 4, "mhat = m / (1 - beta1^t): m is used without its correction"},
     {ADAM_NO_BIAS_V, 4, "vhat = v / (1 - beta2^t): v is used without its correction"},
@@ -2039,6 +2405,13 @@ static const Mistake adam_mistakes[] = {
     {ADAM_GRADIENT, 4, "g is used in place of its running mean m"},
     {ADAM_NO_SQUARE, 2, "v must be a mean of g squared; the square is missing"},
     {ADAM_CLIP_ONCE, 2, "grad_scale must be squared with the gradient"},
+    {ADAM_CLIP_DIVIDES, 7, "divided by grad_scale in place of multiplied"},
+    {ADAM_FIRST, 7, "grad[0] is used for every element"},
+    {ADAM_BETA_NEW, 3, "the new gradient is multiplied by beta; it is 1 - beta"},
+    {ADAM_OLD_TWICE, 3, "the old mean is added to itself (+=); it is beta times the old one"},
+    {ADAM_TIMES_M, 4, "m is multiplied by 1 - beta1^t in place of divided"},
+    {ADAM_TIMES_V, 4, "v is multiplied by 1 - beta2^t in place of divided"},
+    {ADAM_ROOT_ONCE, 4, "the correction of v belongs under the root: sqrt(vhat)"},
     {ADAM_WHOLE_G, 3, "the factor 1 - beta of the new gradient is missing"},
     {ADAM_MINUS, 3, "the sign of the new gradient is wrong"},
     {ADAM_BETA_M, 2, "the factor of the new g^2 is 1 - beta2, not 1 - beta1"},
@@ -2052,26 +2425,31 @@ typedef struct { double lr, beta1, beta2, eps, decay, scale; int t, n; } Adam;
 static void adam_element(double *p, double *m, double *v, double grad, const Adam *a, int wrong) {
     double b1 = wrong == ADAM_BETAS ? a->beta2 : a->beta1, b2 = wrong == ADAM_BETAS ? a->beta1
                                                                                      : a->beta2;
-    double g = grad * (wrong == ADAM_NO_CLIP ? 1 : a->scale), lr = a->lr, decay = a->decay;
+    double g = grad * (wrong == ADAM_NO_CLIP ? 1 : wrong == ADAM_CLIP_DIVIDES ? 1 / a->scale
+                       : a->scale), lr = a->lr, decay = a->decay;
     int t = a->t + (wrong == ADAM_STEP_NEXT) - (wrong == ADAM_STEP_BEFORE);
     if (wrong == ADAM_L2) g += decay * *p, decay = 0;
     double g2 = wrong == ADAM_NO_SQUARE ? g : wrong == ADAM_CLIP_ONCE ? g * grad : g * g;
-    double to_m = wrong == ADAM_WHOLE_G ? 1 : wrong == ADAM_BETA_V ? 1 - b2 : 1 - b1;
-    double to_v = wrong == ADAM_WHOLE_G ? 1 : wrong == ADAM_BETA_M ? 1 - b1 : 1 - b2;
+    double to_m = wrong == ADAM_BETA_V ? 1 - b2 : wrong == ADAM_BETA_NEW ? b1 : 1 - b1;
+    double to_v = wrong == ADAM_BETA_M ? 1 - b1 : wrong == ADAM_BETA_NEW ? b2 : 1 - b2;
+    if (wrong == ADAM_WHOLE_G) to_m = to_v = 1;
     double keep = wrong == ADAM_NO_OLD ? 0 : 1, sign = wrong == ADAM_MINUS ? -1 : 1;
     double of_m = wrong == ADAM_OLD ? 1 : wrong == ADAM_KEEP_OTHER ? b2 : b1;
     double of_v = wrong == ADAM_OLD ? 1 : wrong == ADAM_KEEP_OTHER ? b1 : b2;
+    if (wrong == ADAM_OLD_TWICE) of_m = 1 + b1, of_v = 1 + b2;
     *m = keep * of_m * *m + sign * to_m * g;
     *v = keep * of_v * *v + sign * to_v * g2;
     double cm = 1 - pow(wrong == ADAM_M_BETA2 ? b2 : b1, t - (wrong == ADAM_M_BEFORE));
     double cv = 1 - pow(wrong == ADAM_V_BETA1 ? b1 : b2, t - (wrong == ADAM_V_BEFORE));
     if (wrong == ADAM_NO_BIAS || wrong == ADAM_NO_BIAS_M) cm = 1;
     if (wrong == ADAM_NO_BIAS || wrong == ADAM_NO_BIAS_V) cv = 1;
-    if (wrong == ADAM_BIAS_TIMES) cm = 1 / cm, cv = 1 / cv;
+    if (wrong == ADAM_BIAS_TIMES || wrong == ADAM_TIMES_M) cm = 1 / cm;
+    if (wrong == ADAM_BIAS_TIMES || wrong == ADAM_TIMES_V) cv = 1 / cv;
     if (wrong == ADAM_BIAS_SWAPPED) { double x = cm; cm = cv, cv = x; }
     double mhat = (wrong == ADAM_GRADIENT ? g : *m) / cm, vhat = *v / cv;
-    double root = wrong == ADAM_NO_ROOT ? vhat : sqrt(vhat + (wrong == ADAM_EPS_INSIDE ? a->eps
-                                                                                       : 0));
+    double root = sqrt(vhat + (wrong == ADAM_EPS_INSIDE ? a->eps : 0));
+    if (wrong == ADAM_NO_ROOT) root = vhat;
+    if (wrong == ADAM_ROOT_ONCE) root = sqrt(*v) / cv;
     double step = mhat / (root + (wrong == ADAM_EPS_INSIDE || wrong == ADAM_NO_EPS ? 0 : a->eps));
     if (wrong == ADAM_NO_DECAY) decay = 0;
     if (wrong == ADAM_DECAY_GROWS) decay = -decay;
@@ -2089,7 +2467,7 @@ static double *adam_after(int which, const float *const before_step[3], const fl
     for (int i = 0; i < a->n; i++) {
         double x[3];
         for (int k = 0; k < 3; k++) x[k] = before_step[k][i];
-        adam_element(&x[0], &x[1], &x[2], grad[i], a, wrong);
+        adam_element(&x[0], &x[1], &x[2], grad[wrong == ADAM_FIRST ? 0 : i], a, wrong);
         result[i] = x[which];
     }
     return result;
@@ -2172,8 +2550,10 @@ static void fused(number *out, number *const *in, const Case *c, int wrong) {
 static Case fused_case(int k) {
     static const char *const names[] = {"norm first, 5 rows x 7", "norm last, 5 rows x 7",
                                         "norm first, 4 rows x 8", "norm last, 4 rows x 8",
-                                        "norm first, stop_grad 0", "norm last, stop_grad 0"};
-    Case c = {.name = names[k], .B = 1, .T = k / 2 == 1 ? 4 : 5, .C = k / 2 == 1 ? 8 : 7,
+                                        "norm first, stop_grad 0", "norm last, stop_grad 0",
+                                        "norm first, 1100 rows x 2"};
+    Case c = {.name = names[k], .B = 1, .T = k == 6 ? 1100 : k / 2 == 1 ? 4 : 5,
+              .C = k == 6 ? 2 : k / 2 == 1 ? 8 : 7,
               .K = k % 2, .stop_grad = k < 4, .factor = k % 2 ? (float)(1.5 + uniform() / 4) : 1};
     size_t n = (size_t)c.T * c.C;
     c.size[0] = c.size[1] = n, c.size[2] = c.C + 1, c.out_size = 3 * n + c.T;
@@ -2218,7 +2598,7 @@ static void check_fused_forward(void) {
 }
 
 static void check_fused_backward(void) {
-    for (int k = 0; k < 6; k++) {
+    for (int k = 0; k < 7; k++) {
         Case c = fused_case(k);
         size_t n = c.size[0];
         double *right = evaluate(fused, &c, 0), *dnext = numbers(n, 1), *dnormed = numbers(n, 1);
@@ -2238,16 +2618,17 @@ static void check_fused_backward(void) {
                                   c.stop_grad, c.K, (float)c.factor, c.T, c.C);
         if (check_watched()) continue;
         const double *e = differentiate(fused, &c, 2, dout, 0);
-        Result all[] = {result_of("dsum", ds, differentiate(fused, &c, 1, dout, 0), 0, c.T, c.C,
-                                  "row", "channel"),
-                        result_of("dinp", dx, differentiate(fused, &c, 0, dout, 0), 0, c.T, c.C,
-                                  "row", "channel"),
+        const double *b = k == 6 ? NULL : differentiate(fused, &c, 1, dout, 0);
+        const double *i0 = k == 6 ? NULL : differentiate(fused, &c, 0, dout, 0);
+        Result all[] = {result_of("dsum", ds, b, 0, c.T, c.C, "row", "channel"),
+                        result_of("dinp", dx, i0, 0, c.T, c.C, "row", "channel"),
                         result_of("dweight", dw, e, 1, 1, c.C, "row", "channel"),
                         result_of("dgate", dg, e + c.C, 1, 1, 1, "row", "number")};
         all[3].scale = size_of(right, n) * n / 4;
         static const int inputs[] = {1, 0, 2, 2};
-        for (int i = 0; i < 4; i++)
-            if (i != 1 || c.K)
+        for (int i = k == 6 ? 2 : 0; i < 4; i++)
+            if (k == 6 && compare(&all[i])) report(&all[i], many_rows);
+            else if (k < 6 && (i != 1 || c.K))
                 fused_report(&all[i], &c, inputs[i], dout, i == 3 ? c.C : 0);
     }
 }
@@ -2269,8 +2650,20 @@ static const struct { const char *layer, *pass; void (*check)(void); } checks[] 
     {"adamw", "update", check_adamw},
     {"fused", "forward", check_fused_forward}, {"fused", "backward", check_fused_backward}};
 
+// So much may be allocated from now on: addresses that a program reserves at its start, as
+// dev/cuda_on_cpu.h does by the terabyte, do not count. Linux counts in pages in this file.
+static void limit_memory(void) {
+    unsigned long pages = 0;
+    FILE *file = fopen("/proc/self/statm", "r");
+    if (file && fscanf(file, "%*u %*u %*u %*u %*u %lu", &pages) != 1) pages = 0;
+    if (file) fclose(file);
+    rlim_t most = (rlim_t)pages * sysconf(_SC_PAGESIZE) + ((rlim_t)MEGABYTES << 20);
+    setrlimit(RLIMIT_DATA, &(struct rlimit){most, most});
+}
+
 int main(int argc, char **argv) {
     if (argc != 4) return 2;
+    limit_memory();
     results = fdopen(dup(1), "w");  // the submission may print what it likes
     int nowhere = open("/dev/null", O_WRONLY);
     if (!results || nowhere < 0 || dup2(nowhere, 1) < 0) return 2;

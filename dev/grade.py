@@ -11,6 +11,7 @@ points of its own pass and nothing else. The numbers are new in each run, unless
 import argparse
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -25,11 +26,13 @@ LAYERS = ("gpas residual embedding rmsnorm rope swiglu matmul attention crossent
 FUSED = "residual_gpas_rmsnorm"  # one kernel in train_gpas.cu, checked in parts and as a whole
 PARTS = "gpas residual rmsnorm fused".split()
 POINTS = {"forward": 4, "backward": 6, "update": 10}
-CPU_SECONDS = {"train_gpas.c": 2, "train_gpas.cu": 8}  # right ones take a tenth of it
-MEMORY = 2 << 30
-# What says nothing more than that the numbers are wrong.
-VAGUE = ("wrong values", "; element ", "off by a factor that differs", "NaN or infinite",
-         "wrong sign, and:", "all zeros")
+CPU_SECONDS = {"train_gpas.c": 2, "train_gpas.cu": 4}  # right ones take a tenth of it
+COMPILER_SECONDS = 40
+# How little a hint says: first the words of those that say no more than that numbers are wrong.
+VAGUE = {"wrong values": 3, "are NaN or infinite": 3, "; element ": 1, "all zeros": 0.2,
+         "wrong sign, and:": 1, "off by a factor that differs": 0.8, "constant factor": 0.6,
+         "and it is off by": 0.9, "(wrong ": 0.1, "nothing is": 0.2}
+SMALL = re.compile(r"^(T = 1|one \w+|.*large.*|1 number\b.*|OC = 1|C = 1|H = 1|.*, 1 number)$")
 
 
 def layers_of(file):
@@ -50,8 +53,11 @@ def fail(message):
 def run(command):
     """Runs a compiler. Returns whether it succeeded, and what it said."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              errors="replace", check=False)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+                              timeout=COMPILER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False, "error: the compiler is not done after %d seconds" % COMPILER_SECONDS
     except OSError as error:
         fail("cannot run %s: %s" % (command[0], error.strerror))
     return done.returncode == 0, done.stdout
@@ -63,7 +69,7 @@ def about_submission(text, file):
     for line in text.split("\n"):
         if ": warning:" in line or ": error:" in line or ": note:" in line:
             keep = os.path.basename(line.split(":")[0]) == file and ": note:" not in line
-        elif "In function" in line or "In instantiation" in line or line.startswith("In file"):
+        elif re.search("In (member )?function|In instantiation|At top level|^In file", line):
             keep = False
         if keep:
             lines.append(line)
@@ -94,21 +100,19 @@ def compile_submission(file, options, folder):
     if said and not options.json:
         print(said + "\n", file=sys.stderr)
     if not good:
-        errors = [x for x in text.split("\n") if "error:" in x]
-        return None, errors[0] if errors else text.strip().split("\n")[-1]
+        errors = [x for x in text.split("\n") if "error:" in x] or [text.strip().split("\n")[-1]]
+        missing = re.search(r"submission.c.*\W(\w+)\W* (undeclared|was not declared)", errors[0])
+        return None, "it has no function %s" % missing.group(1) if missing else errors[0]
     good, text = run(link + ["-fopenmp", grader, layers, "-lm", "-o", program])
     if not good:
         return None, text.strip().split("\n")[-1]
     return program, None
 
 
-def limits(seconds, file):
-    """Kernels have no limit of memory: they cannot allocate any, and dev/cuda_on_cpu.h reserves
-    addresses by the terabyte, of which it uses few."""
+def limits(seconds):
+    """That of memory sets dev/grade.c."""
     def set_them():
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-        if not file.endswith(".cu"):
-            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     return set_them
@@ -120,7 +124,7 @@ def check(program, file, layer, which, seed):
     environment = dict(os.environ, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = subprocess.Popen([program, layer, which, str(seed)], stdout=out, stderr=err,
-                                 stdin=subprocess.DEVNULL, preexec_fn=limits(seconds, file),
+                                 stdin=subprocess.DEVNULL, preexec_fn=limits(seconds),
                                  env=environment, start_new_session=True)
         try:
             status = child.wait(timeout=3 * seconds)
@@ -150,15 +154,19 @@ def ending(status, seconds, said):
     if status == "time" or status in (-signal.SIGXCPU, -signal.SIGKILL):
         return ("stopped after %d seconds: an endless loop? Does its variable grow, is its end "
                 "right?" % seconds)
+    if status == 9 or re.search("out of memory|not enough memory|bad_alloc|allocate memory", said):
+        return "not enough memory: it asks for far more than a layer needs"
     if status in (-signal.SIGSEGV, -signal.SIGBUS):
-        return ("crashed (segmentation fault): an index far outside of an array, a NULL pointer, "
-                "or recursion without an end")
+        return ("crashed (segmentation fault): an index far outside of an array, a NULL pointer "
+                "(of an allocation too large?), or recursion without an end")
     if status == -signal.SIGFPE:
         return "crashed: a whole number divided by 0"
     if status == -signal.SIGABRT:
-        return "crashed (abort): " + (said or "memory was overwritten")
-    if status == 9 or "not enough memory" in said or "bad_alloc" in said:
-        return "not enough memory: the limit is %d MiB" % (MEMORY >> 20)
+        return "crashed (abort): " + (said or "memory was overwritten, or abort() was called")
+    if status == -signal.SIGXFSZ:
+        return "stopped after printing a megabyte: an endless loop?"
+    if status == 0:
+        return "ended before the check was over: it must return, not call exit()"
     return "ended by itself with status %s%s" % (status, ": " + said if said else "")
 
 
@@ -171,7 +179,8 @@ def hint_for(cases, end):
     best = {}
     for name, wrongs in cases:
         for what, text in wrongs:
-            rank = sum(v in text for v in VAGUE) + 0.5 * (name == "T = 1")  # shows least
+            rank = sum(VAGUE[v] for v in VAGUE if v in text)
+            rank += bool(SMALL.match(name)) * (0.5 + 0.5 * ("factor" in text))  # these show least
             if what not in best or rank < best[what][0]:
                 best[what] = (rank, name, text)
     said = ["%s (%s): %s" % (what, name, text) for what, (_, name, text) in best.items()][:3]
@@ -205,35 +214,37 @@ def grade_file(file, options, folder):
     rows = []
     for layer in layers_of(file):
         row = {"file": file, "layer": layer, "assigned": layer in assigned, "points": 0, "max": 10}
+        if error:
+            row["error"] = "%s does not compile, so nothing in it is checked: %s" % (file, error)
         for which in passes(layer):
             row[which] = found.get((layer, which),
-                                   {"ok": False, "hints": ["does not compile: %s" % error]})
+                                   {"ok": False, "hints": [row.get("error")]})
             row["points"] += POINTS[which] * row[which]["ok"]
         rows.append(row)
     return rows
 
 
 def print_table(rows, result):
-    word = {True: "right", False: "WRONG", None: "-"}
+    words = {True: "right", False: "WRONG", None: "-"}
     print("%-14s %-22s %-9s %-9s %s" % ("", "layer", "forward", "backward", "points"))
     for row in rows:
         both = [row[w]["ok"] if w in row else None for w in ("forward", "backward")]
         if "update" in row:
             both[0] = row["update"]["ok"]
+        if "error" in row:
+            both = [None, None]
         print("%-14s %-22s %-9s %-9s %2d of %d%s" % (
-            row["file"], row["layer"], word[both[0]], word[both[1]], row["points"], row["max"],
+            row["file"], row["layer"], words[both[0]], words[both[1]], row["points"], row["max"],
             "" if row["assigned"] else "   (given, not counted)"))
-    shown = set()
+    for error in dict.fromkeys(row["error"] for row in rows if "error" in row):
+        print("\n" + textwrap.fill(error, 96, subsequent_indent="  "))
     for row in rows:
         for which in passes(row["layer"]):
-            for hint in row[which]["hints"]:
-                if hint.startswith("does not compile") and hint in shown:
-                    continue
-                shown.add(hint)
-                name = "\n%s, %s_%s:" % (row["file"], row["layer"], which)
-                if hint == row[which]["hints"][0]:
-                    print(name)
-                print(textwrap.fill(hint, 96, initial_indent="    ", subsequent_indent="      "))
+            if row[which]["hints"] and "error" not in row:
+                print("\n%s, %s_%s:" % (row["file"], row["layer"], which))
+                for hint in row[which]["hints"]:
+                    print(textwrap.fill(hint, 96, initial_indent="    ",
+                                        subsequent_indent="      "))
     print("\n%d of %d points; make grade SEED=%d repeats these numbers" % (
         result["points"], result["max"], result["seed"]))
 

@@ -28,10 +28,27 @@ MISTAKES = [
     ("attention", "scale * p[j] * (ds[j] - delta[i])", "scale * p[j] * ds[j]", "term is missing"),
     ("crossentropy", "lse[n] - x[targets[n]]", "x[targets[n]] - lse[n]", "sign"),
     ("adamw", "p[i] -= lr * (m[i] * unbias_m", "p[i] -= lr * (m[i]", "without its correction")]
+READINGS = [
+    ("gpas", "out[i] = scale * inp[i]", "out[i] = inp[i] / scale", "divided"),
+    ("residual", "shortcut[i] + branch[i]", "shortcut[i] + branch[n - 1 - i]", "reverse order"),
+    ("embedding", "dw[c] += dy[c]", "dw[c] += dy[0]", r"dout is read at \[0\]"),
+    ("rmsnorm", "sum += x[c] * x[c]", "sum += x[c]", "square is missing"),
+    ("rope", "x1 = row[head + j + 1]", "x1 = row[head + j + 2]", "too far.*too far"),
+    ("swiglu", "*b = a + H;\n        float *y", "*b = a + 1;\n        float *y", "b begins H"),
+    ("crossentropy", "(size_t)n * V;\n        float la", "(size_t)n;\n        float la",
+     "from element n on")]
 VIOLENT = [
     ("crossentropy", "lse[n] = largest +", "while (n < N) lse[n] = largest +", "endless loop"),
     ("swiglu", "y[i] = a[i] * sigmoid", "y[i + (1 << 30)] = a[i] * sigmoid", "segmentation fault"),
     ("residual", "i < n; i++) out[i] = alpha", "i <= n; i++) out[i] = alpha", "outside")]
+KERNELS = [
+    ("rope", "    unsigned blocks = blocks_for((size_t)B * T * C",
+     "    for (;;) allocate(1 << 20, 64);\n"
+     "    unsigned blocks = blocks_for((size_t)B * T * C", "not enough memory.*not enough memory"),
+    ("swiglu", "b[k];\n    store(out + i, a)", "b[k];\n    store(out + i + n, a)",
+     "of a cudaMalloc"),
+    ("crossentropy", "lse[blockIdx.x], x[W]", "lse[0], x[W]", "row 0|first row|differs"),
+    ("adamw", "x -= a.lr", "x += a.lr", "sign")]
 
 
 def check(good, name, seen=""):
@@ -105,14 +122,14 @@ def test_some(folder):
           "grade: a syntax error is said, and the report is still JSON", result)
 
 
-def test_mistakes(folder, mistakes, name):
-    text = read(ROOT, "train_gpas.c")
+def test_mistakes(folder, mistakes, name, file="train_gpas.c"):
+    text = read(ROOT, file)
     for layer, old, new, _ in mistakes:
         check(text.count(old) == 1, "%s: there is one place for the mistake in %s" % (name, layer),
               text.count(old))
         text = text.replace(old, new)
-    write(text, folder, "train_gpas.c")
-    rows = {row["layer"]: row for row in grade(folder)["layers"]}
+    write(text, folder, file)
+    rows = {row["layer"]: row for row in grade(folder)["layers"] if row["file"] == file}
     for layer, _, _, hint in mistakes:
         row = rows.get(layer, {"points": 10})
         said = str([row[w]["hints"] for w in ("forward", "backward", "update") if w in row])
@@ -133,8 +150,10 @@ def main():
     os.environ["OMP_WAIT_POLICY"] = "passive"
     with tempfile.TemporaryDirectory() as place:
         test_empty(os.path.join(place, "all"))
+        test_mistakes(os.path.join(place, "all"), KERNELS, "kernels", "train_gpas.cu")
         test_some(os.path.join(place, "some"))
         test_mistakes(os.path.join(place, "some"), MISTAKES, "mistakes")
+        test_mistakes(os.path.join(place, "some"), READINGS, "readings")
         test_mistakes(os.path.join(place, "some"), VIOLENT, "violence")
         test_errors(os.path.join(place, "some"))
     print("%d passed, %d failed" % (counts[True], counts[False]))
