@@ -182,6 +182,12 @@ def pairs(results, data, lr, schemes=None):
     return [(s, base, gpas) for s, base, gpas in both if base and gpas]
 
 
+def has_rates(results, scheme, data):
+    """Was there a choice of learning rates?"""
+    return len({r.experiment.lr for r in results
+                if (r.experiment.scheme, r.experiment.data) == (scheme, data)}) > 1
+
+
 def steps_saved(base, gpas):
     """The step at which the mean curve of `gpas` first reaches base's final loss, between two
     validations by a straight line, and the share of the steps that saves; None, None: never."""
@@ -211,6 +217,8 @@ def write_numbers(results, path):
     for data in dict.fromkeys(r.experiment.data for r in results):
         for lr in rates + [None]:
             for scheme, base, gpas in pairs(results, data, lr):
+                if not lr and not has_rates(results, scheme, data):
+                    continue
                 at, saved = steps_saved(base, gpas)
                 rate = lr or f"best of each: {base.experiment.lr}, {gpas.experiment.lr}"
                 lines.append(f"| {scheme}, {data} | {rate} | {spread(base)} | {spread(gpas)} | "
@@ -254,7 +262,7 @@ def draw_losses(plt, results, data):
     if not both[0]:
         return None
     figure, axes = new_figure(plt, 2, len(both[0]), 5.4)
-    for row, found in zip(axes, both):
+    for row, found, title in zip(axes, both, (f"both at lr {RATE}", "each at its best rate")):
         for axis, (scheme, base, gpas) in zip(row, found):
             draw_curve(axis, base, BASE, "baseline")
             draw_curve(axis, gpas, GPAS, "GPAS")
@@ -262,14 +270,14 @@ def draw_losses(plt, results, data):
             late = [loss for r in (base, gpas) for s in r.steps if s >= first
                     for loss in r.losses(s)]
             axis.set_xlim(first, last)
-            axis.set_ylim(min(late) - 0.08 * (max(late) - min(late)), max(late))
+            axis.set_ylim(min(late) - 0.15 * (max(late) - min(late)), max(late))
             at, saved = steps_saved(base, gpas)
             if at and saved > 0.005:
                 axis.annotate("", (at, base.final()), (last, base.final()),
                               arrowprops={"arrowstyle": "->", "color": "#374151"})
                 axis.text(at, base.final(), f"{saved:.0%} fewer \nsteps ", ha="right", va="top",
                           color="#374151")
-            axis.set_title(scheme + (", one rate" if row is axes[0] else ", each at its best"))
+            axis.set_title(f"{scheme}, {title}")
             axis.legend(frameon=False, loc="upper right")
         row[0].set_ylabel("validation loss")
     for axis in axes[1]:
@@ -308,12 +316,14 @@ def draw_gates(plt, results, data):
     for axis, (scheme, _, r) in zip(axes[0], found):
         steps = sorted(r.layers[0])
         gates = [r.column("gate", [s]) for s in steps]
+        colors = plt.cm.ScalarMappable(plt.Normalize(1, len(gates[0])), "viridis")
         for layer in range(len(gates[0])):
             axis.plot(steps, [g[layer] for g in gates], linewidth=1.2,
-                      color=plt.get_cmap("viridis")(0.9 * layer / max(1, len(gates[0]) - 1)))
+                      color=colors.to_rgba(layer + 1))
         axis.set_title(scheme)
         axis.set_xlabel("step")
-    axes[0][0].set_ylabel("gate g; dark: layer 1,\nlight: the last")
+    axes[0][0].set_ylabel("gate g")
+    figure.colorbar(colors, ax=axes[0][-1], label="layer")
     return figure
 
 
