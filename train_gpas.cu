@@ -597,8 +597,9 @@ Causal attention, after FlashAttention-2 (arXiv 2307.08691); the mathematics is 
     S_ts = q_t . k_s / sqrt(hs) for s <= t    P_t = softmax over s of S_t    o_t = sum_s P_ts v_s
 
 A block of 4 warps has 64 rows (queries, or keys going backwards), a warp 16 of them. Tiles of COLS
-rows of the other side pass through shared memory. S, P and the results stay in registers (in bf16;
-the float version is there to be exact, and its matrices overflow to local memory).
+rows of the other side pass through shared memory; while one is multiplied, the next is on its way.
+S, P and the results stay in registers (in bf16; the float version is there to be exact, and its
+matrices overflow to local memory).
 
 What multiplies is the tensor core: D (16,8) += A (16,16) B (16,8), one instruction of a whole warp,
 in which each lane holds a few numbers of each matrix. With group = lane / 4 and pair = lane % 4:
@@ -612,6 +613,10 @@ Two neighbouring D lie as one A does: P = softmax(q k^T) is the next product's A
 The four lanes of a group share a row: its maximum and sum take two shuffles.
 */
 enum { WARPS = 4, ROWS = 16 * WARPS };
+
+// Blocks that are to be on a processor at once, so that one can multiply while others wait. They
+// share its 65536 registers: 3 leave a thread 168.
+#define BLOCKS(HS) ((HS) <= 64 ? 3 : 2)
 
 // D += A B in bf16.
 __device__ inline void mma(float (&d)[4], const Pack<bf16, 2> (&a)[4],
@@ -647,10 +652,31 @@ __device__ inline void mma(float (&d)[4], const Pack<float, 2> (&a)[4],
     __syncwarp();
 }
 
+// Copies BYTES (4, 8 or 16, and aligned to that) from global to shared memory, zeros if not
+// `valid`. The thread neither waits nor needs a register for them. They are there for it after
+// copies_arrive(), and for the others after a __syncthreads() too.
+template <int BYTES> __device__ inline void copy_async(void *to, const void *from, int valid) {
+#ifdef __CUDA_ARCH__
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES),
+                 "r"(valid ? BYTES : 0) : "memory");
+#elif defined(CUDA_ON_CPU)
+    cp_async(to, from, BYTES, valid ? BYTES : 0);
+#endif
+}
+
+__device__ inline void copies_arrive() {
+#ifdef __CUDA_ARCH__
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#elif defined(CUDA_ON_CPU)
+    cp_async_wait_all();
+#endif
+}
+
 // The A operands of a warp's 16 rows in global memory, `stride` apart: a (16,HS). Beyond the first
 // `valid` rows and `hs` columns they are 0.
 template <class real, int HS>
-__device__ inline void load_rows(Pack<real, 2> (&a)[HS / 16][4], const real *rows, size_t stride,
+__device__ inline void load_rows(Pack<real, 2> (&a)[HS / 16][4], const real *rows, int stride,
                                  int valid, int hs) {
     int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
     for (int k = 0; k < HS / 16; k++)
@@ -662,34 +688,71 @@ __device__ inline void load_rows(Pack<real, 2> (&a)[HS / 16][4], const real *row
         }
 }
 
-// A tile (COLS,HS) in shared memory. Shared memory has 32 banks, each 4 bytes wide and each serving
+// A row of a tile in shared memory. Shared memory has 32 banks, each 4 bytes wide and each serving
 // one lane at a time. Rows that are 16 bytes longer than HS put the 8 rows that a warp reads at
 // once into different banks (in bf16).
-template <class real, int HS> struct Tile { real x[HS + 16 / sizeof(real)]; };
+template <class real, int HS> struct alignas(16) Tile { real x[HS + 16 / sizeof(real)]; };
 
+// Sends for a tile (COLS,HS): 16 bytes at once if rows begin at multiples of 16 bytes, else pairs.
 template <class real, int HS, int COLS>
-__device__ inline void load_tile(Tile<real, HS> (&tile)[COLS], const real *rows, size_t stride,
+__device__ inline void load_tile(Tile<real, HS> (&tile)[COLS], const real *rows, int stride,
                                  int valid, int hs) {
-    for (int i = threadIdx.x; i < COLS * HS / 2; i += 32 * WARPS) {
-        int row = i / (HS / 2), column = i % (HS / 2) * 2;
-        float x[2] = {0, 0};
-        if (row < valid && column < hs) load(x, rows + row * stride + column);
-        store(&tile[row].x[column], x);
+    constexpr int W = 16 / sizeof(real);
+    for (int i = threadIdx.x; i < COLS * HS / W; i += 32 * WARPS) {
+        int row = i / (HS / W), column = i % (HS / W) * W;
+        const real *from = row < valid ? rows + row * stride : rows;
+        if (hs % W == 0) {
+            int there = row < valid && column < hs;
+            copy_async<16>(&tile[row].x[column], there ? from + column : rows, there);
+        } else
+            for (int c = column; c < column + W; c += 2) {
+                int there = row < valid && c < hs;
+                copy_async<2 * sizeof(real)>(&tile[row].x[c], there ? from + c : rows, there);
+            }
     }
 }
 
-// d (16,COLS) = a (16,HS) tile^T.
+// Two B operands side by side, (16,16), out of a tile: B[k][n] = tile[row + k][column + n], or
+// TURNED tile[row + n][column + k]. In bf16 one instruction fetches four matrices of 8 x 8: lane l
+// says where row l % 8 of matrix l / 8 begins, and gets of each matrix what a lane holds of a B.
+template <int TURNED, int HS>
+__device__ inline void load_b(Pack<bf16, 2> (&b)[2][2], const Tile<bf16, HS> *tile, int row,
+                              int column) {
+    int lane = threadIdx.x % 32, k = lane / 8 % 2 * 8, n = lane / 16 * 8;
+    const bf16 *from = &tile[row + (TURNED ? n : k) + lane % 8].x[column + (TURNED ? k : n)];
+#ifdef __CUDA_ARCH__
+    unsigned *B = (unsigned *)b, address = (unsigned)__cvta_generic_to_shared(from);
+    if (TURNED)  // the memory's rows are B's columns, which is how mma wants them
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(B[0]), "=r"(B[1]), "=r"(B[2]), "=r"(B[3]) : "r"(address));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(B[0]), "=r"(B[1]), "=r"(B[2]), "=r"(B[3]) : "r"(address));
+#elif defined(CUDA_ON_CPU)
+    ldmatrix_x4((__nv_bfloat162 *)b, from, !TURNED);
+#endif
+}
+
+template <int TURNED, int HS>
+__device__ inline void load_b(Pack<float, 2> (&b)[2][2], const Tile<float, HS> *tile, int row,
+                              int column) {
+    for (int i = 0; i < 8; i++) {
+        int k = threadIdx.x % 4 * 2 + i % 4 / 2 * 8 + i % 2, n = threadIdx.x % 32 / 4 + i / 4 * 8;
+        b[i / 4][i % 4 / 2].x[i % 2] = tile[row + (TURNED ? n : k)].x[column + (TURNED ? k : n)];
+    }
+}
+
+// d (16,COLS) = a (16,HS) tile^T, of the first COLS rows of a tile.
 template <class real, int HS, int COLS>
 __device__ inline void multiply_transposed(float (&d)[COLS / 8][4],
                                            const Pack<real, 2> (&a)[HS / 16][4],
-                                           const Tile<real, HS> (&tile)[COLS]) {
-    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-    for (int j = 0; j < COLS / 8; j++) {
-        for (int i = 0; i < 4; i++) d[j][i] = 0;
+                                           const Tile<real, HS> *tile) {
+    for (int j = 0; j < COLS / 8; j += 2) {
+        for (int i = 0; i < 4; i++) d[j][i] = d[j + 1][i] = 0;
         for (int k = 0; k < HS / 16; k++) {
-            const real *row = tile[8 * j + group].x + 16 * k + 2 * pair;
-            Pack<real, 2> b[2] = {*(const Pack<real, 2> *)row, *(const Pack<real, 2> *)(row + 8)};
-            mma(d[j], a[k], b);
+            Pack<real, 2> b[2][2];
+            load_b<1, HS>(b, tile, 8 * j, 16 * k);
+            mma(d[j], a[k], b[0]), mma(d[j + 1], a[k], b[1]);
         }
     }
 }
@@ -697,25 +760,22 @@ __device__ inline void multiply_transposed(float (&d)[COLS / 8][4],
 // d (16,HS) += p (16,COLS) tile, p as a product has left it.
 template <class real, int HS, int COLS>
 __device__ inline void multiply_add(float (&d)[HS / 8][4], const float (&p)[COLS / 8][4],
-                                    const Tile<real, HS> (&tile)[COLS]) {
-    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+                                    const Tile<real, HS> *tile) {
     for (int k = 0; k < COLS / 16; k++) {
-        Pack<real, 2> a[4], b[2];
+        Pack<real, 2> a[4], b[2][2];
         for (int part = 0; part < 4; part++)
             for (int i = 0; i < 2; i++)
                 round_to(a[part].x[i], p[2 * k + part / 2][part % 2 * 2 + i]);
-        for (int j = 0; j < HS / 8; j++) {
-            for (int part = 0; part < 2; part++)
-                for (int i = 0; i < 2; i++)
-                    b[part].x[i] = tile[16 * k + 8 * part + 2 * pair + i].x[8 * j + group];
-            mma(d[j], a, b);
+        for (int j = 0; j < HS / 8; j += 2) {
+            load_b<0, HS>(b, tile, 16 * k, 8 * j);
+            mma(d[j], a, b[0]), mma(d[j + 1], a, b[1]);
         }
     }
 }
 
 // A warp's 16 result rows, times `scale` of each, to global memory.
 template <class real, int HS>
-__device__ inline void store_rows(real *rows, size_t stride, const float (&d)[HS / 8][4],
+__device__ inline void store_rows(real *rows, int stride, const float (&d)[HS / 8][4],
                                   const float (&scale)[2], int valid, int hs) {
     int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
     for (int j = 0; j < HS / 8; j++)
@@ -737,28 +797,39 @@ __device__ inline float group_max(float x) {
     return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
 }
 
-// Scores p (16,COLS) of queries t0.. and keys s0.. become e^(S - m). The softmax is carried along:
-// m is the largest score of each row so far, l this lane's share of the sum; when a larger one
-// turns up, l and o (16,HS) are corrected by e^(m_old - m_new).
+// e^x is 2^(x log2 e), and 2^x is what a GPU computes in one instruction: the scores' scale takes
+// log2 e in.
+#define LOG2_E 1.44269504f
+
+// -infinity for scores p (16,COLS) of keys after their query. Rows are queries from row0 on and
+// columns keys from column0 on, or TURNED keys and queries.
+template <int TURNED, int COLS>
+__device__ inline void mask_tile(float (&p)[COLS / 8][4], int row0, int column0) {
+    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    if (TURNED ? column0 >= row0 + 15 : column0 + COLS <= row0 + 1) return;
+    for (int j = 0; j < COLS / 8; j++)
+        for (int i = 0; i < 4; i++) {
+            int row = row0 + group + i / 2 * 8, column = column0 + 8 * j + 2 * pair + i % 2;
+            if (TURNED ? row > column : column > row) p[j][i] = -INFINITY;
+        }
+}
+
+// Scores p (16,COLS) become 2^(scale p - m). The softmax is carried along: m is the largest scaled
+// score of each row so far, l this lane's share of the sum; when a larger one turns up, l and
+// o (16,HS) are corrected by 2^(m_old - m_new).
 template <int HS, int COLS>
 __device__ inline void softmax_tile(float (&p)[COLS / 8][4], float (&o)[HS / 8][4], float (&m)[2],
-                                    float (&l)[2], int t0, int s0, float scale) {
-    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+                                    float (&l)[2], float scale) {
     for (int half = 0; half < 2; half++) {
-        int query = t0 + group + 8 * half;
-        float largest = m[half];
+        float largest = -INFINITY;
         for (int j = 0; j < COLS / 8; j++)
-            for (int i = 0; i < 2; i++) {
-                float *s = &p[j][2 * half + i];
-                *s = s0 + 8 * j + 2 * pair + i <= query ? *s * scale : -INFINITY;
-                largest = fmaxf(largest, *s);
-            }
-        largest = group_max(largest);
-        float correction = expf(m[half] - largest);
+            for (int i = 0; i < 2; i++) largest = fmaxf(largest, p[j][2 * half + i]);
+        largest = fmaxf(m[half], group_max(largest) * scale);
+        float correction = exp2f(m[half] - largest);
         m[half] = largest, l[half] *= correction;
         for (int j = 0; j < COLS / 8; j++)
             for (int i = 0; i < 2; i++)
-                l[half] += p[j][2 * half + i] = expf(p[j][2 * half + i] - largest);
+                l[half] += p[j][2 * half + i] = exp2f(p[j][2 * half + i] * scale - largest);
         for (int j = 0; j < HS / 8; j++)
             for (int i = 0; i < 2; i++) o[j][2 * half + i] *= correction;
     }
@@ -766,201 +837,208 @@ __device__ inline void softmax_tile(float (&p)[COLS / 8][4], float (&o)[HS / 8][
 
 // One block for 64 queries of one head. out (B,T,C); lse (B,NH,T); qkv (B,T,3C).
 template <class real, int HS, int COLS>
-__global__ void __launch_bounds__(32 * WARPS)
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS(HS))
 attention_forward_kernel(real *out, float *lse, const real *qkv, int T, int C, int NH,
                          float scale) {
-    __shared__ Tile<real, HS> keys[COLS];
-    __shared__ Tile<real, HS> values[COLS];
+    __shared__ Tile<real, HS> keys[2][COLS];
+    __shared__ Tile<real, HS> values[2][COLS];
     int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
     int h = blockIdx.x / tiles % NH;
     int first = (tiles - 1 - blockIdx.x % tiles) * ROWS;  // the last rows see most keys: they begin
-    int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, t0 = first + 16 * warp;
-    size_t stride = 3 * (size_t)C;
-    const real *q = qkv + (size_t)b * T * stride + h * hs, *k = q + C, *v = k + C;
+    int t0 = first + threadIdx.x / 32 * 16, end = min(T, first + ROWS), now = 0;
+    int stride = 3 * C;
+    const real *q = qkv + (size_t)b * T * stride + h * hs;
     Pack<real, 2> queries[HS / 16][4];
     float o[HS / 8][4] = {}, m[2] = {-1e30f, -1e30f}, l[2] = {0, 0}, p[COLS / 8][4];
-    load_rows<real, HS>(queries, q + t0 * stride, stride, T - t0, hs);
-    for (int s0 = 0; s0 < min(T, first + ROWS); s0 += COLS) {  // the keys at or before the queries
-        load_tile<real, HS, COLS>(keys, k + s0 * stride, stride, T - s0, hs);
-        load_tile<real, HS, COLS>(values, v + s0 * stride, stride, T - s0, hs);
-        __syncthreads();
-        if (t0 < T) {  // else all of this warp's rows are beyond the end
-            multiply_transposed<real, HS, COLS>(p, queries, keys);
-            softmax_tile<HS, COLS>(p, o, m, l, t0, s0, scale);
-            multiply_add<real, HS, COLS>(o, p, values);
-        }
-        __syncthreads();
+    auto send = [&](int s, int to) {
+        const real *k = q + C + (size_t)s * stride;
+        load_tile<real, HS, COLS>(keys[to], k, stride, T - s, hs);
+        load_tile<real, HS, COLS>(values[to], k + C, stride, T - s, hs);
+    };
+    send(0, 0);
+    load_rows<real, HS>(queries, q + (size_t)t0 * stride, stride, T - t0, hs);
+    for (int s0 = 0; s0 < end; s0 += COLS, now ^= 1) {  // the keys at or before the queries
+        copies_arrive();
+        __syncthreads();  // this tile is there, and nobody reads the one before it any more
+        if (s0 + COLS < end) send(s0 + COLS, now ^ 1);
+        if (t0 >= T || s0 >= t0 + 16) continue;  // no row of this warp's, or no key it may see
+        multiply_transposed<real, HS, COLS>(p, queries, keys[now]);
+        mask_tile<0, COLS>(p, t0, s0);
+        softmax_tile<HS, COLS>(p, o, m, l, scale * LOG2_E);
+        multiply_add<real, HS, COLS>(o, p, values[now]);
     }
     for (int half = 0; half < 2; half++) {
-        int t = t0 + group + 8 * half;
+        int t = t0 + threadIdx.x % 32 / 4 + 8 * half;
         l[half] = group_sum(l[half]);
         if (threadIdx.x % 4 == 0 && t < T)
-            lse[((size_t)b * NH + h) * T + t] = m[half] + logf(l[half]);
+            lse[((size_t)b * NH + h) * T + t] = m[half] / LOG2_E + logf(l[half]);
         l[half] = 1 / l[half];
     }
     store_rows<real, HS>(out + ((size_t)b * T + t0) * C + h * hs, C, o, l, T - t0, hs);
 }
 
-// Given dout and out, wanted delta, for the two kernels below. One warp for one (b,t,h).
-//   delta_t = do_t . o_t, which is sum_s P_ts dP_ts, of every head
-// delta (B,NH,T); dout, out (B,T,C).
-template <class real>
-__global__ void attention_delta_kernel(float *delta, const real *dout, const real *out, int N,
-                                       int T, int C, int NH) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
-    if (i >= (size_t)N * NH) return;  // all lanes of a warp alike
-    int n = (int)(i / NH), h = (int)(i % NH), hs = C / NH;
-    float sum = 0;
-    for (int c = threadIdx.x % 32; c < hs; c += 32) {
-        size_t at = (size_t)n * C + h * hs + c;
-        sum += to_float(dout[at]) * to_float(out[at]);
-    }
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) delta[((size_t)(n / T) * NH + h) * T + n % T] = sum;
+// One query and key: the score s becomes P and dp = dP becomes dS, but for the factor `scale`,
+// which the sums over dS get at the end.
+//   P = e^(scale s - lse);   dS = scale P (dP - delta)
+__device__ inline void softmax_backward(float &s, float &dp, float scale, float lse, float delta) {
+    s = exp2f(s * (scale * LOG2_E) - lse * LOG2_E);
+    dp = s * (dp - delta);
 }
 
-// P and dS of one query and key from the score s, without its scale, and dp = dP:
-//   P = e^(scale s - lse), 0 for a key after the query;   dS = scale P (dP - delta)
-__device__ inline void softmax_backward(float &s, float &dp, int seen, float lse, float delta,
-                                        float scale) {
-    s = seen ? expf(s * scale - lse) : 0;
-    dp = scale * s * (dp - delta);
-}
-
-// Given dout, wanted dk and dv. One block for 64 keys of one head; queries pass by.
-//   dv_s = sum_t P_ts do_t and dk_s = sum_t dS_ts q_t. The block's rows are keys, so it needs
-//   S^T = k q^T and dP^T = v do^T.
+// Given dout and out, wanted dq, and delta for the kernel below. One block for 64 queries of one
+// head; keys pass by.
+//   delta_t = do_t . o_t, which is sum_s P_ts dP_ts
+//   dq_t = sum_s dS_ts k_s. S and dP are computed here and below: the other way, adding dq up
+//   across the blocks of the kernel below, would take atomics.
 template <class real, int HS, int COLS>
-__global__ void __launch_bounds__(32 * WARPS)
-attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,
-                             const real *qkv, int T, int C, int NH, float scale) {
-    __shared__ Tile<real, HS> queries[COLS];
-    __shared__ Tile<real, HS> douts[COLS];
-    int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
-    int h = blockIdx.x / tiles % NH, first = blockIdx.x % tiles * ROWS;
-    int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-    int s0 = first + 16 * warp;
-    size_t stride = 3 * (size_t)C, head = (size_t)b * T * stride + h * hs;
-    const real *q = qkv + head, *dy = dout + (size_t)b * T * C + h * hs;
-    Pack<real, 2> k[HS / 16][4], v[HS / 16][4];
-    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {}, p[COLS / 8][4], ds[COLS / 8][4];
-    load_rows<real, HS>(k, q + C + s0 * stride, stride, T - s0, hs);
-    load_rows<real, HS>(v, q + 2 * C + s0 * stride, stride, T - s0, hs);
-    lse += ((size_t)b * NH + h) * T, delta += ((size_t)b * NH + h) * T;
-    for (int t0 = first; t0 < T; t0 += COLS) {
-        load_tile<real, HS, COLS>(queries, q + t0 * stride, stride, T - t0, hs);
-        load_tile<real, HS, COLS>(douts, dy + (size_t)t0 * C, C, T - t0, hs);
-        __syncthreads();
-        if (s0 < T) {
-            multiply_transposed<real, HS, COLS>(p, k, queries);
-            multiply_transposed<real, HS, COLS>(ds, v, douts);
-            for (int j = 0; j < COLS / 8; j++)
-                for (int i = 0; i < 4; i++) {
-                    int t = t0 + 8 * j + 2 * pair + i % 2, s = s0 + group + i / 2 * 8;
-                    softmax_backward(p[j][i], ds[j][i], s <= t && t < T, t < T ? lse[t] : 0,
-                                     t < T ? delta[t] : 0, scale);
-                }
-            multiply_add<real, HS, COLS>(dv, p, douts);
-            multiply_add<real, HS, COLS>(dk, ds, queries);
-        }
-        __syncthreads();
-    }
-    const float one[2] = {1, 1};
-    real *out = dqkv + head + s0 * stride;
-    store_rows<real, HS>(out + C, stride, dk, one, T - s0, hs);
-    store_rows<real, HS>(out + 2 * C, stride, dv, one, T - s0, hs);
-}
-
-// Given dout, wanted dq. One block for 64 queries of one head; keys pass by.
-//   dq_t = sum_s dS_ts k_s. S and dP are computed again: the other way, adding dq up across the
-//   blocks of the kernel above, would take atomics.
-template <class real, int HS, int COLS>
-__global__ void __launch_bounds__(32 * WARPS)
-attention_backward_q_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,
-                            const real *qkv, int T, int C, int NH, float scale) {
-    __shared__ Tile<real, HS> keys[COLS];
-    __shared__ Tile<real, HS> values[COLS];
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS(HS))
+attention_backward_q_kernel(real *dqkv, float *delta, const real *dout, const real *out,
+                            const float *lse, const real *qkv, int T, int C, int NH, float scale) {
+    __shared__ Tile<real, HS> keys[2][COLS];
+    __shared__ Tile<real, HS> values[2][COLS];
     int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
     int h = blockIdx.x / tiles % NH, first = (tiles - 1 - blockIdx.x % tiles) * ROWS;
-    int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-    int t0 = first + 16 * warp;
-    size_t stride = 3 * (size_t)C, head = (size_t)b * T * stride + h * hs;
-    const real *k = qkv + head + C, *v = k + C, *dy = dout + ((size_t)b * T + t0) * C + h * hs;
-    Pack<real, 2> q[HS / 16][4], dy_rows[HS / 16][4];
-    float dq[HS / 8][4] = {}, p[COLS / 8][4], ds[COLS / 8][4], row_lse[2], row_delta[2];
-    load_rows<real, HS>(q, qkv + head + t0 * stride, stride, T - t0, hs);
-    load_rows<real, HS>(dy_rows, dy, C, T - t0, hs);
+    int t0 = first + threadIdx.x / 32 * 16, end = min(T, first + ROWS), now = 0;
+    int stride = 3 * C;
+    size_t head = (size_t)b * T * stride + h * hs, at = ((size_t)b * T + t0) * C + h * hs;
+    Pack<real, 2> q[HS / 16][4], dy[HS / 16][4];
+    float dq[HS / 8][4] = {}, p[COLS / 8][4], ds[COLS / 8][4], row_lse[2], row_delta[2] = {0, 0};
+    auto send = [&](int s, int to) {
+        const real *k = qkv + head + C + (size_t)s * stride;
+        load_tile<real, HS, COLS>(keys[to], k, stride, T - s, hs);
+        load_tile<real, HS, COLS>(values[to], k + C, stride, T - s, hs);
+    };
+    send(0, 0);
+    load_rows<real, HS>(q, out + at, C, T - t0, hs);  // o, for delta alone
+    load_rows<real, HS>(dy, dout + at, C, T - t0, hs);
+    for (int i = 0; i < HS / 2; i++)
+        row_delta[i / 2 % 2] += to_float(q[i / 8][i / 2 % 4].x[i % 2]) *
+                                to_float(dy[i / 8][i / 2 % 4].x[i % 2]);
+    load_rows<real, HS>(q, qkv + head + (size_t)t0 * stride, stride, T - t0, hs);
     for (int half = 0; half < 2; half++) {
-        int t = t0 + group + 8 * half;
-        row_lse[half] = t < T ? lse[((size_t)b * NH + h) * T + t] : 0;
-        row_delta[half] = t < T ? delta[((size_t)b * NH + h) * T + t] : 0;
+        int t = t0 + threadIdx.x % 32 / 4 + 8 * half;
+        size_t row = ((size_t)b * NH + h) * T + t;
+        row_delta[half] = group_sum(row_delta[half]);
+        row_lse[half] = t < T ? lse[row] : 0;
+        if (threadIdx.x % 4 == 0 && t < T) delta[row] = row_delta[half];
     }
-    for (int s0 = 0; s0 < min(T, first + ROWS); s0 += COLS) {
-        load_tile<real, HS, COLS>(keys, k + s0 * stride, stride, T - s0, hs);
-        load_tile<real, HS, COLS>(values, v + s0 * stride, stride, T - s0, hs);
+    for (int s0 = 0; s0 < end; s0 += COLS, now ^= 1) {
+        copies_arrive();
         __syncthreads();
-        if (t0 < T) {
-            multiply_transposed<real, HS, COLS>(p, q, keys);
-            multiply_transposed<real, HS, COLS>(ds, dy_rows, values);
-            for (int j = 0; j < COLS / 8; j++)
+        if (s0 + COLS < end) send(s0 + COLS, now ^ 1);
+        if (t0 >= T || s0 >= t0 + 16) continue;
+        multiply_transposed<real, HS, COLS>(p, q, keys[now]);
+        multiply_transposed<real, HS, COLS>(ds, dy, values[now]);
+        mask_tile<0, COLS>(p, t0, s0);
+        for (int j = 0; j < COLS / 8; j++)
+            for (int i = 0; i < 4; i++)
+                softmax_backward(p[j][i], ds[j][i], scale, row_lse[i / 2], row_delta[i / 2]);
+        multiply_add<real, HS, COLS>(dq, ds, keys[now]);
+    }
+    const float scales[2] = {scale, scale};
+    store_rows<real, HS>(dqkv + head + (size_t)t0 * stride, stride, dq, scales, T - t0, hs);
+}
+
+// Given dout and delta, wanted dk and dv. One block for 64 keys of one head; queries pass by.
+//   dv_s = sum_t P_ts do_t and dk_s = sum_t dS_ts q_t. The block's rows are keys, so it needs
+//   S^T = k q^T and dP^T = v do^T.
+// Beyond the last query do and delta are 0: nothing is added.
+template <class real, int HS, int COLS>
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS(HS))
+attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,
+                             const real *qkv, int T, int C, int NH, float scale) {
+    __shared__ Tile<real, HS> queries[2][COLS];
+    __shared__ Tile<real, HS> douts[2][COLS];
+    __shared__ float sums[2][2][COLS];  // lse, delta
+    int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
+    int h = blockIdx.x / tiles % NH, first = blockIdx.x % tiles * ROWS, now = 0;
+    int pair = threadIdx.x % 4, s0 = first + threadIdx.x / 32 * 16;
+    int stride = 3 * C;
+    size_t head = (size_t)b * T * stride + h * hs;
+    const real *q = qkv + head, *dy = dout + (size_t)b * T * C + h * hs;
+    Pack<real, 2> k[HS / 16][4], v[HS / 16][4];
+    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {}, p[2][4], ds[2][4];
+    auto send = [&](int t, int to) {
+        load_tile<real, HS, COLS>(queries[to], q + (size_t)t * stride, stride, T - t, hs);
+        load_tile<real, HS, COLS>(douts[to], dy + (size_t)t * C, C, T - t, hs);
+        int i = threadIdx.x % COLS, which = threadIdx.x / COLS;  // lse or delta of query t + i
+        const float *from = (which ? delta : lse) + blockIdx.x / tiles * T + min(t + i, T - 1);
+        if (which < 2) copy_async<4>(&sums[to][which][i], from, t + i < T);
+    };
+    send(first, 0);
+    load_rows<real, HS>(k, q + C + (size_t)s0 * stride, stride, T - s0, hs);
+    load_rows<real, HS>(v, q + 2 * C + (size_t)s0 * stride, stride, T - s0, hs);
+    for (int t0 = first; t0 < T; t0 += COLS, now ^= 1) {
+        copies_arrive();
+        __syncthreads();
+        if (t0 + COLS < T) send(t0 + COLS, now ^ 1);
+        if (s0 >= T || t0 + COLS <= s0) continue;
+        for (int c = 0; c < COLS; c += 16) {  // few at once, for dk and dv take half of the registers
+            multiply_transposed<real, HS, 16>(p, k, queries[now] + c);
+            multiply_transposed<real, HS, 16>(ds, v, douts[now] + c);
+            mask_tile<1, 16>(p, s0, t0 + c);
+            for (int j = 0; j < 2; j++)
                 for (int i = 0; i < 4; i++) {
-                    int t = t0 + group + i / 2 * 8, s = s0 + 8 * j + 2 * pair + i % 2;
-                    softmax_backward(p[j][i], ds[j][i], s <= t && t < T, row_lse[i / 2],
-                                     row_delta[i / 2], scale);
+                    int t = c + 8 * j + 2 * pair + i % 2;
+                    softmax_backward(p[j][i], ds[j][i], scale, sums[now][0][t], sums[now][1][t]);
                 }
-            multiply_add<real, HS, COLS>(dq, ds, keys);
+            multiply_add<real, HS, 16>(dv, p, douts[now] + c);
+            multiply_add<real, HS, 16>(dk, ds, queries[now] + c);
         }
-        __syncthreads();
     }
-    const float one[2] = {1, 1};
-    store_rows<real, HS>(dqkv + head + t0 * stride, stride, dq, one, T - t0, hs);
+    const float one[2] = {1, 1}, scales[2] = {scale, scale};
+    real *out = dqkv + head + (size_t)s0 * stride;
+    store_rows<real, HS>(out + C, stride, dk, scales, T - s0, hs);
+    store_rows<real, HS>(out + 2 * C, stride, dv, one, T - s0, hs);
 }
 
 enum { MAX_HEAD = 128 };  // channels of a head
 
-// out (B,T,C), lse (B,NH,T), qkv (B,T,3C). C/NH even, at most MAX_HEAD.
-template <class real>
-static void attention_forward(real *out, float *lse, const real *qkv, int B, int T, int C, int NH) {
-    int hs = C / NH, blocks = B * NH * ((T + ROWS - 1) / ROWS), threads = 32 * WARPS;
-    float scale = 1 / sqrtf((float)hs);
-    if (hs <= 32)
-        attention_forward_kernel<real, 32, 64><<<blocks, threads>>>(out, lse, qkv, T, C, NH, scale);
-    else if (hs <= 64)
-        attention_forward_kernel<real, 64, 64><<<blocks, threads>>>(out, lse, qkv, T, C, NH, scale);
-    else
-        attention_forward_kernel<real, 128, 32><<<blocks, threads>>>(out, lse, qkv, T, C, NH,
-                                                                     scale);
+// For heads of at most HS channels. A block may have 48 KiB of shared memory without asking: room
+// for two tiles of 8 KiB, twice. Backwards there are more results in registers, and shorter tiles.
+template <class real, int HS>
+static void attention_forward_sized(real *out, float *lse, const real *qkv, int B, int T, int C,
+                                    int NH) {
+    constexpr int COLS = HS == 32 ? 64 : 8192 / sizeof(real) / HS;
+    int blocks = B * NH * ((T + ROWS - 1) / ROWS), threads = 32 * WARPS;
+    float scale = 1 / sqrtf((float)C / NH);
+    attention_forward_kernel<real, HS, COLS><<<blocks, threads>>>(out, lse, qkv, T, C, NH, scale);
     LAUNCH_CHECK();
 }
 
-template <class real, int HS, int COLS>
-static void attention_backward_sized(real *dqkv, const real *dout, const float *lse,
-                                     const float *delta, const real *qkv, int B, int T, int C,
+template <class real, int HS>
+static void attention_backward_sized(real *dqkv, float *delta, const real *dout, const real *out,
+                                     const float *lse, const real *qkv, int B, int T, int C,
                                      int NH) {
+    constexpr int COLS = HS == 128 ? 16 : 32;
     int blocks = B * NH * ((T + ROWS - 1) / ROWS), threads = 32 * WARPS;
     float scale = 1 / sqrtf((float)C / NH);
+    attention_backward_q_kernel<real, HS, COLS><<<blocks, threads>>>(dqkv, delta, dout, out, lse,
+                                                                     qkv, T, C, NH, scale);
+    LAUNCH_CHECK();
     attention_backward_kv_kernel<real, HS, COLS><<<blocks, threads>>>(dqkv, dout, lse, delta, qkv,
                                                                       T, C, NH, scale);
     LAUNCH_CHECK();
-    attention_backward_q_kernel<real, HS, COLS><<<blocks, threads>>>(dqkv, dout, lse, delta, qkv, T,
-                                                                     C, NH, scale);
-    LAUNCH_CHECK();
+}
+
+// out (B,T,C), lse (B,NH,T), qkv (B,T,3C). C/NH even, at most MAX_HEAD.
+template <class real>
+static void attention_forward(real *out, float *lse, const real *qkv, int B, int T, int C, int NH) {
+    if (C / NH <= 32) attention_forward_sized<real, 32>(out, lse, qkv, B, T, C, NH);
+    else if (C / NH <= 64) attention_forward_sized<real, 64>(out, lse, qkv, B, T, C, NH);
+    else attention_forward_sized<real, 128>(out, lse, qkv, B, T, C, NH);
 }
 
 // dqkv, qkv (B,T,3C); dout, out (B,T,C); lse, delta (B,NH,T), delta is scratch.
 template <class real>
 static void attention_backward(real *dqkv, float *delta, const real *dout, const real *out,
                                const float *lse, const real *qkv, int B, int T, int C, int NH) {
-    unsigned blocks = blocks_for((size_t)B * T * NH, 8);
-    int hs = C / NH;
-    attention_delta_kernel<real><<<blocks, 256>>>(delta, dout, out, B * T, T, C, NH);
-    LAUNCH_CHECK();
-    if (hs <= 32)
-        attention_backward_sized<real, 32, 64>(dqkv, dout, lse, delta, qkv, B, T, C, NH);
-    else if (hs <= 64)
-        attention_backward_sized<real, 64, 64>(dqkv, dout, lse, delta, qkv, B, T, C, NH);
+    if (C / NH <= 32)
+        attention_backward_sized<real, 32>(dqkv, delta, dout, out, lse, qkv, B, T, C, NH);
+    else if (C / NH <= 64)
+        attention_backward_sized<real, 64>(dqkv, delta, dout, out, lse, qkv, B, T, C, NH);
     else
-        attention_backward_sized<real, 128, 32>(dqkv, dout, lse, delta, qkv, B, T, C, NH);
+        attention_backward_sized<real, 128>(dqkv, delta, dout, out, lse, qkv, B, T, C, NH);
 }
 
 // loss = lse - logit of the target, lse = log sum_v e^logit_v. One block a row, which is read once:
