@@ -364,39 +364,41 @@ __global__ void residual_gpas_rmsnorm_backward_kernel(real *dsum, real *dinp, fl
 }
 
 // The second stage: adds the lines of partial to dweight (C), the last column to the gate's
-// gradient (1). Block (32,8): 32 columns, whose lines are shared out among 8 threads each.
+// gradient (1). Block (32,32): 32 columns, whose lines are shared out among 32 threads each.
 __global__ void add_partial_kernel(float *dweight, float *dgate, const float *partial, int lines,
                                    Gpas g, int C) {
-    __shared__ float sums[8][32];
+    __shared__ float sums[32][32];
     int c = blockIdx.x * 32 + threadIdx.x;
     float sum = 0;
-    for (int l = threadIdx.y; l < lines && c <= C; l += 8) sum += partial[(size_t)l * (C + 1) + c];
+    for (int l = threadIdx.y; l < lines && c <= C; l += 32) sum += partial[(size_t)l * (C + 1) + c];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0) return;
-    for (int k = 1; k < 8; k++) sum += sums[k][threadIdx.x];
+    for (int k = 1; k < 32; k++) sum += sums[k][threadIdx.x];
     if (c < C && dweight) dweight[c] += sum;
     if (c == C && dgate) *dgate -= gate_slope(*g.gate, g.act) * sum;
 }
 
 // dweight (C), dgate (1): added to, NULL if not wanted; partial (ROW_BLOCKS,C+1): scratch.
 // C at most MAX_CHANNELS: 48 KiB of shared memory hold dweight and block_sum()'s 32 numbers.
-enum { ROW_BLOCKS = 1024, MAX_CHANNELS = 48 * 1024 / sizeof(float) - 32 };
+// ROW_BLOCKS blocks of 64 threads, or fewer of more threads: half of what an H100 holds at once.
+enum { ROW_BLOCKS = 2048, MAX_CHANNELS = 48 * 1024 / sizeof(float) - 32 };
 template <class real>
 static void residual_gpas_rmsnorm_backward(real *dsum, real *dinp, float *dweight, float *dgate,
                                            float *partial, const real *dnext, const real *dnormed,
                                            const real *x, const float *rstd, const float *weight,
                                            const real *scaled, Gpas g, int N, int C) {
     constexpr int W = 16 / sizeof(real);
-    int blocks = imin(N, ROW_BLOCKS), bytes = C * sizeof(float);
+    int threads = row_threads(C, C % W == 0 ? W : 1), bytes = C * sizeof(float);
+    int blocks = imin(N, ROW_BLOCKS * 64 / imax(threads, 64));
     if (C % W == 0)
-        residual_gpas_rmsnorm_backward_kernel<real, W><<<blocks, row_threads(C, W), bytes>>>(
+        residual_gpas_rmsnorm_backward_kernel<real, W><<<blocks, threads, bytes>>>(
             dsum, dinp, partial, dnext, dnormed, x, rstd, weight, scaled, g, N, C);
     else
-        residual_gpas_rmsnorm_backward_kernel<real, 1><<<blocks, row_threads(C, 1), bytes>>>(
+        residual_gpas_rmsnorm_backward_kernel<real, 1><<<blocks, threads, bytes>>>(
             dsum, dinp, partial, dnext, dnormed, x, rstd, weight, scaled, g, N, C);
     LAUNCH_CHECK();
-    add_partial_kernel<<<blocks_for(C + 1, 32), dim3(32, 8)>>>(
+    add_partial_kernel<<<blocks_for(C + 1, 32), dim3(32, 32)>>>(
         weight ? dweight : NULL, g.gate ? dgate : NULL, partial, blocks, g, C);
     LAUNCH_CHECK();
 }
@@ -404,26 +406,31 @@ static void residual_gpas_rmsnorm_backward(real *dsum, real *dinp, float *dweigh
 // RoPE, in place: turns each pair of adjacent channels of the queries and keys. qkv (N,3C) with
 // N = B T; table (T,hs/2,2): cosine and sine.
 
-// One thread a pair. direction 1 turns forward, -1 back.
-template <class real>
-__global__ void rope_kernel(real *qkv, const float *table, int N, int T, int C, int hs,
-                            int direction) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)N * C) return;  // C pairs a row: C/2 of the queries, C/2 of the keys
-    int n = (int)(i / C), channel = 2 * (int)(i % C);
-    float x[2], angle[2];
-    real *pair = qkv + (size_t)n * 3 * C + channel;
-    load(x, pair);
-    load(angle, table + (size_t)(n % T) * hs + channel % hs);
-    float cosine = angle[0], sine = direction * angle[1];
-    float y[2] = {x[0] * cosine - x[1] * sine, x[0] * sine + x[1] * cosine};
-    store(pair, y);
+// One block a token; a thread has W channels of one head. direction 1 turns forward, -1 back.
+template <class real, int W>
+__global__ void rope_kernel(real *qkv, const float *table, int T, int C, int hs, int direction) {
+    real *row = qkv + (size_t)blockIdx.x * 3 * C;
+    const float *angles = table + (size_t)(blockIdx.x % T) * hs;
+    for (int c = threadIdx.x * W; c < 2 * C; c += blockDim.x * W) {
+        float x[W], angle[W], y[W];
+        load(x, row + c), load(angle, angles + c % hs);
+        for (int i = 0; i < W; i += 2) {
+            float cosine = angle[i], sine = direction * angle[i + 1];
+            y[i] = x[i] * cosine - x[i + 1] * sine;
+            y[i + 1] = x[i] * sine + x[i + 1] * cosine;
+        }
+        store(row + c, y);
+    }
 }
 
 template <class real>
 static void rope_turn(real *qkv, const float *table, int B, int T, int C, int hs, int direction) {
-    unsigned blocks = blocks_for((size_t)B * T * C, 256);
-    rope_kernel<real><<<blocks, 256>>>(qkv, table, B * T, T, C, hs, direction);
+    constexpr int W = 16 / sizeof(real);
+    int N = B * T;
+    if (hs % W == 0)
+        rope_kernel<real, W><<<N, row_threads(2 * C, W)>>>(qkv, table, T, C, hs, direction);
+    else
+        rope_kernel<real, 2><<<N, row_threads(2 * C, 2)>>>(qkv, table, T, C, hs, direction);
     LAUNCH_CHECK();
 }
 
@@ -440,55 +447,53 @@ static void rope_backward(real *dqkv, const float *table, int B, int T, int C, i
     rope_turn(dqkv, table, B, T, C, hs, -1);
 }
 
-// SwiGLU: out = silu(a) * b. W neighbours a thread. out (N,H); inp (N,2H): a row holds a, then b.
+// 1 / (1 + e^-x). __fdividef is right to two units in the last place and takes two instructions; the
+// exact division takes ten, and then arithmetic, not memory, is what a kernel waits for.
+__device__ inline float fast_sigmoid(float x) { return __fdividef(1, 1 + expf(-x)); }
+
+// SwiGLU: out = silu(a) * b. One block a row. out (N,H); inp (N,2H): a row holds a, then b.
 template <class real, int W>
-__global__ void swiglu_forward_kernel(real *out, const real *inp, size_t n, int H) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
-    if (i >= n) return;
-    const real *row = inp + i / H * 2 * H + i % H;
-    float a[W], b[W];
-    load(a, row), load(b, row + H);
-    for (int k = 0; k < W; k++) a[k] = a[k] / (1 + expf(-a[k])) * b[k];
-    store(out + i, a);
+__global__ void swiglu_forward_kernel(real *out, const real *inp, int H) {
+    const real *row = inp + (size_t)blockIdx.x * 2 * H;
+    for (int h = threadIdx.x * W; h < H; h += blockDim.x * W) {
+        float a[W], b[W];
+        load(a, row + h), load(b, row + H + h);
+        for (int k = 0; k < W; k++) a[k] = a[k] * fast_sigmoid(a[k]) * b[k];
+        store(out + (size_t)blockIdx.x * H + h, a);
+    }
 }
 
 // Given dy, wanted da and db.
 //   With s = sigmoid(a):  da = dy b (s + a s (1 - s)),  db = dy a s.
-// dinp, inp (N,2H); dout (N,H); n = N H.
+// dinp, inp (N,2H); dout (N,H).
 template <class real, int W>
-__global__ void swiglu_backward_kernel(real *dinp, const real *dout, const real *inp, size_t n,
-                                       int H) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
-    if (i >= n) return;
-    size_t at = i / H * 2 * H + i % H;
-    float a[W], b[W], dy[W], da[W], db[W];
-    load(a, inp + at), load(b, inp + at + H), load(dy, dout + i);
-    for (int k = 0; k < W; k++) {
-        float s = 1 / (1 + expf(-a[k]));
-        da[k] = dy[k] * b[k] * (s + a[k] * s * (1 - s));
-        db[k] = dy[k] * a[k] * s;
+__global__ void swiglu_backward_kernel(real *dinp, const real *dout, const real *inp, int H) {
+    size_t row = (size_t)blockIdx.x * 2 * H;
+    for (int h = threadIdx.x * W; h < H; h += blockDim.x * W) {
+        float a[W], b[W], dy[W], da[W], db[W];
+        load(a, inp + row + h), load(b, inp + row + H + h);
+        load(dy, dout + (size_t)blockIdx.x * H + h);
+        for (int k = 0; k < W; k++) {
+            float s = fast_sigmoid(a[k]);
+            da[k] = dy[k] * b[k] * (s + a[k] * s * (1 - s));
+            db[k] = dy[k] * a[k] * s;
+        }
+        store(dinp + row + h, da), store(dinp + row + H + h, db);
     }
-    store(dinp + at, da), store(dinp + at + H, db);
 }
 
 template <class real> static void swiglu_forward(real *out, const real *inp, int N, int H) {
     constexpr int W = 16 / sizeof(real);
-    size_t n = (size_t)N * H;
-    if (H % W == 0)
-        swiglu_forward_kernel<real, W><<<blocks_for(n, 256 * W), 256>>>(out, inp, n, H);
-    else
-        swiglu_forward_kernel<real, 1><<<blocks_for(n, 256), 256>>>(out, inp, n, H);
+    if (H % W == 0) swiglu_forward_kernel<real, W><<<N, row_threads(H, W)>>>(out, inp, H);
+    else swiglu_forward_kernel<real, 1><<<N, row_threads(H, 1)>>>(out, inp, H);
     LAUNCH_CHECK();
 }
 
 template <class real>
 static void swiglu_backward(real *dinp, const real *dout, const real *inp, int N, int H) {
     constexpr int W = 16 / sizeof(real);
-    size_t n = (size_t)N * H;
-    if (H % W == 0)
-        swiglu_backward_kernel<real, W><<<blocks_for(n, 256 * W), 256>>>(dinp, dout, inp, n, H);
-    else
-        swiglu_backward_kernel<real, 1><<<blocks_for(n, 256), 256>>>(dinp, dout, inp, n, H);
+    if (H % W == 0) swiglu_backward_kernel<real, W><<<N, row_threads(H, W)>>>(dinp, dout, inp, H);
+    else swiglu_backward_kernel<real, 1><<<N, row_threads(H, 1)>>>(dinp, dout, inp, H);
     LAUNCH_CHECK();
 }
 

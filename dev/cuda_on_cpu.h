@@ -81,6 +81,7 @@ inline thread_local dim3 blockDim, gridDim;
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 
 // A bf16 is the upper half of a float. Rounding to nearest, ties to even: add just under half of
 // the last bit that stays, plus that bit, and cut. A nan could turn into infinity: CUDA's is 7fff.
