@@ -447,8 +447,8 @@ static void rope_backward(real *dqkv, const float *table, int B, int T, int C, i
     rope_turn(dqkv, table, B, T, C, hs, -1);
 }
 
-// 1 / (1 + e^-x). __fdividef is right to two units in the last place and takes two instructions; the
-// exact division takes ten, and then arithmetic, not memory, is what a kernel waits for.
+// 1 / (1 + e^-x). __fdividef is right to two units in the last place and takes two instructions.
+// The exact division takes ten, and then arithmetic, not memory, is what a kernel waits for.
 __device__ inline float fast_sigmoid(float x) { return __fdividef(1, 1 + expf(-x)); }
 
 // SwiGLU: out = silu(a) * b. One block a row. out (N,H); inp (N,2H): a row holds a, then b.
@@ -866,7 +866,7 @@ attention_forward_kernel(real *out, float *lse, const real *qkv, int T, int C, i
         copies_arrive();
         __syncthreads();  // this tile is there, and nobody reads the one before it any more
         if (s0 + COLS < end) send(s0 + COLS, now ^ 1);
-        if (t0 >= T || s0 >= t0 + 16) continue;  // no row of this warp's, or no key it may see
+        if (t0 >= T || s0 >= t0 + 16) continue;  // this warp has no rows, or they see no such key
         multiply_transposed<real, HS, COLS>(p, queries, keys[now]);
         mask_tile<0, COLS>(p, t0, s0);
         softmax_tile<HS, COLS>(p, o, m, l, scale * LOG2_E);
@@ -978,7 +978,7 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
         __syncthreads();
         if (t0 + COLS < T) send(t0 + COLS, now ^ 1);
         if (s0 >= T || t0 + COLS <= s0) continue;
-        for (int c = 0; c < COLS; c += 16) {  // few at once, for dk and dv take half of the registers
+        for (int c = 0; c < COLS; c += 16) {  // few at once: dk and dv take half of the registers
             multiply_transposed<real, HS, 16>(p, k, queries[now] + c);
             multiply_transposed<real, HS, 16>(ds, v, douts[now] + c);
             mask_tile<1, 16>(p, s0, t0 + c);
@@ -1046,65 +1046,54 @@ static void attention_backward(real *dqkv, float *delta, const real *dout, const
         attention_backward_sized<real, 128>(dqkv, delta, dout, out, lse, qkv, B, T, C, NH);
 }
 
-// loss = lse - logit of the target, lse = log sum_v e^logit_v. One block a row, which is read once:
-// each thread carries the largest of its logits and the sum of e^(logit - largest) along.
-// losses, lse (N); logits (N,V) with rows `stride` apart; targets (N).
+// Given logits and scale, the gradient of each loss, wanted the losses and the gradient of the
+// logits, which may take their place. With lse = log sum_v e^logit_v
+//   loss = lse - logit of the target
+//   dlogit_v = (e^(logit_v - lse) - [v is the target]) * scale, and 0 between V and stride
+// One block a row. Each thread carries the largest of its logits and the sum of e^(logit - largest)
+// along. Then it reads its logits again: blocks of 1024 threads are few at a time, and their rows
+// are still in the cache. So memory is read once and written once for both results.
+// losses, lse (N); logits, dlogits (N,V) with rows `stride` apart; targets (N). lse, dlogits: NULL
+// if not wanted.
 template <class real, int W>
-__global__ void crossentropy_forward_kernel(float *losses, float *lse, const real *logits,
-                                            const int *targets, int V, int stride) {
-    const real *row = logits + (size_t)blockIdx.x * stride;
-    float largest = -INFINITY, sum = 0, x[W];
+__global__ void __launch_bounds__(1024, 2)
+crossentropy_kernel(float *losses, float *lse, real *dlogits, const real *logits,
+                    const int *targets, float scale, int V, int stride) {
+    size_t row = (size_t)blockIdx.x * stride;
+    int target = targets[blockIdx.x];
+    float target_logit = to_float(logits[row + target]), largest = -INFINITY, sum = 0, x[W];
     for (int v = threadIdx.x * W; v < V; v += blockDim.x * W) {
-        load(x, row + v);
-        for (int i = 0; i < W && v + i < V; i++) {
-            float m = fmaxf(largest, x[i]);
-            sum = sum * expf(largest - m) + expf(x[i] - m);
-            largest = m;
-        }
+        float m = largest;
+        load(x, logits + row + v);
+        for (int i = 0; i < W; i++) x[i] = v + i < V ? x[i] : -INFINITY, m = fmaxf(m, x[i]);
+        sum *= exp2f((largest - m) * LOG2_E);
+        for (int i = 0; i < W; i++) sum += exp2f((x[i] - m) * LOG2_E);
+        largest = m;
     }
     float m = block_max(largest);
-    sum = block_sum(sum != 0 ? sum * expf(largest - m) : 0);  // 0: a thread without a logit
-    if (threadIdx.x > 0) return;
-    lse[blockIdx.x] = m + logf(sum);
-    losses[blockIdx.x] = m + logf(sum) - to_float(row[targets[blockIdx.x]]);
-}
-
-// Given scale, the gradient of each loss, wanted that of the logits, in place. What lies between V
-// and stride becomes 0.
-//   dlogit_v = (e^(logit_v - lse) - [v is the target]) * scale
-template <class real, int W>
-__global__ void crossentropy_backward_kernel(real *logits, const float *lse, const int *targets,
-                                             float scale, int V, int stride) {
-    real *row = logits + (size_t)blockIdx.x * stride;
-    int target = targets[blockIdx.x];
-    float row_lse = lse[blockIdx.x], x[W];
-    for (int v = threadIdx.x * W; v < stride; v += blockDim.x * W) {
-        load(x, row + v);
+    sum = block_sum(sum != 0 ? sum * exp2f((largest - m) * LOG2_E) : 0);  // 0: no logit
+    float row_lse = m + logf(sum);
+    if (threadIdx.x == 0) losses[blockIdx.x] = row_lse - target_logit;
+    if (threadIdx.x == 0 && lse) lse[blockIdx.x] = row_lse;
+    for (int v = threadIdx.x * W; v < stride && dlogits; v += blockDim.x * W) {
+        load(x, logits + row + v);
         for (int i = 0; i < W; i++)
-            x[i] = v + i < V ? (expf(x[i] - row_lse) - (v + i == target)) * scale : 0;
-        store(row + v, x);
+            x[i] = v + i < V ? (exp2f((x[i] - row_lse) * LOG2_E) - (v + i == target)) * scale : 0;
+        store(dlogits + row + v, x);
     }
 }
 
 template <class real>
-static void crossentropy_forward(float *losses, float *lse, const real *logits, const int *targets,
-                                 int N, int V, int stride) {
+static void crossentropy(float *losses, float *lse, real *dlogits, const real *logits,
+                         const int *targets, float scale, int N, int V, int stride) {
     constexpr int W = 16 / sizeof(real);
-    if (stride % W == 0)
-        crossentropy_forward_kernel<real, W><<<N, 256>>>(losses, lse, logits, targets, V, stride);
+    int width = stride % W == 0 ? W : 1, threads = imin(1024, (stride / width + 31) / 32 * 32);
+    if (width == W)
+        crossentropy_kernel<real, W><<<N, threads>>>(losses, lse, dlogits, logits, targets, scale,
+                                                     V, stride);
     else
-        crossentropy_forward_kernel<real, 1><<<N, 256>>>(losses, lse, logits, targets, V, stride);
-    LAUNCH_CHECK();
-}
-
-template <class real>
-static void crossentropy_backward(real *logits, const float *lse, const int *targets, float scale,
-                                  int N, int V, int stride) {
-    constexpr int W = 16 / sizeof(real);
-    if (stride % W == 0)
-        crossentropy_backward_kernel<real, W><<<N, 256>>>(logits, lse, targets, scale, V, stride);
-    else
-        crossentropy_backward_kernel<real, 1><<<N, 256>>>(logits, lse, targets, scale, V, stride);
+        crossentropy_kernel<real, 1><<<N, threads>>>(losses, lse, dlogits, logits, targets, scale,
+                                                     V, stride);
     LAUNCH_CHECK();
 }
 
@@ -1170,10 +1159,17 @@ __global__ void squares_kernel(float *squares, const float *grad, const Chunk *c
     if (threadIdx.x == 0) squares[blockIdx.x] = sum;
 }
 
-// The matrices' copy in `real`. weights, p (n).
-template <class real> __global__ void round_kernel(real *weights, const float *p, size_t n) {
+// y = scale x, or y += scale x. y, x (n).
+template <class to, class from>
+__global__ void scale_kernel(to *y, const from *x, float scale, int add, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) round_to(weights[i], p[i]);
+    if (i < n) round_to(y[i], scale * to_float(x[i]) + (add ? to_float(y[i]) : 0));
+}
+
+template <class to, class from>
+static void scaled(to *y, const from *x, float scale, int add, size_t n) {
+    scale_kernel<to, from><<<blocks_for(n, 256), 256>>>(y, x, scale, add, n);
+    LAUNCH_CHECK();
 }
 
 // sums[block] = {sum of x, sum of x^2} over the block's share of x (n).
@@ -1210,7 +1206,8 @@ template <class real> struct Sublayer {
 template <class real> struct Network {
     real *weights;               // the parameters in `real`; for fp32 the parameters themselves
     Sublayer<real> *sublayers;   // (2L)
-    real *embedded, *final_normed, *logits;      // (B,T,C), (B,T,C), (B,T,V)
+    real *embedded, *final_normed;               // (B,T,C)
+    real *logits;                                // (a part of B T,V): see output_forward()
     real *scratch, *branches, *dx, *dinp;        // (B,T,C)
     real *dinner, *dwide;        // (B,T,C or H), (B,T,3C or 2H)
 };
@@ -1229,7 +1226,7 @@ typedef struct {
     float *squares, *host_squares;     // (num_chunks)
     Network<float> fp32_net;     // one of the two is in use
     Network<bf16> bf16_net;
-    float *rope_table, *final_rstd, *logits_lse, *losses, *delta, *partial;
+    float *rope_table, *final_rstd, *losses, *delta, *partial, *doutput;  // doutput (V,C)
     Pack<double, 2> *moments;
     int *tokens, *targets, *positions, *starts;  // (B,T) three times, (V+1)
     int *host_order;             // (B,T) and (V+1): positions and starts
@@ -1237,6 +1234,7 @@ typedef struct {
     size_t bytes;                // on the GPU, all together
     void **pieces;               // all GPU memory, to be freed
     int num_pieces, planning;    // planning: take() only counts
+    int learning, differentiated;  // between zero_gradients() and model_update(); output_forward()
 } Model;
 
 // What train_gpas.c's training loop asks of a model.
@@ -1316,6 +1314,10 @@ template <class real> static void create_sublayers(Model *m, Network<real> *net,
     }
 }
 
+// The logits of N tokens would be the largest array of all. They are made, turned into losses and
+// gradients and left behind for this many tokens at a time. (64: so parts begin at 256 bytes.)
+static int logit_rows(int N) { return imin(N, ((N + 3) / 4 + 63) / 64 * 64); }
+
 // All GPU memory: called twice, to count it and to have it.
 template <class real>
 static void create_network(Model *m, Network<real> *net, int B, int training) {
@@ -1327,13 +1329,13 @@ static void create_network(Model *m, Network<real> *net, int B, int training) {
     take(m, &net->embedded, N * C), take(m, &net->branches, N * C), take(m, &net->scratch, N * C);
     create_sublayers(m, net, N);
     take(m, &net->final_normed, N * C), take(m, &m->final_rstd, N);
-    take(m, &net->logits, N * m->V), take(m, &m->logits_lse, N), take(m, &m->losses, N);
+    take(m, &net->logits, (size_t)logit_rows(N) * m->V), take(m, &m->losses, N);
     take(m, &m->rope_table, T * (C / o->heads));
     take(m, &m->moments, MOMENT_BLOCKS), take(m, &m->tokens, N), take(m, &m->targets, N);
     if (!training) return;
     take(m, &m->d, m->room), take(m, &m->m, m->room), take(m, &m->v, m->room);
     take(m, &m->chunks, m->num_chunks), take(m, &m->squares, m->num_chunks);
-    take(m, &net->dx, N * C), take(m, &net->dinp, N * C);
+    take(m, &net->dx, N * C), take(m, &net->dinp, N * C), take(m, &m->doutput, m->V * C);
     take(m, &net->dinner, N * (C > H ? C : H));
     take(m, &net->dwide, N * (3 * C > 2 * H ? 3 * C : 2 * H));
     take(m, &m->delta, N * o->heads), take(m, &m->partial, (size_t)ROW_BLOCKS * (C + 1));
@@ -1463,10 +1465,7 @@ static Holdings holdings(Model *m) {
 static void model_changed(Model *m) {
     move_tensors(m, m->parameters, m->p, 1);
     if (m->adam_m) move_tensors(m, m->adam_m, m->m, 1), move_tensors(m, m->adam_v, m->v, 1);
-    if (m->in_bf16) {
-        round_kernel<bf16><<<blocks_for(m->room, 256), 256>>>(m->bf16_net.weights, m->p, m->room);
-        LAUNCH_CHECK();
-    }
+    if (m->in_bf16) scaled(m->bf16_net.weights, m->p, 1, 0, m->room);
 }
 
 // The parameters of layer l in `block`: m->p, m->d or the network's weights.
@@ -1640,7 +1639,7 @@ static void sublayer_backward(const Model *m, const Network<real> *net, const re
     branch_backward(m, net, dbranch, s, B, T);
 }
 
-// Sublayers, final norm and logits of tokens (B,T) on the GPU.
+// Sublayers and final norm of tokens (B,T) on the GPU.
 template <class real>
 static void network_forward(const Model *m, const Network<real> *net, int B, int T) {
     int C = m->o->channels, end = 2 * m->o->layers, N = B * T;
@@ -1652,20 +1651,41 @@ static void network_forward(const Model *m, const Network<real> *net, int B, int
             rmsnorm_forward(norm.normed, norm.rstd, x, m->p + norm.weight, N, C);
         if (s < end) sublayer_forward(m, net, s, B, T);
     }
-    const real *output = net->weights + m->offsets[m->num_tensors - 1];
-    matmul_forward(net->logits, net->final_normed, output, N, C, m->V);
 }
 
-// From the logits back to the embedding. Two gradients of a sublayer's output are on their way:
-// dnext down the shortcut, dnormed out of the branch above. A norm by itself makes one of them.
+// The losses of N tokens, part by part, so that there are never the logits of all. While those of a
+// part are there, all that is wanted of them must be made: so with `differentiate` the way back
+// through the output matrix begins here, for losses of gradient 1: the real one comes later. It
+// leaves the gradient of final_normed in net->dinp and that of the output matrix in doutput.
 template <class real>
-static void network_backward(const Model *m, const Network<real> *net, float scale, int B, int T) {
+static void output_forward(Model *m, const Network<real> *net, int N, int differentiate) {
+    int C = m->o->channels, V = m->o->vocab_size, rows = logit_rows(N);
+    const real *output = net->weights + m->offsets[m->num_tensors - 1];
+    if (differentiate) CUDA_CHECK(cudaMemset(m->doutput, 0, (size_t)m->V * C * sizeof(float)));
+    for (int n = 0; n < N; n += rows) {
+        int part = imin(rows, N - n);
+        const real *x = net->final_normed + (size_t)n * C;
+        matmul_forward(net->logits, x, output, part, C, m->V);
+        crossentropy<real>(m->losses + n, NULL, differentiate ? net->logits : NULL, net->logits,
+                           m->targets + n, 1, part, V, m->V);
+        if (differentiate)
+            matmul_backward(net->dinp + (size_t)n * C, m->doutput, net->logits, x, output, part, C,
+                            m->V);
+    }
+    m->differentiated = differentiate;
+}
+
+// From scale times what output_forward() has left back to the embedding. Two gradients of a
+// sublayer's output are on their way: dnext down the shortcut, dnormed out of the branch above. A
+// norm by itself makes one of them.
+template <class real>
+static void network_backward(Model *m, const Network<real> *net, float scale, int B, int T) {
     int C = m->o->channels, V = m->o->vocab_size, end = 2 * m->o->layers, N = B * T;
-    size_t output = m->offsets[m->num_tensors - 1];
     const real *dnext = NULL, *dnormed = net->dinp;
-    crossentropy_backward(net->logits, m->logits_lse, m->targets, scale, N, V, m->V);
-    matmul_backward(net->dinp, m->d + output, net->logits, net->final_normed, net->weights + output,
-                    N, C, m->V);
+    if (!m->differentiated) output_forward(m, net, N, 1);
+    m->differentiated = 0;  // dinp is about to change
+    scaled(net->dinp, net->dinp, scale, 0, (size_t)N * C);
+    scaled(m->d + m->offsets[m->num_tensors - 1], m->doutput, scale, 1, (size_t)m->V * C);
     for (int s = end; s >= 0; s--) {
         if (s < end) {
             sublayer_backward(m, net, dnext, dnormed, s, B, T);
@@ -1696,53 +1716,60 @@ static void sort_by_token(int *positions, int *starts, const int *tokens, int N,
     starts[0] = 0;
 }
 
-// Logits of tokens (B,T); with targets (B,T) also the mean loss in nats, returned.
+// The network on tokens (B,T); with targets (B,T) the mean loss in nats is returned. Whatever the
+// host has to do it does while the GPU computes, before it asks for the losses.
 static double model_forward(Model *m, const int *tokens, const int *targets, int B, int T) {
-    int N = B * T, V = m->o->vocab_size;
+    int N = B * T, *positions = m->host_order;
     double sum = 0;
     CUDA_CHECK(cudaMemcpy(m->tokens, tokens, N * sizeof(int), cudaMemcpyHostToDevice));
+    if (targets)
+        CUDA_CHECK(cudaMemcpy(m->targets, targets, N * sizeof(int), cudaMemcpyHostToDevice));
     if (m->in_bf16) network_forward(m, &m->bf16_net, B, T);
     else network_forward(m, &m->fp32_net, B, T);
+    m->differentiated = 0;
     if (!targets) return 0;
-    CUDA_CHECK(cudaMemcpy(m->targets, targets, N * sizeof(int), cudaMemcpyHostToDevice));
-    if (m->in_bf16)
-        crossentropy_forward(m->losses, m->logits_lse, m->bf16_net.logits, m->targets, N, V, m->V);
-    else
-        crossentropy_forward(m->losses, m->logits_lse, m->fp32_net.logits, m->targets, N, V, m->V);
+    if (m->in_bf16) output_forward(m, &m->bf16_net, N, m->learning);
+    else output_forward(m, &m->fp32_net, N, m->learning);
+    sort_by_token(positions, positions + N, tokens, N, m->o->vocab_size);
     CUDA_CHECK(cudaMemcpy(m->host_losses, m->losses, N * sizeof(float), cudaMemcpyDeviceToHost));
     for (int n = 0; n < N; n++) sum += m->host_losses[n];
     return sum / N;
 }
 
 // Adds to the gradients those of scale times the sum of the losses of the last model_forward(),
-// which had these tokens. The logits become their gradients.
+// which had these tokens and targets.
 static void model_backward(Model *m, const int *tokens, const int *targets, int B, int T,
                            double scale) {
     int N = B * T, V = m->o->vocab_size, *positions = m->host_order, *starts = positions + N;
-    (void)targets;  // still on the GPU
-    sort_by_token(positions, starts, tokens, N, V);
+    (void)tokens, (void)targets;  // sorted, and still on the GPU
     CUDA_CHECK(cudaMemcpy(m->positions, positions, N * sizeof(int), cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaMemcpy(m->starts, starts, (V + 1) * sizeof(int), cudaMemcpyHostToDevice));
     if (m->in_bf16) network_backward(m, &m->bf16_net, (float)scale, B, T);
     else network_backward(m, &m->fp32_net, (float)scale, B, T);
 }
 
-// The logits (V) of row n of the last model_forward(), on the host.
+// The logits (V) of row n of the last model_forward(), on the host: made here, for nobody asks for
+// many. The row goes to net->scratch first, whose alignment suits cuBLASLt.
+template <class real> static void logits_of(Model *m, const Network<real> *net, int n) {
+    int C = m->o->channels;
+    real *raw = (real *)(m->host_logits + m->V);
+    CUDA_CHECK(cudaMemcpy(net->scratch, net->final_normed + (size_t)n * C, C * sizeof(real),
+                          cudaMemcpyDeviceToDevice));
+    matmul_forward(net->logits, net->scratch, net->weights + m->offsets[m->num_tensors - 1], 1, C,
+                   m->V);
+    CUDA_CHECK(cudaMemcpy(raw, net->logits, m->V * sizeof(real), cudaMemcpyDeviceToHost));
+    for (int v = 0; v < m->V; v++) m->host_logits[v] = (float)raw[v];
+}
+
 static const float *model_logits(Model *m, int n) {
-    size_t at = (size_t)n * m->V;
-    if (m->in_bf16) {
-        bf16 *raw = (bf16 *)(m->host_logits + m->V);
-        CUDA_CHECK(cudaMemcpy(raw, m->bf16_net.logits + at, m->V * sizeof(bf16),
-                              cudaMemcpyDeviceToHost));
-        for (int v = 0; v < m->V; v++) m->host_logits[v] = __bfloat162float(raw[v]);
-    } else
-        CUDA_CHECK(cudaMemcpy(m->host_logits, m->fp32_net.logits + at, m->V * sizeof(float),
-                              cudaMemcpyDeviceToHost));
+    if (m->in_bf16) logits_of(m, &m->bf16_net, n);
+    else logits_of(m, &m->fp32_net, n);
     return m->host_logits;
 }
 
 static void zero_gradients(Model *m) {
     CUDA_CHECK(cudaMemset(m->d, 0, m->room * sizeof(float)));
+    m->learning = 1;
 }
 
 // Norms of the gradient: returns the whole's; layers (L) gets each layer's, *gates the gates'.
@@ -1770,6 +1797,7 @@ static double gradient_norms(Model *m, double *layers, double *gates) {
 static void model_update(Model *m, int t, double norm, double gate_norm) {
     const Options *o = m->o;
     double clip, gate_clip = clip_factors(o, norm, gate_norm, &clip);
+    m->learning = 0;
     AdamW a = {(float)learning_rate(o, t), 0.9f, 0.999f, 1e-8f, (float)o->weight_decay, (float)clip,
                (float)gate_clip, 0, 0, o->gate_train};
     if (m->in_bf16)

@@ -44,7 +44,7 @@ FUNCTIONS = {
         "matmul": "matmul_forward matmul_backward",
         "attention": "attention_forward_kernel "
                      "attention_backward_kv_kernel attention_backward_q_kernel",
-        "crossentropy": "crossentropy_forward_kernel crossentropy_backward_kernel",
+        "crossentropy": "crossentropy_kernel",
         "adamw": "adamw_kernel",
     },
 }

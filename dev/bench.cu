@@ -36,8 +36,7 @@ template <class real> static double matrix_rate(void) {
     CUDA_CHECK(cudaMemcpy(random, host, n * sizeof(float), cudaMemcpyHostToDevice));
     for (int i = 0; i < 3; i++) {
         CUDA_CHECK(cudaMalloc((void **)&matrix[i], n * sizeof(real)));
-        round_kernel<real><<<blocks_for(n, 256), 256>>>(matrix[i], random, n);
-        LAUNCH_CHECK();
+        scaled(matrix[i], random, 1, 0, n);
     }
     for (int i = 0; i < 6; i++) {
         CUDA_CHECK(cudaDeviceSynchronize());

@@ -27,9 +27,9 @@ def matmul(N, C, OC):
     return 2 * N * C * OC, 2 * (N * C + OC * C + N * OC)
 
 
-def matmul_backward(N, C, OC):
-    """dinp = dout weight, dweight += dout^T inp; dweight is fp32, read and written."""
-    return 4 * N * C * OC, 2 * (2 * N * OC + OC * C + 2 * N * C) + 8 * OC * C
+def matmul_backward(N, C, OC, parts=1):
+    """dinp = dout weight, dweight += dout^T inp; dweight is fp32, read and written for each part."""
+    return 4 * N * C * OC, 2 * (2 * N * OC + OC * C + 2 * N * C) + 8 * OC * C * parts
 
 
 def kernels(C, H, L, NH, B, T):
@@ -44,12 +44,13 @@ def kernels(C, H, L, NH, B, T):
              ("attention_forward", L, 2 * N * T * C, 4 * x),
              ("swiglu_forward", L, 0, 2 * 3 * N * H),
              ("matmul_forward output", 1, *matmul(N, C, V)),
-             ("crossentropy_forward", 1, 0, 2 * N * V),
-             ("crossentropy_backward", 1, 0, 4 * N * V),
-             ("matmul_backward output", 1, *matmul_backward(N, C, V)),
+             ("crossentropy", 1, 0, 4 * N * V),
+             ("matmul_backward output", 1, *matmul_backward(N, C, V, 4)),
+             ("scaled: two gradients", 1, 0, 2 * x + 12 * V * C),
              ("residual_gpas_rmsnorm_backward", 2 * L, 0, 5 * x)]
     rows += [("matmul_backward " + p[0], L, *matmul_backward(*p[1:])) for p in products]
-    rows += [("attention_backward", L, 7 * N * T * C, 10 * x),  # S and dP twice; delta, dkv, dq
+    # S and dP twice. For dq: qkv, dout, out in, dq out; for dk and dv: qkv, dout in, two out.
+    rows += [("attention_backward", L, 7 * N * T * C, 12 * x),
              ("rope_backward", L, 0, 4 * x),
              ("swiglu_backward", L, 0, 2 * 5 * N * H),
              ("embedding_backward", 1, 0, x + 8 * V * C),
