@@ -220,7 +220,7 @@ typedef struct {
 } Gpas;
 
 // a(g), as in train_gpas.c.
-__device__ inline float gate_value(float g, int act) {
+__device__ __host__ inline float gate_value(float g, int act) {
     if (act == GATE_SILU) return g / (1 + expf(-g));
     if (act == GATE_RELU) return g > 0 ? g : 0;
     if (act == GATE_LEAKY_RELU) return g > 0 ? g : 0.01f * g;
@@ -318,7 +318,8 @@ __device__ inline void load_gradients(float (&dy)[W], float (&d)[W], const real 
 
 // dsum, dinp (N,C): written, dinp NULL norm first; both may be dnext or dnormed. dnext, dnormed
 // (N,C): NULL stands for 0. x (N,C), rstd (N), weight (C): of the norm; weight NULL: there is none.
-// scaled (N,C): what GPAS scaled, sum or inp.
+// scaled (N,C): what GPAS scaled, sum or inp. Norm first it may be x, GPAS's output: 1 - a(g) times
+// sum, so the gate's sum is divided by that. Then nobody needs to keep or fetch `sum`.
 template <class real, int W>
 __global__ void residual_gpas_rmsnorm_backward_kernel(real *dsum, real *dinp, float *partial,
                                                       const real *dnext, const real *dnormed,
@@ -357,7 +358,7 @@ __global__ void residual_gpas_rmsnorm_backward_kernel(real *dsum, real *dinp, fl
             if (dinp) store(dinp + row + c, d);
         }
     }
-    gate_sum = block_sum(gate_sum);
+    gate_sum = block_sum(gate_sum) / (scaled == x && !g.norm_last ? scale : 1);
     float *line = partial + (size_t)blockIdx.x * (C + 1);
     if (threadIdx.x == 0) line[C] = gate_sum;
     for (int c = threadIdx.x; c < C; c += blockDim.x) line[c] = dweight[c];
@@ -1199,7 +1200,7 @@ AdamW leaves what has no gradient at 0: nothing else needs to know. Files have t
 template <class real> struct Sublayer {
     real *inp, *normed;           // (B,T,C) normed is inp itself where the norm comes last
     real *qkv, *pre_act, *inner;  // (B,T,3C), (B,T,2H), (B,T,C or H)
-    real *branch, *sum, *out;     // (B,T,C) out is sum where nothing follows it
+    real *branch, *sum, *out;     // (B,T,C) norm first, only out is kept
     float *lse, *rstd, *branch_rstd;  // (B,NH,T), (B,T), (B,T)
 };
 
@@ -1307,9 +1308,9 @@ template <class real> static void create_sublayers(Model *m, Network<real> *net,
         take(m, &a->inner, N * (attention ? C : H));
         a->branch = net->branches;
         if (has_branch_norm(o)) take(m, &a->branch, N * C), take(m, &a->branch_rstd, N);
-        take(m, &a->sum, N * C);
-        a->out = a->sum;
-        if (last || o->gpas) take(m, &a->out, N * C);
+        take(m, &a->out, N * C);
+        a->sum = a->out;
+        if (last) take(m, &a->sum, N * C);
         x = a->out;
     }
 }
@@ -1375,6 +1376,9 @@ static void model_create(Model *m, const Options *o, int B, int training) {
     if (o->channels / o->heads > MAX_HEAD)
         die("--channels %d over --heads %d is more than %d, the widest head on the GPU",
             o->channels, o->heads, MAX_HEAD);
+    if (o->gpas && o->gate_train && gate_value((float)o->gate_init, o->gate_act) == 1)
+        die("--gate-init %g makes 1 - a(g) exactly 0, by which the GPU divides; make it %g",
+            o->gate_init, o->gate_init * 0.999);
     if (o->channels > MAX_CHANNELS)
         die("--channels %d is more than %d, the most on the GPU", o->channels, MAX_CHANNELS);
     open_device();
@@ -1603,8 +1607,8 @@ static void sublayer_forward(const Model *m, const Network<real> *net, int s, in
                                             p.norm[s % 2], g, N, C);
     } else {
         Norm<real> next = norm_before(m, net, s + 1);
-        residual_gpas_rmsnorm_forward<real>(a->sum, a->out == a->sum ? NULL : a->out, next.normed,
-                                            next.rstd, a->inp, branch, m->p + next.weight, g, N, C);
+        residual_gpas_rmsnorm_forward<real>(NULL, a->out, next.normed, next.rstd, a->inp, branch,
+                                            m->p + next.weight, g, N, C);
     }
 }
 
@@ -1629,7 +1633,7 @@ static void sublayer_backward(const Model *m, const Network<real> *net, const re
         Norm<real> next = norm_before(m, net, s + 1);
         residual_gpas_rmsnorm_backward<real>(net->dx, NULL, m->d + next.weight, dgate, m->partial,
                                              dnext, dnormed, a->out, next.rstd, m->p + next.weight,
-                                             a->sum, g, N, C);
+                                             a->out, g, N, C);
     }
     if (has_branch_norm(m->o)) {
         dbranch = net->scratch;

@@ -122,7 +122,7 @@ static void time_layers(Model *m, const Network<bf16> *net, int B, int T) {
     time_kernel("embedding_forward", 1,
                 [&] { embedding_forward(net->embedded, m->tokens, m->p, N, C); });
     time_kernel("residual_gpas_rmsnorm_forward", 2 * L, [&] {
-        residual_gpas_rmsnorm_forward<bf16>(a->sum, a->out, f->normed, f->rstd, a->inp, a->branch,
+        residual_gpas_rmsnorm_forward<bf16>(NULL, a->out, f->normed, f->rstd, a->inp, a->branch,
                                             p.norm[1], g, N, C);
     });
     time_kernel("rope_forward", L, [&] { rope_forward(a->qkv, m->rope_table, B, T, C, C / NH); });
@@ -139,7 +139,7 @@ static void time_layers(Model *m, const Network<bf16> *net, int B, int T) {
     });
     time_kernel("residual_gpas_rmsnorm_backward", 2 * L, [&] {
         residual_gpas_rmsnorm_backward<bf16>(net->dx, NULL, d.norm[1], d.gate, m->partial, net->dx,
-                                             net->dinp, a->out, f->rstd, p.norm[1], a->sum, g, N,
+                                             net->dinp, a->out, f->rstd, p.norm[1], a->out, g, N,
                                              C);
     });
     time_kernel("swiglu_backward", L,

@@ -39,7 +39,7 @@ def kernels(C, H, L, NH, B, T):
     P = 2 * V * C + L * (4 * C * C + 3 * H * C)
     products = [("qkv", N, C, 3 * C), ("wo", N, C, C), ("w13", N, C, 2 * H), ("w2", N, H, C)]
     rows = [("embedding_forward", 1, 0, 4 * min(N, V) * C + x),
-            ("residual_gpas_rmsnorm_forward", 2 * L, 0, 5 * x)]
+            ("residual_gpas_rmsnorm_forward", 2 * L, 0, 4 * x)]
     rows += [("matmul_forward " + p[0], L, *matmul(*p[1:])) for p in products]
     rows += [("rope_forward", L, 0, 4 * x),
              ("attention_forward", L, 2 * N * T * C, 4 * x),
@@ -48,7 +48,7 @@ def kernels(C, H, L, NH, B, T):
              ("crossentropy", 1, 0, 4 * N * V),
              ("matmul_backward output", 1, *matmul_backward(N, C, V, 4)),
              ("scaled: two gradients", 1, 0, 2 * x + 12 * V * C),
-             ("residual_gpas_rmsnorm_backward", 2 * L, 0, 5 * x)]
+             ("residual_gpas_rmsnorm_backward", 2 * L, 0, 4 * x)]
     rows += [("matmul_backward " + p[0], L, *matmul_backward(*p[1:])) for p in products]
     # S and dP twice. For dq: qkv, dout, out in, dq out; for dk and dv: qkv, dout in, two out.
     rows += [("attention_backward", L, 7 * N * T * C, 12 * x),
