@@ -688,9 +688,9 @@ __device__ inline void load_rows(Pack<real, 2> (&a)[HS / 16][4], const real *row
     for (int k = 0; k < HS / 16; k++)
         for (int part = 0; part < 4; part++) {
             int row = group + part % 2 * 8, column = 16 * k + 2 * pair + part / 2 * 8;
-            float x[2] = {0, 0};
-            if (row < valid && column < hs) load(x, rows + row * stride + column);
-            store(a[k][part].x, x);
+            a[k][part] = Pack<real, 2>();
+            if (row < valid && column < hs)
+                a[k][part] = *(const Pack<real, 2> *)(rows + row * stride + column);
         }
 }
 

@@ -1,4 +1,4 @@
-# What only a GPU can tell, in one run of less than eight minutes, or part by part:
+# What only a GPU can tell, in one run meant to take less than eight minutes, or part by part:
 #
 #     sh dev/gpu.sh [--peer FILE] [--llmc FOLDER] [PART ...]
 #
