@@ -1275,7 +1275,7 @@ static void test_attention_tiles(void) {
 }
 
 static void test_row_tiles(void) {
-    static const int shapes[][2] = {{70, 8}, {3, 1000}, {2, 2056}, {5, 301}, {1100, 4}};
+    static const int shapes[][2] = {{70, 8}, {3, 1000}, {2, 2056}, {5, 301}, {2100, 4}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         int N = shapes[i][0], C = shapes[i][1], *tokens = (int *)allocate(N, sizeof(int));
         size_t n = (size_t)N * C;

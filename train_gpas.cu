@@ -220,7 +220,7 @@ typedef struct {
 } Gpas;
 
 // a(g), as in train_gpas.c.
-__device__ inline float gate_value(float g, int act) {
+__device__ __host__ inline float gate_value(float g, int act) {
     if (act == GATE_SILU) return g / (1 + expf(-g));
     if (act == GATE_RELU) return g > 0 ? g : 0;
     if (act == GATE_LEAKY_RELU) return g > 0 ? g : 0.01f * g;
@@ -318,7 +318,8 @@ __device__ inline void load_gradients(float (&dy)[W], float (&d)[W], const real 
 
 // dsum, dinp (N,C): written, dinp NULL norm first; both may be dnext or dnormed. dnext, dnormed
 // (N,C): NULL stands for 0. x (N,C), rstd (N), weight (C): of the norm; weight NULL: there is none.
-// scaled (N,C): what GPAS scaled, sum or inp.
+// scaled (N,C): what GPAS scaled, sum or inp. Norm first it may be x, GPAS's output: 1 - a(g) times
+// sum, so the gate's sum is divided by that. Then nobody needs to keep or fetch `sum`.
 template <class real, int W>
 __global__ void residual_gpas_rmsnorm_backward_kernel(real *dsum, real *dinp, float *partial,
                                                       const real *dnext, const real *dnormed,
@@ -357,46 +358,48 @@ __global__ void residual_gpas_rmsnorm_backward_kernel(real *dsum, real *dinp, fl
             if (dinp) store(dinp + row + c, d);
         }
     }
-    gate_sum = block_sum(gate_sum);
+    gate_sum = block_sum(gate_sum) / (scaled == x && !g.norm_last ? scale : 1);
     float *line = partial + (size_t)blockIdx.x * (C + 1);
     if (threadIdx.x == 0) line[C] = gate_sum;
     for (int c = threadIdx.x; c < C; c += blockDim.x) line[c] = dweight[c];
 }
 
 // The second stage: adds the lines of partial to dweight (C), the last column to the gate's
-// gradient (1). Block (32,8): 32 columns, whose lines are shared out among 8 threads each.
+// gradient (1). Block (32,32): 32 columns, whose lines are shared out among 32 threads each.
 __global__ void add_partial_kernel(float *dweight, float *dgate, const float *partial, int lines,
                                    Gpas g, int C) {
-    __shared__ float sums[8][32];
+    __shared__ float sums[32][32];
     int c = blockIdx.x * 32 + threadIdx.x;
     float sum = 0;
-    for (int l = threadIdx.y; l < lines && c <= C; l += 8) sum += partial[(size_t)l * (C + 1) + c];
+    for (int l = threadIdx.y; l < lines && c <= C; l += 32) sum += partial[(size_t)l * (C + 1) + c];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0) return;
-    for (int k = 1; k < 8; k++) sum += sums[k][threadIdx.x];
+    for (int k = 1; k < 32; k++) sum += sums[k][threadIdx.x];
     if (c < C && dweight) dweight[c] += sum;
     if (c == C && dgate) *dgate -= gate_slope(*g.gate, g.act) * sum;
 }
 
 // dweight (C), dgate (1): added to, NULL if not wanted; partial (ROW_BLOCKS,C+1): scratch.
 // C at most MAX_CHANNELS: 48 KiB of shared memory hold dweight and block_sum()'s 32 numbers.
-enum { ROW_BLOCKS = 1024, MAX_CHANNELS = 48 * 1024 / sizeof(float) - 32 };
+// ROW_BLOCKS blocks of 64 threads, or fewer of more threads: half of what an H100 holds at once.
+enum { ROW_BLOCKS = 2048, MAX_CHANNELS = 48 * 1024 / sizeof(float) - 32 };
 template <class real>
 static void residual_gpas_rmsnorm_backward(real *dsum, real *dinp, float *dweight, float *dgate,
                                            float *partial, const real *dnext, const real *dnormed,
                                            const real *x, const float *rstd, const float *weight,
                                            const real *scaled, Gpas g, int N, int C) {
     constexpr int W = 16 / sizeof(real);
-    int blocks = imin(N, ROW_BLOCKS), bytes = C * sizeof(float);
+    int threads = row_threads(C, C % W == 0 ? W : 1), bytes = C * sizeof(float);
+    int blocks = imin(N, ROW_BLOCKS * 64 / imax(threads, 64));
     if (C % W == 0)
-        residual_gpas_rmsnorm_backward_kernel<real, W><<<blocks, row_threads(C, W), bytes>>>(
+        residual_gpas_rmsnorm_backward_kernel<real, W><<<blocks, threads, bytes>>>(
             dsum, dinp, partial, dnext, dnormed, x, rstd, weight, scaled, g, N, C);
     else
-        residual_gpas_rmsnorm_backward_kernel<real, 1><<<blocks, row_threads(C, 1), bytes>>>(
+        residual_gpas_rmsnorm_backward_kernel<real, 1><<<blocks, threads, bytes>>>(
             dsum, dinp, partial, dnext, dnormed, x, rstd, weight, scaled, g, N, C);
     LAUNCH_CHECK();
-    add_partial_kernel<<<blocks_for(C + 1, 32), dim3(32, 8)>>>(
+    add_partial_kernel<<<blocks_for(C + 1, 32), dim3(32, 32)>>>(
         weight ? dweight : NULL, g.gate ? dgate : NULL, partial, blocks, g, C);
     LAUNCH_CHECK();
 }
@@ -404,26 +407,31 @@ static void residual_gpas_rmsnorm_backward(real *dsum, real *dinp, float *dweigh
 // RoPE, in place: turns each pair of adjacent channels of the queries and keys. qkv (N,3C) with
 // N = B T; table (T,hs/2,2): cosine and sine.
 
-// One thread a pair. direction 1 turns forward, -1 back.
-template <class real>
-__global__ void rope_kernel(real *qkv, const float *table, int N, int T, int C, int hs,
-                            int direction) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)N * C) return;  // C pairs a row: C/2 of the queries, C/2 of the keys
-    int n = (int)(i / C), channel = 2 * (int)(i % C);
-    float x[2], angle[2];
-    real *pair = qkv + (size_t)n * 3 * C + channel;
-    load(x, pair);
-    load(angle, table + (size_t)(n % T) * hs + channel % hs);
-    float cosine = angle[0], sine = direction * angle[1];
-    float y[2] = {x[0] * cosine - x[1] * sine, x[0] * sine + x[1] * cosine};
-    store(pair, y);
+// One block a token; a thread has W channels of one head. direction 1 turns forward, -1 back.
+template <class real, int W>
+__global__ void rope_kernel(real *qkv, const float *table, int T, int C, int hs, int direction) {
+    real *row = qkv + (size_t)blockIdx.x * 3 * C;
+    const float *angles = table + (size_t)(blockIdx.x % T) * hs;
+    for (int c = threadIdx.x * W; c < 2 * C; c += blockDim.x * W) {
+        float x[W], angle[W], y[W];
+        load(x, row + c), load(angle, angles + c % hs);
+        for (int i = 0; i < W; i += 2) {
+            float cosine = angle[i], sine = direction * angle[i + 1];
+            y[i] = x[i] * cosine - x[i + 1] * sine;
+            y[i + 1] = x[i] * sine + x[i + 1] * cosine;
+        }
+        store(row + c, y);
+    }
 }
 
 template <class real>
 static void rope_turn(real *qkv, const float *table, int B, int T, int C, int hs, int direction) {
-    unsigned blocks = blocks_for((size_t)B * T * C, 256);
-    rope_kernel<real><<<blocks, 256>>>(qkv, table, B * T, T, C, hs, direction);
+    constexpr int W = 16 / sizeof(real);
+    int N = B * T;
+    if (hs % W == 0)
+        rope_kernel<real, W><<<N, row_threads(2 * C, W)>>>(qkv, table, T, C, hs, direction);
+    else
+        rope_kernel<real, 2><<<N, row_threads(2 * C, 2)>>>(qkv, table, T, C, hs, direction);
     LAUNCH_CHECK();
 }
 
@@ -440,55 +448,53 @@ static void rope_backward(real *dqkv, const float *table, int B, int T, int C, i
     rope_turn(dqkv, table, B, T, C, hs, -1);
 }
 
-// SwiGLU: out = silu(a) * b. W neighbours a thread. out (N,H); inp (N,2H): a row holds a, then b.
+// 1 / (1 + e^-x). __fdividef is right to two units in the last place and takes two instructions.
+// The exact division takes ten, and then arithmetic, not memory, is what a kernel waits for.
+__device__ inline float fast_sigmoid(float x) { return __fdividef(1, 1 + expf(-x)); }
+
+// SwiGLU: out = silu(a) * b. One block a row. out (N,H); inp (N,2H): a row holds a, then b.
 template <class real, int W>
-__global__ void swiglu_forward_kernel(real *out, const real *inp, size_t n, int H) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
-    if (i >= n) return;
-    const real *row = inp + i / H * 2 * H + i % H;
-    float a[W], b[W];
-    load(a, row), load(b, row + H);
-    for (int k = 0; k < W; k++) a[k] = a[k] / (1 + expf(-a[k])) * b[k];
-    store(out + i, a);
+__global__ void swiglu_forward_kernel(real *out, const real *inp, int H) {
+    const real *row = inp + (size_t)blockIdx.x * 2 * H;
+    for (int h = threadIdx.x * W; h < H; h += blockDim.x * W) {
+        float a[W], b[W];
+        load(a, row + h), load(b, row + H + h);
+        for (int k = 0; k < W; k++) a[k] = a[k] * fast_sigmoid(a[k]) * b[k];
+        store(out + (size_t)blockIdx.x * H + h, a);
+    }
 }
 
 // Given dy, wanted da and db.
 //   With s = sigmoid(a):  da = dy b (s + a s (1 - s)),  db = dy a s.
-// dinp, inp (N,2H); dout (N,H); n = N H.
+// dinp, inp (N,2H); dout (N,H).
 template <class real, int W>
-__global__ void swiglu_backward_kernel(real *dinp, const real *dout, const real *inp, size_t n,
-                                       int H) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
-    if (i >= n) return;
-    size_t at = i / H * 2 * H + i % H;
-    float a[W], b[W], dy[W], da[W], db[W];
-    load(a, inp + at), load(b, inp + at + H), load(dy, dout + i);
-    for (int k = 0; k < W; k++) {
-        float s = 1 / (1 + expf(-a[k]));
-        da[k] = dy[k] * b[k] * (s + a[k] * s * (1 - s));
-        db[k] = dy[k] * a[k] * s;
+__global__ void swiglu_backward_kernel(real *dinp, const real *dout, const real *inp, int H) {
+    size_t row = (size_t)blockIdx.x * 2 * H;
+    for (int h = threadIdx.x * W; h < H; h += blockDim.x * W) {
+        float a[W], b[W], dy[W], da[W], db[W];
+        load(a, inp + row + h), load(b, inp + row + H + h);
+        load(dy, dout + (size_t)blockIdx.x * H + h);
+        for (int k = 0; k < W; k++) {
+            float s = fast_sigmoid(a[k]);
+            da[k] = dy[k] * b[k] * (s + a[k] * s * (1 - s));
+            db[k] = dy[k] * a[k] * s;
+        }
+        store(dinp + row + h, da), store(dinp + row + H + h, db);
     }
-    store(dinp + at, da), store(dinp + at + H, db);
 }
 
 template <class real> static void swiglu_forward(real *out, const real *inp, int N, int H) {
     constexpr int W = 16 / sizeof(real);
-    size_t n = (size_t)N * H;
-    if (H % W == 0)
-        swiglu_forward_kernel<real, W><<<blocks_for(n, 256 * W), 256>>>(out, inp, n, H);
-    else
-        swiglu_forward_kernel<real, 1><<<blocks_for(n, 256), 256>>>(out, inp, n, H);
+    if (H % W == 0) swiglu_forward_kernel<real, W><<<N, row_threads(H, W)>>>(out, inp, H);
+    else swiglu_forward_kernel<real, 1><<<N, row_threads(H, 1)>>>(out, inp, H);
     LAUNCH_CHECK();
 }
 
 template <class real>
 static void swiglu_backward(real *dinp, const real *dout, const real *inp, int N, int H) {
     constexpr int W = 16 / sizeof(real);
-    size_t n = (size_t)N * H;
-    if (H % W == 0)
-        swiglu_backward_kernel<real, W><<<blocks_for(n, 256 * W), 256>>>(dinp, dout, inp, n, H);
-    else
-        swiglu_backward_kernel<real, 1><<<blocks_for(n, 256), 256>>>(dinp, dout, inp, n, H);
+    if (H % W == 0) swiglu_backward_kernel<real, W><<<N, row_threads(H, W)>>>(dinp, dout, inp, H);
+    else swiglu_backward_kernel<real, 1><<<N, row_threads(H, 1)>>>(dinp, dout, inp, H);
     LAUNCH_CHECK();
 }
 
@@ -597,8 +603,9 @@ Causal attention, after FlashAttention-2 (arXiv 2307.08691); the mathematics is 
     S_ts = q_t . k_s / sqrt(hs) for s <= t    P_t = softmax over s of S_t    o_t = sum_s P_ts v_s
 
 A block of 4 warps has 64 rows (queries, or keys going backwards), a warp 16 of them. Tiles of COLS
-rows of the other side pass through shared memory. S, P and the results stay in registers (in bf16;
-the float version is there to be exact, and its matrices overflow to local memory).
+rows of the other side pass through shared memory; while one is multiplied, the next is on its way.
+S, P and the results stay in registers (in bf16; the float version is there to be exact, and its
+matrices overflow to local memory).
 
 What multiplies is the tensor core: D (16,8) += A (16,16) B (16,8), one instruction of a whole warp,
 in which each lane holds a few numbers of each matrix. With group = lane / 4 and pair = lane % 4:
@@ -612,6 +619,10 @@ Two neighbouring D lie as one A does: P = softmax(q k^T) is the next product's A
 The four lanes of a group share a row: its maximum and sum take two shuffles.
 */
 enum { WARPS = 4, ROWS = 16 * WARPS };
+
+// Blocks that are to be on a processor at once, so that one can multiply while others wait. They
+// share its 65536 registers: 3 leave a thread 168.
+#define BLOCKS(HS) ((HS) <= 64 ? 3 : 2)
 
 // D += A B in bf16.
 __device__ inline void mma(float (&d)[4], const Pack<bf16, 2> (&a)[4],
@@ -647,49 +658,107 @@ __device__ inline void mma(float (&d)[4], const Pack<float, 2> (&a)[4],
     __syncwarp();
 }
 
+// Copies BYTES (4, 8 or 16, and aligned to that) from global to shared memory, zeros if not
+// `valid`. The thread neither waits nor needs a register for them. They are there for it after
+// copies_arrive(), and for the others after a __syncthreads() too.
+template <int BYTES> __device__ inline void copy_async(void *to, const void *from, int valid) {
+#ifdef __CUDA_ARCH__
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES),
+                 "r"(valid ? BYTES : 0) : "memory");
+#elif defined(CUDA_ON_CPU)
+    cp_async(to, from, BYTES, valid ? BYTES : 0);
+#endif
+}
+
+__device__ inline void copies_arrive() {
+#ifdef __CUDA_ARCH__
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#elif defined(CUDA_ON_CPU)
+    cp_async_wait_all();
+#endif
+}
+
 // The A operands of a warp's 16 rows in global memory, `stride` apart: a (16,HS). Beyond the first
 // `valid` rows and `hs` columns they are 0.
 template <class real, int HS>
-__device__ inline void load_rows(Pack<real, 2> (&a)[HS / 16][4], const real *rows, size_t stride,
+__device__ inline void load_rows(Pack<real, 2> (&a)[HS / 16][4], const real *rows, int stride,
                                  int valid, int hs) {
     int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
     for (int k = 0; k < HS / 16; k++)
         for (int part = 0; part < 4; part++) {
             int row = group + part % 2 * 8, column = 16 * k + 2 * pair + part / 2 * 8;
-            float x[2] = {0, 0};
-            if (row < valid && column < hs) load(x, rows + row * stride + column);
-            store(a[k][part].x, x);
+            a[k][part] = Pack<real, 2>();
+            if (row < valid && column < hs)
+                a[k][part] = *(const Pack<real, 2> *)(rows + row * stride + column);
         }
 }
 
-// A tile (COLS,HS) in shared memory. Shared memory has 32 banks, each 4 bytes wide and each serving
+// A row of a tile in shared memory. Shared memory has 32 banks, each 4 bytes wide and each serving
 // one lane at a time. Rows that are 16 bytes longer than HS put the 8 rows that a warp reads at
 // once into different banks (in bf16).
-template <class real, int HS> struct Tile { real x[HS + 16 / sizeof(real)]; };
+template <class real, int HS> struct alignas(16) Tile { real x[HS + 16 / sizeof(real)]; };
 
+// Sends for a tile (COLS,HS): 16 bytes at once if rows begin at multiples of 16 bytes, else pairs.
 template <class real, int HS, int COLS>
-__device__ inline void load_tile(Tile<real, HS> (&tile)[COLS], const real *rows, size_t stride,
+__device__ inline void load_tile(Tile<real, HS> (&tile)[COLS], const real *rows, int stride,
                                  int valid, int hs) {
-    for (int i = threadIdx.x; i < COLS * HS / 2; i += 32 * WARPS) {
-        int row = i / (HS / 2), column = i % (HS / 2) * 2;
-        float x[2] = {0, 0};
-        if (row < valid && column < hs) load(x, rows + row * stride + column);
-        store(&tile[row].x[column], x);
+    constexpr int W = 16 / sizeof(real);
+    for (int i = threadIdx.x; i < COLS * HS / W; i += 32 * WARPS) {
+        int row = i / (HS / W), column = i % (HS / W) * W;
+        const real *from = row < valid ? rows + row * stride : rows;
+        if (hs % W == 0) {
+            int there = row < valid && column < hs;
+            copy_async<16>(&tile[row].x[column], there ? from + column : rows, there);
+        } else
+            for (int c = column; c < column + W; c += 2) {
+                int there = row < valid && c < hs;
+                copy_async<2 * sizeof(real)>(&tile[row].x[c], there ? from + c : rows, there);
+            }
     }
 }
 
-// d (16,COLS) = a (16,HS) tile^T.
+// Two B operands side by side, (16,16), out of a tile: B[k][n] = tile[row + k][column + n], or
+// TURNED tile[row + n][column + k]. In bf16 one instruction fetches four matrices of 8 x 8: lane l
+// says where row l % 8 of matrix l / 8 begins, and gets of each matrix what a lane holds of a B.
+template <int TURNED, int HS>
+__device__ inline void load_b(Pack<bf16, 2> (&b)[2][2], const Tile<bf16, HS> *tile, int row,
+                              int column) {
+    int lane = threadIdx.x % 32, k = lane / 8 % 2 * 8, n = lane / 16 * 8;
+    const bf16 *from = &tile[row + (TURNED ? n : k) + lane % 8].x[column + (TURNED ? k : n)];
+#ifdef __CUDA_ARCH__
+    unsigned *B = (unsigned *)b, address = (unsigned)__cvta_generic_to_shared(from);
+    if (TURNED)  // the memory's rows are B's columns, which is how mma wants them
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(B[0]), "=r"(B[1]), "=r"(B[2]), "=r"(B[3]) : "r"(address));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(B[0]), "=r"(B[1]), "=r"(B[2]), "=r"(B[3]) : "r"(address));
+#elif defined(CUDA_ON_CPU)
+    ldmatrix_x4((__nv_bfloat162 *)b, from, !TURNED);
+#endif
+}
+
+template <int TURNED, int HS>
+__device__ inline void load_b(Pack<float, 2> (&b)[2][2], const Tile<float, HS> *tile, int row,
+                              int column) {
+    for (int i = 0; i < 8; i++) {
+        int k = threadIdx.x % 4 * 2 + i % 4 / 2 * 8 + i % 2, n = threadIdx.x % 32 / 4 + i / 4 * 8;
+        b[i / 4][i % 4 / 2].x[i % 2] = tile[row + (TURNED ? n : k)].x[column + (TURNED ? k : n)];
+    }
+}
+
+// d (16,COLS) = a (16,HS) tile^T, of the first COLS rows of a tile.
 template <class real, int HS, int COLS>
 __device__ inline void multiply_transposed(float (&d)[COLS / 8][4],
                                            const Pack<real, 2> (&a)[HS / 16][4],
-                                           const Tile<real, HS> (&tile)[COLS]) {
-    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-    for (int j = 0; j < COLS / 8; j++) {
-        for (int i = 0; i < 4; i++) d[j][i] = 0;
+                                           const Tile<real, HS> *tile) {
+    for (int j = 0; j < COLS / 8; j += 2) {
+        for (int i = 0; i < 4; i++) d[j][i] = d[j + 1][i] = 0;
         for (int k = 0; k < HS / 16; k++) {
-            const real *row = tile[8 * j + group].x + 16 * k + 2 * pair;
-            Pack<real, 2> b[2] = {*(const Pack<real, 2> *)row, *(const Pack<real, 2> *)(row + 8)};
-            mma(d[j], a[k], b);
+            Pack<real, 2> b[2][2];
+            load_b<1, HS>(b, tile, 8 * j, 16 * k);
+            mma(d[j], a[k], b[0]), mma(d[j + 1], a[k], b[1]);
         }
     }
 }
@@ -697,25 +766,22 @@ __device__ inline void multiply_transposed(float (&d)[COLS / 8][4],
 // d (16,HS) += p (16,COLS) tile, p as a product has left it.
 template <class real, int HS, int COLS>
 __device__ inline void multiply_add(float (&d)[HS / 8][4], const float (&p)[COLS / 8][4],
-                                    const Tile<real, HS> (&tile)[COLS]) {
-    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+                                    const Tile<real, HS> *tile) {
     for (int k = 0; k < COLS / 16; k++) {
-        Pack<real, 2> a[4], b[2];
+        Pack<real, 2> a[4], b[2][2];
         for (int part = 0; part < 4; part++)
             for (int i = 0; i < 2; i++)
                 round_to(a[part].x[i], p[2 * k + part / 2][part % 2 * 2 + i]);
-        for (int j = 0; j < HS / 8; j++) {
-            for (int part = 0; part < 2; part++)
-                for (int i = 0; i < 2; i++)
-                    b[part].x[i] = tile[16 * k + 8 * part + 2 * pair + i].x[8 * j + group];
-            mma(d[j], a, b);
+        for (int j = 0; j < HS / 8; j += 2) {
+            load_b<0, HS>(b, tile, 16 * k, 8 * j);
+            mma(d[j], a, b[0]), mma(d[j + 1], a, b[1]);
         }
     }
 }
 
 // A warp's 16 result rows, times `scale` of each, to global memory.
 template <class real, int HS>
-__device__ inline void store_rows(real *rows, size_t stride, const float (&d)[HS / 8][4],
+__device__ inline void store_rows(real *rows, int stride, const float (&d)[HS / 8][4],
                                   const float (&scale)[2], int valid, int hs) {
     int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
     for (int j = 0; j < HS / 8; j++)
@@ -737,28 +803,39 @@ __device__ inline float group_max(float x) {
     return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
 }
 
-// Scores p (16,COLS) of queries t0.. and keys s0.. become e^(S - m). The softmax is carried along:
-// m is the largest score of each row so far, l this lane's share of the sum; when a larger one
-// turns up, l and o (16,HS) are corrected by e^(m_old - m_new).
+// e^x is 2^(x log2 e), and 2^x is what a GPU computes in one instruction: the scores' scale takes
+// log2 e in.
+#define LOG2_E 1.44269504f
+
+// -infinity for scores p (16,COLS) of keys after their query. Rows are queries from row0 on and
+// columns keys from column0 on, or TURNED keys and queries.
+template <int TURNED, int COLS>
+__device__ inline void mask_tile(float (&p)[COLS / 8][4], int row0, int column0) {
+    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    if (TURNED ? column0 >= row0 + 15 : column0 + COLS <= row0 + 1) return;
+    for (int j = 0; j < COLS / 8; j++)
+        for (int i = 0; i < 4; i++) {
+            int row = row0 + group + i / 2 * 8, column = column0 + 8 * j + 2 * pair + i % 2;
+            if (TURNED ? row > column : column > row) p[j][i] = -INFINITY;
+        }
+}
+
+// Scores p (16,COLS) become 2^(scale p - m). The softmax is carried along: m is the largest scaled
+// score of each row so far, l this lane's share of the sum; when a larger one turns up, l and
+// o (16,HS) are corrected by 2^(m_old - m_new).
 template <int HS, int COLS>
 __device__ inline void softmax_tile(float (&p)[COLS / 8][4], float (&o)[HS / 8][4], float (&m)[2],
-                                    float (&l)[2], int t0, int s0, float scale) {
-    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+                                    float (&l)[2], float scale) {
     for (int half = 0; half < 2; half++) {
-        int query = t0 + group + 8 * half;
-        float largest = m[half];
+        float largest = -INFINITY;
         for (int j = 0; j < COLS / 8; j++)
-            for (int i = 0; i < 2; i++) {
-                float *s = &p[j][2 * half + i];
-                *s = s0 + 8 * j + 2 * pair + i <= query ? *s * scale : -INFINITY;
-                largest = fmaxf(largest, *s);
-            }
-        largest = group_max(largest);
-        float correction = expf(m[half] - largest);
+            for (int i = 0; i < 2; i++) largest = fmaxf(largest, p[j][2 * half + i]);
+        largest = fmaxf(m[half], group_max(largest) * scale);
+        float correction = exp2f(m[half] - largest);
         m[half] = largest, l[half] *= correction;
         for (int j = 0; j < COLS / 8; j++)
             for (int i = 0; i < 2; i++)
-                l[half] += p[j][2 * half + i] = expf(p[j][2 * half + i] - largest);
+                l[half] += p[j][2 * half + i] = exp2f(p[j][2 * half + i] * scale - largest);
         for (int j = 0; j < HS / 8; j++)
             for (int i = 0; i < 2; i++) o[j][2 * half + i] *= correction;
     }
@@ -766,262 +843,258 @@ __device__ inline void softmax_tile(float (&p)[COLS / 8][4], float (&o)[HS / 8][
 
 // One block for 64 queries of one head. out (B,T,C); lse (B,NH,T); qkv (B,T,3C).
 template <class real, int HS, int COLS>
-__global__ void __launch_bounds__(32 * WARPS)
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS(HS))
 attention_forward_kernel(real *out, float *lse, const real *qkv, int T, int C, int NH,
                          float scale) {
-    __shared__ Tile<real, HS> keys[COLS];
-    __shared__ Tile<real, HS> values[COLS];
+    __shared__ Tile<real, HS> keys[2][COLS];
+    __shared__ Tile<real, HS> values[2][COLS];
     int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
     int h = blockIdx.x / tiles % NH;
     int first = (tiles - 1 - blockIdx.x % tiles) * ROWS;  // the last rows see most keys: they begin
-    int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, t0 = first + 16 * warp;
-    size_t stride = 3 * (size_t)C;
-    const real *q = qkv + (size_t)b * T * stride + h * hs, *k = q + C, *v = k + C;
+    int t0 = first + threadIdx.x / 32 * 16, end = min(T, first + ROWS), now = 0;
+    int stride = 3 * C;
+    const real *q = qkv + (size_t)b * T * stride + h * hs;
     Pack<real, 2> queries[HS / 16][4];
     float o[HS / 8][4] = {}, m[2] = {-1e30f, -1e30f}, l[2] = {0, 0}, p[COLS / 8][4];
-    load_rows<real, HS>(queries, q + t0 * stride, stride, T - t0, hs);
-    for (int s0 = 0; s0 < min(T, first + ROWS); s0 += COLS) {  // the keys at or before the queries
-        load_tile<real, HS, COLS>(keys, k + s0 * stride, stride, T - s0, hs);
-        load_tile<real, HS, COLS>(values, v + s0 * stride, stride, T - s0, hs);
-        __syncthreads();
-        if (t0 < T) {  // else all of this warp's rows are beyond the end
-            multiply_transposed<real, HS, COLS>(p, queries, keys);
-            softmax_tile<HS, COLS>(p, o, m, l, t0, s0, scale);
-            multiply_add<real, HS, COLS>(o, p, values);
-        }
-        __syncthreads();
+    auto send = [&](int s, int to) {
+        const real *k = q + C + (size_t)s * stride;
+        load_tile<real, HS, COLS>(keys[to], k, stride, T - s, hs);
+        load_tile<real, HS, COLS>(values[to], k + C, stride, T - s, hs);
+    };
+    send(0, 0);
+    load_rows<real, HS>(queries, q + (size_t)t0 * stride, stride, T - t0, hs);
+    for (int s0 = 0; s0 < end; s0 += COLS, now ^= 1) {  // the keys at or before the queries
+        copies_arrive();
+        __syncthreads();  // this tile is there, and nobody reads the one before it any more
+        if (s0 + COLS < end) send(s0 + COLS, now ^ 1);
+        if (t0 >= T || s0 >= t0 + 16) continue;  // this warp has no rows, or they see no such key
+        multiply_transposed<real, HS, COLS>(p, queries, keys[now]);
+        mask_tile<0, COLS>(p, t0, s0);
+        softmax_tile<HS, COLS>(p, o, m, l, scale * LOG2_E);
+        multiply_add<real, HS, COLS>(o, p, values[now]);
     }
     for (int half = 0; half < 2; half++) {
-        int t = t0 + group + 8 * half;
+        int t = t0 + threadIdx.x % 32 / 4 + 8 * half;
         l[half] = group_sum(l[half]);
         if (threadIdx.x % 4 == 0 && t < T)
-            lse[((size_t)b * NH + h) * T + t] = m[half] + logf(l[half]);
+            lse[((size_t)b * NH + h) * T + t] = m[half] / LOG2_E + logf(l[half]);
         l[half] = 1 / l[half];
     }
     store_rows<real, HS>(out + ((size_t)b * T + t0) * C + h * hs, C, o, l, T - t0, hs);
 }
 
-// Given dout and out, wanted delta, for the two kernels below. One warp for one (b,t,h).
-//   delta_t = do_t . o_t, which is sum_s P_ts dP_ts, of every head
-// delta (B,NH,T); dout, out (B,T,C).
-template <class real>
-__global__ void attention_delta_kernel(float *delta, const real *dout, const real *out, int N,
-                                       int T, int C, int NH) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
-    if (i >= (size_t)N * NH) return;  // all lanes of a warp alike
-    int n = (int)(i / NH), h = (int)(i % NH), hs = C / NH;
-    float sum = 0;
-    for (int c = threadIdx.x % 32; c < hs; c += 32) {
-        size_t at = (size_t)n * C + h * hs + c;
-        sum += to_float(dout[at]) * to_float(out[at]);
-    }
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) delta[((size_t)(n / T) * NH + h) * T + n % T] = sum;
+// One query and key: the score s becomes P and dp = dP becomes dS, but for the factor `scale`,
+// which the sums over dS get at the end.
+//   P = e^(scale s - lse);   dS = scale P (dP - delta)
+__device__ inline void softmax_backward(float &s, float &dp, float scale, float lse, float delta) {
+    s = exp2f(s * (scale * LOG2_E) - lse * LOG2_E);
+    dp = s * (dp - delta);
 }
 
-// P and dS of one query and key from the score s, without its scale, and dp = dP:
-//   P = e^(scale s - lse), 0 for a key after the query;   dS = scale P (dP - delta)
-__device__ inline void softmax_backward(float &s, float &dp, int seen, float lse, float delta,
-                                        float scale) {
-    s = seen ? expf(s * scale - lse) : 0;
-    dp = scale * s * (dp - delta);
-}
-
-// Given dout, wanted dk and dv. One block for 64 keys of one head; queries pass by.
-//   dv_s = sum_t P_ts do_t and dk_s = sum_t dS_ts q_t. The block's rows are keys, so it needs
-//   S^T = k q^T and dP^T = v do^T.
+// Given dout and out, wanted dq, and delta for the kernel below. One block for 64 queries of one
+// head; keys pass by.
+//   delta_t = do_t . o_t, which is sum_s P_ts dP_ts
+//   dq_t = sum_s dS_ts k_s. S and dP are computed here and below: the other way, adding dq up
+//   across the blocks of the kernel below, would take atomics.
 template <class real, int HS, int COLS>
-__global__ void __launch_bounds__(32 * WARPS)
-attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,
-                             const real *qkv, int T, int C, int NH, float scale) {
-    __shared__ Tile<real, HS> queries[COLS];
-    __shared__ Tile<real, HS> douts[COLS];
-    int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
-    int h = blockIdx.x / tiles % NH, first = blockIdx.x % tiles * ROWS;
-    int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-    int s0 = first + 16 * warp;
-    size_t stride = 3 * (size_t)C, head = (size_t)b * T * stride + h * hs;
-    const real *q = qkv + head, *dy = dout + (size_t)b * T * C + h * hs;
-    Pack<real, 2> k[HS / 16][4], v[HS / 16][4];
-    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {}, p[COLS / 8][4], ds[COLS / 8][4];
-    load_rows<real, HS>(k, q + C + s0 * stride, stride, T - s0, hs);
-    load_rows<real, HS>(v, q + 2 * C + s0 * stride, stride, T - s0, hs);
-    lse += ((size_t)b * NH + h) * T, delta += ((size_t)b * NH + h) * T;
-    for (int t0 = first; t0 < T; t0 += COLS) {
-        load_tile<real, HS, COLS>(queries, q + t0 * stride, stride, T - t0, hs);
-        load_tile<real, HS, COLS>(douts, dy + (size_t)t0 * C, C, T - t0, hs);
-        __syncthreads();
-        if (s0 < T) {
-            multiply_transposed<real, HS, COLS>(p, k, queries);
-            multiply_transposed<real, HS, COLS>(ds, v, douts);
-            for (int j = 0; j < COLS / 8; j++)
-                for (int i = 0; i < 4; i++) {
-                    int t = t0 + 8 * j + 2 * pair + i % 2, s = s0 + group + i / 2 * 8;
-                    softmax_backward(p[j][i], ds[j][i], s <= t && t < T, t < T ? lse[t] : 0,
-                                     t < T ? delta[t] : 0, scale);
-                }
-            multiply_add<real, HS, COLS>(dv, p, douts);
-            multiply_add<real, HS, COLS>(dk, ds, queries);
-        }
-        __syncthreads();
-    }
-    const float one[2] = {1, 1};
-    real *out = dqkv + head + s0 * stride;
-    store_rows<real, HS>(out + C, stride, dk, one, T - s0, hs);
-    store_rows<real, HS>(out + 2 * C, stride, dv, one, T - s0, hs);
-}
-
-// Given dout, wanted dq. One block for 64 queries of one head; keys pass by.
-//   dq_t = sum_s dS_ts k_s. S and dP are computed again: the other way, adding dq up across the
-//   blocks of the kernel above, would take atomics.
-template <class real, int HS, int COLS>
-__global__ void __launch_bounds__(32 * WARPS)
-attention_backward_q_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,
-                            const real *qkv, int T, int C, int NH, float scale) {
-    __shared__ Tile<real, HS> keys[COLS];
-    __shared__ Tile<real, HS> values[COLS];
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS(HS))
+attention_backward_q_kernel(real *dqkv, float *delta, const real *dout, const real *out,
+                            const float *lse, const real *qkv, int T, int C, int NH, float scale) {
+    __shared__ Tile<real, HS> keys[2][COLS];
+    __shared__ Tile<real, HS> values[2][COLS];
     int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
     int h = blockIdx.x / tiles % NH, first = (tiles - 1 - blockIdx.x % tiles) * ROWS;
-    int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-    int t0 = first + 16 * warp;
-    size_t stride = 3 * (size_t)C, head = (size_t)b * T * stride + h * hs;
-    const real *k = qkv + head + C, *v = k + C, *dy = dout + ((size_t)b * T + t0) * C + h * hs;
-    Pack<real, 2> q[HS / 16][4], dy_rows[HS / 16][4];
-    float dq[HS / 8][4] = {}, p[COLS / 8][4], ds[COLS / 8][4], row_lse[2], row_delta[2];
-    load_rows<real, HS>(q, qkv + head + t0 * stride, stride, T - t0, hs);
-    load_rows<real, HS>(dy_rows, dy, C, T - t0, hs);
+    int t0 = first + threadIdx.x / 32 * 16, end = min(T, first + ROWS), now = 0;
+    int stride = 3 * C;
+    size_t head = (size_t)b * T * stride + h * hs, at = ((size_t)b * T + t0) * C + h * hs;
+    Pack<real, 2> q[HS / 16][4], dy[HS / 16][4];
+    float dq[HS / 8][4] = {}, p[COLS / 8][4], ds[COLS / 8][4], row_lse[2], row_delta[2] = {0, 0};
+    auto send = [&](int s, int to) {
+        const real *k = qkv + head + C + (size_t)s * stride;
+        load_tile<real, HS, COLS>(keys[to], k, stride, T - s, hs);
+        load_tile<real, HS, COLS>(values[to], k + C, stride, T - s, hs);
+    };
+    send(0, 0);
+    load_rows<real, HS>(q, out + at, C, T - t0, hs);  // o, for delta alone
+    load_rows<real, HS>(dy, dout + at, C, T - t0, hs);
+    for (int i = 0; i < HS / 2; i++)
+        row_delta[i / 2 % 2] += to_float(q[i / 8][i / 2 % 4].x[i % 2]) *
+                                to_float(dy[i / 8][i / 2 % 4].x[i % 2]);
+    load_rows<real, HS>(q, qkv + head + (size_t)t0 * stride, stride, T - t0, hs);
     for (int half = 0; half < 2; half++) {
-        int t = t0 + group + 8 * half;
-        row_lse[half] = t < T ? lse[((size_t)b * NH + h) * T + t] : 0;
-        row_delta[half] = t < T ? delta[((size_t)b * NH + h) * T + t] : 0;
+        int t = t0 + threadIdx.x % 32 / 4 + 8 * half;
+        size_t row = ((size_t)b * NH + h) * T + t;
+        row_delta[half] = group_sum(row_delta[half]);
+        row_lse[half] = t < T ? lse[row] : 0;
+        if (threadIdx.x % 4 == 0 && t < T) delta[row] = row_delta[half];
     }
-    for (int s0 = 0; s0 < min(T, first + ROWS); s0 += COLS) {
-        load_tile<real, HS, COLS>(keys, k + s0 * stride, stride, T - s0, hs);
-        load_tile<real, HS, COLS>(values, v + s0 * stride, stride, T - s0, hs);
+    for (int s0 = 0; s0 < end; s0 += COLS, now ^= 1) {
+        copies_arrive();
         __syncthreads();
-        if (t0 < T) {
-            multiply_transposed<real, HS, COLS>(p, q, keys);
-            multiply_transposed<real, HS, COLS>(ds, dy_rows, values);
-            for (int j = 0; j < COLS / 8; j++)
+        if (s0 + COLS < end) send(s0 + COLS, now ^ 1);
+        if (t0 >= T || s0 >= t0 + 16) continue;
+        multiply_transposed<real, HS, COLS>(p, q, keys[now]);
+        multiply_transposed<real, HS, COLS>(ds, dy, values[now]);
+        mask_tile<0, COLS>(p, t0, s0);
+        for (int j = 0; j < COLS / 8; j++)
+            for (int i = 0; i < 4; i++)
+                softmax_backward(p[j][i], ds[j][i], scale, row_lse[i / 2], row_delta[i / 2]);
+        multiply_add<real, HS, COLS>(dq, ds, keys[now]);
+    }
+    const float scales[2] = {scale, scale};
+    store_rows<real, HS>(dqkv + head + (size_t)t0 * stride, stride, dq, scales, T - t0, hs);
+}
+
+// Given dout and delta, wanted dk and dv. One block for 64 keys of one head; queries pass by.
+//   dv_s = sum_t P_ts do_t and dk_s = sum_t dS_ts q_t. The block's rows are keys, so it needs
+//   S^T = k q^T and dP^T = v do^T.
+// Beyond the last query do and delta are 0: nothing is added.
+template <class real, int HS, int COLS>
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS(HS))
+attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,
+                             const real *qkv, int T, int C, int NH, float scale) {
+    __shared__ Tile<real, HS> queries[2][COLS];
+    __shared__ Tile<real, HS> douts[2][COLS];
+    __shared__ float sums[2][2][COLS];  // lse, delta
+    int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
+    int h = blockIdx.x / tiles % NH, first = blockIdx.x % tiles * ROWS, now = 0;
+    int pair = threadIdx.x % 4, s0 = first + threadIdx.x / 32 * 16;
+    int stride = 3 * C;
+    size_t head = (size_t)b * T * stride + h * hs;
+    const real *q = qkv + head, *dy = dout + (size_t)b * T * C + h * hs;
+    Pack<real, 2> k[HS / 16][4], v[HS / 16][4];
+    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {}, p[2][4], ds[2][4];
+    auto send = [&](int t, int to) {
+        load_tile<real, HS, COLS>(queries[to], q + (size_t)t * stride, stride, T - t, hs);
+        load_tile<real, HS, COLS>(douts[to], dy + (size_t)t * C, C, T - t, hs);
+        int i = threadIdx.x % COLS, which = threadIdx.x / COLS;  // lse or delta of query t + i
+        const float *from = (which ? delta : lse) + blockIdx.x / tiles * T + min(t + i, T - 1);
+        if (which < 2) copy_async<4>(&sums[to][which][i], from, t + i < T);
+    };
+    send(first, 0);
+    load_rows<real, HS>(k, q + C + (size_t)s0 * stride, stride, T - s0, hs);
+    load_rows<real, HS>(v, q + 2 * C + (size_t)s0 * stride, stride, T - s0, hs);
+    for (int t0 = first; t0 < T; t0 += COLS, now ^= 1) {
+        copies_arrive();
+        __syncthreads();
+        if (t0 + COLS < T) send(t0 + COLS, now ^ 1);
+        if (s0 >= T || t0 + COLS <= s0) continue;
+        for (int c = 0; c < COLS; c += 16) {  // few at once: dk and dv take half of the registers
+            multiply_transposed<real, HS, 16>(p, k, queries[now] + c);
+            multiply_transposed<real, HS, 16>(ds, v, douts[now] + c);
+            mask_tile<1, 16>(p, s0, t0 + c);
+            for (int j = 0; j < 2; j++)
                 for (int i = 0; i < 4; i++) {
-                    int t = t0 + group + i / 2 * 8, s = s0 + 8 * j + 2 * pair + i % 2;
-                    softmax_backward(p[j][i], ds[j][i], s <= t && t < T, row_lse[i / 2],
-                                     row_delta[i / 2], scale);
+                    int t = c + 8 * j + 2 * pair + i % 2;
+                    softmax_backward(p[j][i], ds[j][i], scale, sums[now][0][t], sums[now][1][t]);
                 }
-            multiply_add<real, HS, COLS>(dq, ds, keys);
+            multiply_add<real, HS, 16>(dv, p, douts[now] + c);
+            multiply_add<real, HS, 16>(dk, ds, queries[now] + c);
         }
-        __syncthreads();
     }
-    const float one[2] = {1, 1};
-    store_rows<real, HS>(dqkv + head + t0 * stride, stride, dq, one, T - t0, hs);
+    const float one[2] = {1, 1}, scales[2] = {scale, scale};
+    real *out = dqkv + head + (size_t)s0 * stride;
+    store_rows<real, HS>(out + C, stride, dk, scales, T - s0, hs);
+    store_rows<real, HS>(out + 2 * C, stride, dv, one, T - s0, hs);
 }
 
 enum { MAX_HEAD = 128 };  // channels of a head
 
-// out (B,T,C), lse (B,NH,T), qkv (B,T,3C). C/NH even, at most MAX_HEAD.
-template <class real>
-static void attention_forward(real *out, float *lse, const real *qkv, int B, int T, int C, int NH) {
-    int hs = C / NH, blocks = B * NH * ((T + ROWS - 1) / ROWS), threads = 32 * WARPS;
-    float scale = 1 / sqrtf((float)hs);
-    if (hs <= 32)
-        attention_forward_kernel<real, 32, 64><<<blocks, threads>>>(out, lse, qkv, T, C, NH, scale);
-    else if (hs <= 64)
-        attention_forward_kernel<real, 64, 64><<<blocks, threads>>>(out, lse, qkv, T, C, NH, scale);
-    else
-        attention_forward_kernel<real, 128, 32><<<blocks, threads>>>(out, lse, qkv, T, C, NH,
-                                                                     scale);
+// For heads of at most HS channels. A block may have 48 KiB of shared memory without asking: room
+// for two tiles of 8 KiB, twice. Backwards there are more results in registers, and shorter tiles.
+template <class real, int HS>
+static void attention_forward_sized(real *out, float *lse, const real *qkv, int B, int T, int C,
+                                    int NH) {
+    constexpr int COLS = HS == 32 ? 64 : 8192 / sizeof(real) / HS;
+    int blocks = B * NH * ((T + ROWS - 1) / ROWS), threads = 32 * WARPS;
+    float scale = 1 / sqrtf((float)C / NH);
+    attention_forward_kernel<real, HS, COLS><<<blocks, threads>>>(out, lse, qkv, T, C, NH, scale);
     LAUNCH_CHECK();
 }
 
-template <class real, int HS, int COLS>
-static void attention_backward_sized(real *dqkv, const real *dout, const float *lse,
-                                     const float *delta, const real *qkv, int B, int T, int C,
+template <class real, int HS>
+static void attention_backward_sized(real *dqkv, float *delta, const real *dout, const real *out,
+                                     const float *lse, const real *qkv, int B, int T, int C,
                                      int NH) {
+    constexpr int COLS = HS == 128 ? 16 : 32;
     int blocks = B * NH * ((T + ROWS - 1) / ROWS), threads = 32 * WARPS;
     float scale = 1 / sqrtf((float)C / NH);
+    attention_backward_q_kernel<real, HS, COLS><<<blocks, threads>>>(dqkv, delta, dout, out, lse,
+                                                                     qkv, T, C, NH, scale);
+    LAUNCH_CHECK();
     attention_backward_kv_kernel<real, HS, COLS><<<blocks, threads>>>(dqkv, dout, lse, delta, qkv,
                                                                       T, C, NH, scale);
     LAUNCH_CHECK();
-    attention_backward_q_kernel<real, HS, COLS><<<blocks, threads>>>(dqkv, dout, lse, delta, qkv, T,
-                                                                     C, NH, scale);
-    LAUNCH_CHECK();
+}
+
+// out (B,T,C), lse (B,NH,T), qkv (B,T,3C). C/NH even, at most MAX_HEAD.
+template <class real>
+static void attention_forward(real *out, float *lse, const real *qkv, int B, int T, int C, int NH) {
+    if (C / NH <= 32) attention_forward_sized<real, 32>(out, lse, qkv, B, T, C, NH);
+    else if (C / NH <= 64) attention_forward_sized<real, 64>(out, lse, qkv, B, T, C, NH);
+    else attention_forward_sized<real, 128>(out, lse, qkv, B, T, C, NH);
 }
 
 // dqkv, qkv (B,T,3C); dout, out (B,T,C); lse, delta (B,NH,T), delta is scratch.
 template <class real>
 static void attention_backward(real *dqkv, float *delta, const real *dout, const real *out,
                                const float *lse, const real *qkv, int B, int T, int C, int NH) {
-    unsigned blocks = blocks_for((size_t)B * T * NH, 8);
-    int hs = C / NH;
-    attention_delta_kernel<real><<<blocks, 256>>>(delta, dout, out, B * T, T, C, NH);
-    LAUNCH_CHECK();
-    if (hs <= 32)
-        attention_backward_sized<real, 32, 64>(dqkv, dout, lse, delta, qkv, B, T, C, NH);
-    else if (hs <= 64)
-        attention_backward_sized<real, 64, 64>(dqkv, dout, lse, delta, qkv, B, T, C, NH);
+    if (C / NH <= 32)
+        attention_backward_sized<real, 32>(dqkv, delta, dout, out, lse, qkv, B, T, C, NH);
+    else if (C / NH <= 64)
+        attention_backward_sized<real, 64>(dqkv, delta, dout, out, lse, qkv, B, T, C, NH);
     else
-        attention_backward_sized<real, 128, 32>(dqkv, dout, lse, delta, qkv, B, T, C, NH);
+        attention_backward_sized<real, 128>(dqkv, delta, dout, out, lse, qkv, B, T, C, NH);
 }
 
-// loss = lse - logit of the target, lse = log sum_v e^logit_v. One block a row, which is read once:
-// each thread carries the largest of its logits and the sum of e^(logit - largest) along.
-// losses, lse (N); logits (N,V) with rows `stride` apart; targets (N).
+// Given logits and scale, the gradient of each loss, wanted the losses and the gradient of the
+// logits, which may take their place. With lse = log sum_v e^logit_v
+//   loss = lse - logit of the target
+//   dlogit_v = (e^(logit_v - lse) - [v is the target]) * scale, and 0 between V and stride
+// One block a row. Each thread carries the largest of its logits and the sum of e^(logit - largest)
+// along. Then it reads its logits again: blocks of 1024 threads are few at a time, and their rows
+// are still in the cache. So memory is read once and written once for both results.
+// losses, lse (N); logits, dlogits (N,V) with rows `stride` apart; targets (N). lse, dlogits: NULL
+// if not wanted.
 template <class real, int W>
-__global__ void crossentropy_forward_kernel(float *losses, float *lse, const real *logits,
-                                            const int *targets, int V, int stride) {
-    const real *row = logits + (size_t)blockIdx.x * stride;
-    float largest = -INFINITY, sum = 0, x[W];
+__global__ void __launch_bounds__(1024, 2)
+crossentropy_kernel(float *losses, float *lse, real *dlogits, const real *logits,
+                    const int *targets, float scale, int V, int stride) {
+    size_t row = (size_t)blockIdx.x * stride;
+    int target = targets[blockIdx.x];
+    float target_logit = to_float(logits[row + target]), largest = -INFINITY, sum = 0, x[W];
     for (int v = threadIdx.x * W; v < V; v += blockDim.x * W) {
-        load(x, row + v);
-        for (int i = 0; i < W && v + i < V; i++) {
-            float m = fmaxf(largest, x[i]);
-            sum = sum * expf(largest - m) + expf(x[i] - m);
-            largest = m;
-        }
+        float m = largest;
+        load(x, logits + row + v);
+        for (int i = 0; i < W; i++) x[i] = v + i < V ? x[i] : -INFINITY, m = fmaxf(m, x[i]);
+        sum *= exp2f((largest - m) * LOG2_E);
+        for (int i = 0; i < W; i++) sum += exp2f((x[i] - m) * LOG2_E);
+        largest = m;
     }
     float m = block_max(largest);
-    sum = block_sum(sum != 0 ? sum * expf(largest - m) : 0);  // 0: a thread without a logit
-    if (threadIdx.x > 0) return;
-    lse[blockIdx.x] = m + logf(sum);
-    losses[blockIdx.x] = m + logf(sum) - to_float(row[targets[blockIdx.x]]);
-}
-
-// Given scale, the gradient of each loss, wanted that of the logits, in place. What lies between V
-// and stride becomes 0.
-//   dlogit_v = (e^(logit_v - lse) - [v is the target]) * scale
-template <class real, int W>
-__global__ void crossentropy_backward_kernel(real *logits, const float *lse, const int *targets,
-                                             float scale, int V, int stride) {
-    real *row = logits + (size_t)blockIdx.x * stride;
-    int target = targets[blockIdx.x];
-    float row_lse = lse[blockIdx.x], x[W];
-    for (int v = threadIdx.x * W; v < stride; v += blockDim.x * W) {
-        load(x, row + v);
+    sum = block_sum(sum != 0 ? sum * exp2f((largest - m) * LOG2_E) : 0);  // 0: no logit
+    float row_lse = m + logf(sum);
+    if (threadIdx.x == 0) losses[blockIdx.x] = row_lse - target_logit;
+    if (threadIdx.x == 0 && lse) lse[blockIdx.x] = row_lse;
+    for (int v = threadIdx.x * W; v < stride && dlogits; v += blockDim.x * W) {
+        load(x, logits + row + v);
         for (int i = 0; i < W; i++)
-            x[i] = v + i < V ? (expf(x[i] - row_lse) - (v + i == target)) * scale : 0;
-        store(row + v, x);
+            x[i] = v + i < V ? (exp2f((x[i] - row_lse) * LOG2_E) - (v + i == target)) * scale : 0;
+        store(dlogits + row + v, x);
     }
 }
 
 template <class real>
-static void crossentropy_forward(float *losses, float *lse, const real *logits, const int *targets,
-                                 int N, int V, int stride) {
+static void crossentropy(float *losses, float *lse, real *dlogits, const real *logits,
+                         const int *targets, float scale, int N, int V, int stride) {
     constexpr int W = 16 / sizeof(real);
-    if (stride % W == 0)
-        crossentropy_forward_kernel<real, W><<<N, 256>>>(losses, lse, logits, targets, V, stride);
+    int width = stride % W == 0 ? W : 1, threads = imin(1024, (stride / width + 31) / 32 * 32);
+    if (width == W)
+        crossentropy_kernel<real, W><<<N, threads>>>(losses, lse, dlogits, logits, targets, scale,
+                                                     V, stride);
     else
-        crossentropy_forward_kernel<real, 1><<<N, 256>>>(losses, lse, logits, targets, V, stride);
-    LAUNCH_CHECK();
-}
-
-template <class real>
-static void crossentropy_backward(real *logits, const float *lse, const int *targets, float scale,
-                                  int N, int V, int stride) {
-    constexpr int W = 16 / sizeof(real);
-    if (stride % W == 0)
-        crossentropy_backward_kernel<real, W><<<N, 256>>>(logits, lse, targets, scale, V, stride);
-    else
-        crossentropy_backward_kernel<real, 1><<<N, 256>>>(logits, lse, targets, scale, V, stride);
+        crossentropy_kernel<real, 1><<<N, threads>>>(losses, lse, dlogits, logits, targets, scale,
+                                                     V, stride);
     LAUNCH_CHECK();
 }
 
@@ -1087,10 +1160,17 @@ __global__ void squares_kernel(float *squares, const float *grad, const Chunk *c
     if (threadIdx.x == 0) squares[blockIdx.x] = sum;
 }
 
-// The matrices' copy in `real`. weights, p (n).
-template <class real> __global__ void round_kernel(real *weights, const float *p, size_t n) {
+// y = scale x, or y += scale x. y, x (n).
+template <class to, class from>
+__global__ void scale_kernel(to *y, const from *x, float scale, int add, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) round_to(weights[i], p[i]);
+    if (i < n) round_to(y[i], scale * to_float(x[i]) + (add ? to_float(y[i]) : 0));
+}
+
+template <class to, class from>
+static void scaled(to *y, const from *x, float scale, int add, size_t n) {
+    scale_kernel<to, from><<<blocks_for(n, 256), 256>>>(y, x, scale, add, n);
+    LAUNCH_CHECK();
 }
 
 // sums[block] = {sum of x, sum of x^2} over the block's share of x (n).
@@ -1120,14 +1200,15 @@ AdamW leaves what has no gradient at 0: nothing else needs to know. Files have t
 template <class real> struct Sublayer {
     real *inp, *normed;           // (B,T,C) normed is inp itself where the norm comes last
     real *qkv, *pre_act, *inner;  // (B,T,3C), (B,T,2H), (B,T,C or H)
-    real *branch, *sum, *out;     // (B,T,C) out is sum where nothing follows it
+    real *branch, *sum, *out;     // (B,T,C) norm first, only out is kept
     float *lse, *rstd, *branch_rstd;  // (B,NH,T), (B,T), (B,T)
 };
 
 template <class real> struct Network {
     real *weights;               // the parameters in `real`; for fp32 the parameters themselves
     Sublayer<real> *sublayers;   // (2L)
-    real *embedded, *final_normed, *logits;      // (B,T,C), (B,T,C), (B,T,V)
+    real *embedded, *final_normed;               // (B,T,C)
+    real *logits;                                // (a part of B T,V): see output_forward()
     real *scratch, *branches, *dx, *dinp;        // (B,T,C)
     real *dinner, *dwide;        // (B,T,C or H), (B,T,3C or 2H)
 };
@@ -1146,7 +1227,7 @@ typedef struct {
     float *squares, *host_squares;     // (num_chunks)
     Network<float> fp32_net;     // one of the two is in use
     Network<bf16> bf16_net;
-    float *rope_table, *final_rstd, *logits_lse, *losses, *delta, *partial;
+    float *rope_table, *final_rstd, *losses, *delta, *partial, *doutput;  // doutput (V,C)
     Pack<double, 2> *moments;
     int *tokens, *targets, *positions, *starts;  // (B,T) three times, (V+1)
     int *host_order;             // (B,T) and (V+1): positions and starts
@@ -1154,6 +1235,7 @@ typedef struct {
     size_t bytes;                // on the GPU, all together
     void **pieces;               // all GPU memory, to be freed
     int num_pieces, planning;    // planning: take() only counts
+    int learning, differentiated;  // between zero_gradients() and model_update(); output_forward()
 } Model;
 
 // What train_gpas.c's training loop asks of a model.
@@ -1226,12 +1308,16 @@ template <class real> static void create_sublayers(Model *m, Network<real> *net,
         take(m, &a->inner, N * (attention ? C : H));
         a->branch = net->branches;
         if (has_branch_norm(o)) take(m, &a->branch, N * C), take(m, &a->branch_rstd, N);
-        take(m, &a->sum, N * C);
-        a->out = a->sum;
-        if (last || o->gpas) take(m, &a->out, N * C);
+        take(m, &a->out, N * C);
+        a->sum = a->out;
+        if (last) take(m, &a->sum, N * C);
         x = a->out;
     }
 }
+
+// The logits of N tokens would be the largest array of all. They are made, turned into losses and
+// gradients and left behind for this many tokens at a time. (64: so parts begin at 256 bytes.)
+static int logit_rows(int N) { return imin(N, ((N + 3) / 4 + 63) / 64 * 64); }
 
 // All GPU memory: called twice, to count it and to have it.
 template <class real>
@@ -1244,13 +1330,13 @@ static void create_network(Model *m, Network<real> *net, int B, int training) {
     take(m, &net->embedded, N * C), take(m, &net->branches, N * C), take(m, &net->scratch, N * C);
     create_sublayers(m, net, N);
     take(m, &net->final_normed, N * C), take(m, &m->final_rstd, N);
-    take(m, &net->logits, N * m->V), take(m, &m->logits_lse, N), take(m, &m->losses, N);
+    take(m, &net->logits, (size_t)logit_rows(N) * m->V), take(m, &m->losses, N);
     take(m, &m->rope_table, T * (C / o->heads));
     take(m, &m->moments, MOMENT_BLOCKS), take(m, &m->tokens, N), take(m, &m->targets, N);
     if (!training) return;
     take(m, &m->d, m->room), take(m, &m->m, m->room), take(m, &m->v, m->room);
     take(m, &m->chunks, m->num_chunks), take(m, &m->squares, m->num_chunks);
-    take(m, &net->dx, N * C), take(m, &net->dinp, N * C);
+    take(m, &net->dx, N * C), take(m, &net->dinp, N * C), take(m, &m->doutput, m->V * C);
     take(m, &net->dinner, N * (C > H ? C : H));
     take(m, &net->dwide, N * (3 * C > 2 * H ? 3 * C : 2 * H));
     take(m, &m->delta, N * o->heads), take(m, &m->partial, (size_t)ROW_BLOCKS * (C + 1));
@@ -1290,6 +1376,9 @@ static void model_create(Model *m, const Options *o, int B, int training) {
     if (o->channels / o->heads > MAX_HEAD)
         die("--channels %d over --heads %d is more than %d, the widest head on the GPU",
             o->channels, o->heads, MAX_HEAD);
+    if (o->gpas && o->gate_train && gate_value((float)o->gate_init, o->gate_act) == 1)
+        die("--gate-init %g makes 1 - a(g) exactly 0, by which the GPU divides; make it %g",
+            o->gate_init, o->gate_init * 0.999);
     if (o->channels > MAX_CHANNELS)
         die("--channels %d is more than %d, the most on the GPU", o->channels, MAX_CHANNELS);
     open_device();
@@ -1380,10 +1469,7 @@ static Holdings holdings(Model *m) {
 static void model_changed(Model *m) {
     move_tensors(m, m->parameters, m->p, 1);
     if (m->adam_m) move_tensors(m, m->adam_m, m->m, 1), move_tensors(m, m->adam_v, m->v, 1);
-    if (m->in_bf16) {
-        round_kernel<bf16><<<blocks_for(m->room, 256), 256>>>(m->bf16_net.weights, m->p, m->room);
-        LAUNCH_CHECK();
-    }
+    if (m->in_bf16) scaled(m->bf16_net.weights, m->p, 1, 0, m->room);
 }
 
 // The parameters of layer l in `block`: m->p, m->d or the network's weights.
@@ -1521,8 +1607,8 @@ static void sublayer_forward(const Model *m, const Network<real> *net, int s, in
                                             p.norm[s % 2], g, N, C);
     } else {
         Norm<real> next = norm_before(m, net, s + 1);
-        residual_gpas_rmsnorm_forward<real>(a->sum, a->out == a->sum ? NULL : a->out, next.normed,
-                                            next.rstd, a->inp, branch, m->p + next.weight, g, N, C);
+        residual_gpas_rmsnorm_forward<real>(NULL, a->out, next.normed, next.rstd, a->inp, branch,
+                                            m->p + next.weight, g, N, C);
     }
 }
 
@@ -1547,7 +1633,7 @@ static void sublayer_backward(const Model *m, const Network<real> *net, const re
         Norm<real> next = norm_before(m, net, s + 1);
         residual_gpas_rmsnorm_backward<real>(net->dx, NULL, m->d + next.weight, dgate, m->partial,
                                              dnext, dnormed, a->out, next.rstd, m->p + next.weight,
-                                             a->sum, g, N, C);
+                                             a->out, g, N, C);
     }
     if (has_branch_norm(m->o)) {
         dbranch = net->scratch;
@@ -1557,7 +1643,7 @@ static void sublayer_backward(const Model *m, const Network<real> *net, const re
     branch_backward(m, net, dbranch, s, B, T);
 }
 
-// Sublayers, final norm and logits of tokens (B,T) on the GPU.
+// Sublayers and final norm of tokens (B,T) on the GPU.
 template <class real>
 static void network_forward(const Model *m, const Network<real> *net, int B, int T) {
     int C = m->o->channels, end = 2 * m->o->layers, N = B * T;
@@ -1569,20 +1655,41 @@ static void network_forward(const Model *m, const Network<real> *net, int B, int
             rmsnorm_forward(norm.normed, norm.rstd, x, m->p + norm.weight, N, C);
         if (s < end) sublayer_forward(m, net, s, B, T);
     }
-    const real *output = net->weights + m->offsets[m->num_tensors - 1];
-    matmul_forward(net->logits, net->final_normed, output, N, C, m->V);
 }
 
-// From the logits back to the embedding. Two gradients of a sublayer's output are on their way:
-// dnext down the shortcut, dnormed out of the branch above. A norm by itself makes one of them.
+// The losses of N tokens, part by part, so that there are never the logits of all. While those of a
+// part are there, all that is wanted of them must be made: so with `differentiate` the way back
+// through the output matrix begins here, for losses of gradient 1: the real one comes later. It
+// leaves the gradient of final_normed in net->dinp and that of the output matrix in doutput.
 template <class real>
-static void network_backward(const Model *m, const Network<real> *net, float scale, int B, int T) {
+static void output_forward(Model *m, const Network<real> *net, int N, int differentiate) {
+    int C = m->o->channels, V = m->o->vocab_size, rows = logit_rows(N);
+    const real *output = net->weights + m->offsets[m->num_tensors - 1];
+    if (differentiate) CUDA_CHECK(cudaMemset(m->doutput, 0, (size_t)m->V * C * sizeof(float)));
+    for (int n = 0; n < N; n += rows) {
+        int part = imin(rows, N - n);
+        const real *x = net->final_normed + (size_t)n * C;
+        matmul_forward(net->logits, x, output, part, C, m->V);
+        crossentropy<real>(m->losses + n, NULL, differentiate ? net->logits : NULL, net->logits,
+                           m->targets + n, 1, part, V, m->V);
+        if (differentiate)
+            matmul_backward(net->dinp + (size_t)n * C, m->doutput, net->logits, x, output, part, C,
+                            m->V);
+    }
+    m->differentiated = differentiate;
+}
+
+// From scale times what output_forward() has left back to the embedding. Two gradients of a
+// sublayer's output are on their way: dnext down the shortcut, dnormed out of the branch above. A
+// norm by itself makes one of them.
+template <class real>
+static void network_backward(Model *m, const Network<real> *net, float scale, int B, int T) {
     int C = m->o->channels, V = m->o->vocab_size, end = 2 * m->o->layers, N = B * T;
-    size_t output = m->offsets[m->num_tensors - 1];
     const real *dnext = NULL, *dnormed = net->dinp;
-    crossentropy_backward(net->logits, m->logits_lse, m->targets, scale, N, V, m->V);
-    matmul_backward(net->dinp, m->d + output, net->logits, net->final_normed, net->weights + output,
-                    N, C, m->V);
+    if (!m->differentiated) output_forward(m, net, N, 1);
+    m->differentiated = 0;  // dinp is about to change
+    scaled(net->dinp, net->dinp, scale, 0, (size_t)N * C);
+    scaled(m->d + m->offsets[m->num_tensors - 1], m->doutput, scale, 1, (size_t)m->V * C);
     for (int s = end; s >= 0; s--) {
         if (s < end) {
             sublayer_backward(m, net, dnext, dnormed, s, B, T);
@@ -1613,53 +1720,60 @@ static void sort_by_token(int *positions, int *starts, const int *tokens, int N,
     starts[0] = 0;
 }
 
-// Logits of tokens (B,T); with targets (B,T) also the mean loss in nats, returned.
+// The network on tokens (B,T); with targets (B,T) the mean loss in nats is returned. Whatever the
+// host has to do it does while the GPU computes, before it asks for the losses.
 static double model_forward(Model *m, const int *tokens, const int *targets, int B, int T) {
-    int N = B * T, V = m->o->vocab_size;
+    int N = B * T, *positions = m->host_order;
     double sum = 0;
     CUDA_CHECK(cudaMemcpy(m->tokens, tokens, N * sizeof(int), cudaMemcpyHostToDevice));
+    if (targets)
+        CUDA_CHECK(cudaMemcpy(m->targets, targets, N * sizeof(int), cudaMemcpyHostToDevice));
     if (m->in_bf16) network_forward(m, &m->bf16_net, B, T);
     else network_forward(m, &m->fp32_net, B, T);
+    m->differentiated = 0;
     if (!targets) return 0;
-    CUDA_CHECK(cudaMemcpy(m->targets, targets, N * sizeof(int), cudaMemcpyHostToDevice));
-    if (m->in_bf16)
-        crossentropy_forward(m->losses, m->logits_lse, m->bf16_net.logits, m->targets, N, V, m->V);
-    else
-        crossentropy_forward(m->losses, m->logits_lse, m->fp32_net.logits, m->targets, N, V, m->V);
+    if (m->in_bf16) output_forward(m, &m->bf16_net, N, m->learning);
+    else output_forward(m, &m->fp32_net, N, m->learning);
+    sort_by_token(positions, positions + N, tokens, N, m->o->vocab_size);
     CUDA_CHECK(cudaMemcpy(m->host_losses, m->losses, N * sizeof(float), cudaMemcpyDeviceToHost));
     for (int n = 0; n < N; n++) sum += m->host_losses[n];
     return sum / N;
 }
 
 // Adds to the gradients those of scale times the sum of the losses of the last model_forward(),
-// which had these tokens. The logits become their gradients.
+// which had these tokens and targets.
 static void model_backward(Model *m, const int *tokens, const int *targets, int B, int T,
                            double scale) {
     int N = B * T, V = m->o->vocab_size, *positions = m->host_order, *starts = positions + N;
-    (void)targets;  // still on the GPU
-    sort_by_token(positions, starts, tokens, N, V);
+    (void)tokens, (void)targets;  // sorted, and still on the GPU
     CUDA_CHECK(cudaMemcpy(m->positions, positions, N * sizeof(int), cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaMemcpy(m->starts, starts, (V + 1) * sizeof(int), cudaMemcpyHostToDevice));
     if (m->in_bf16) network_backward(m, &m->bf16_net, (float)scale, B, T);
     else network_backward(m, &m->fp32_net, (float)scale, B, T);
 }
 
-// The logits (V) of row n of the last model_forward(), on the host.
+// The logits (V) of row n of the last model_forward(), on the host: made here, for nobody asks for
+// many. The row goes to net->scratch first, whose alignment suits cuBLASLt.
+template <class real> static void logits_of(Model *m, const Network<real> *net, int n) {
+    int C = m->o->channels;
+    real *raw = (real *)(m->host_logits + m->V);
+    CUDA_CHECK(cudaMemcpy(net->scratch, net->final_normed + (size_t)n * C, C * sizeof(real),
+                          cudaMemcpyDeviceToDevice));
+    matmul_forward(net->logits, net->scratch, net->weights + m->offsets[m->num_tensors - 1], 1, C,
+                   m->V);
+    CUDA_CHECK(cudaMemcpy(raw, net->logits, m->V * sizeof(real), cudaMemcpyDeviceToHost));
+    for (int v = 0; v < m->V; v++) m->host_logits[v] = (float)raw[v];
+}
+
 static const float *model_logits(Model *m, int n) {
-    size_t at = (size_t)n * m->V;
-    if (m->in_bf16) {
-        bf16 *raw = (bf16 *)(m->host_logits + m->V);
-        CUDA_CHECK(cudaMemcpy(raw, m->bf16_net.logits + at, m->V * sizeof(bf16),
-                              cudaMemcpyDeviceToHost));
-        for (int v = 0; v < m->V; v++) m->host_logits[v] = __bfloat162float(raw[v]);
-    } else
-        CUDA_CHECK(cudaMemcpy(m->host_logits, m->fp32_net.logits + at, m->V * sizeof(float),
-                              cudaMemcpyDeviceToHost));
+    if (m->in_bf16) logits_of(m, &m->bf16_net, n);
+    else logits_of(m, &m->fp32_net, n);
     return m->host_logits;
 }
 
 static void zero_gradients(Model *m) {
     CUDA_CHECK(cudaMemset(m->d, 0, m->room * sizeof(float)));
+    m->learning = 1;
 }
 
 // Norms of the gradient: returns the whole's; layers (L) gets each layer's, *gates the gates'.
@@ -1687,6 +1801,7 @@ static double gradient_norms(Model *m, double *layers, double *gates) {
 static void model_update(Model *m, int t, double norm, double gate_norm) {
     const Options *o = m->o;
     double clip, gate_clip = clip_factors(o, norm, gate_norm, &clip);
+    m->learning = 0;
     AdamW a = {(float)learning_rate(o, t), 0.9f, 0.999f, 1e-8f, (float)o->weight_decay, (float)clip,
                (float)gate_clip, 0, 0, o->gate_train};
     if (m->in_bf16)

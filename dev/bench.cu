@@ -2,9 +2,10 @@
 bench.cu: how fast train_gpas.cu trains. One line for each preset: tokens/s, milliseconds a step,
 the share of the GPU's matrix rate that the model's arithmetic comes to, and the memory it takes.
 
-    ./bench_cuda                            all presets, in bf16, a sequence of 256 and of 1024
-tokens
+    ./bench_cuda                            all presets, in bf16, sequences of 256 and 1024 tokens
     ./bench_cuda PRESET B T [bf16|fp32]     one of them
+    ./bench_cuda kernels PRESET B T         of one, in bf16, the milliseconds of each kernel; what
+                                            dev/roofline.py --measured FILE PRESET B T reads
 
 A step is forward, backward and AdamW update of B sequences of T random tokens, V 32000. Shown is
 the median of five after two that do not count. Arithmetic is counted as is usual: 6 for each
@@ -12,6 +13,7 @@ parameter and token, but for the embedding, and 6 L C T a token for causal atten
 rate is that of one large cuBLASLt product, 8192 x 8192 x 8192 in the same type, on the same GPU.
 */
 #include <algorithm>
+#include <functional>
 #define TRAIN_GPAS_NO_MAIN
 #ifndef TRAIN_GPAS_CU
 #define TRAIN_GPAS_CU "../train_gpas.cu"
@@ -36,8 +38,7 @@ template <class real> static double matrix_rate(void) {
     CUDA_CHECK(cudaMemcpy(random, host, n * sizeof(float), cudaMemcpyHostToDevice));
     for (int i = 0; i < 3; i++) {
         CUDA_CHECK(cudaMalloc((void **)&matrix[i], n * sizeof(real)));
-        round_kernel<real><<<blocks_for(n, 256), 256>>>(matrix[i], random, n);
-        LAUNCH_CHECK();
+        scaled(matrix[i], random, 1, 0, n);
     }
     for (int i = 0; i < 6; i++) {
         CUDA_CHECK(cudaDeviceSynchronize());
@@ -66,7 +67,101 @@ static double step_time(Model *m, const int *tokens, int B, int T, int t) {
     return omp_get_wtime() - start;
 }
 
-static void bench(const char *preset, const char *batch, const char *length, const char *dtype) {
+// A line "name;calls in a step;milliseconds of all of them", from ten calls in a row.
+static void time_kernel(const char *name, int calls, const std::function<void()> &call) {
+    enum { TIMES = 10 };
+    call();
+    CUDA_CHECK(cudaDeviceSynchronize());
+    double start = omp_get_wtime();
+    for (int i = 0; i < TIMES; i++) call();
+    CUDA_CHECK(cudaDeviceSynchronize());
+    printf("%s;%d;%.4f\n", name, calls, (omp_get_wtime() - start) / TIMES * calls * 1e3);
+}
+
+// The kernels of a step, under the names of dev/roofline.py, on the arrays of a model that has made
+// one: those of the first layer stand for all. First the matrix products.
+static void time_products(Model *m, const Network<bf16> *net, int N) {
+    int C = m->o->channels, H = m->H, L = m->o->layers, V = m->V;
+    int rows = logit_rows(N), parts = (N + rows - 1) / rows;
+    const Sublayer<bf16> *a = &net->sublayers[0], *f = &net->sublayers[1];
+    Layer<bf16> w = layer_at(m, net->weights, 0);
+    Layer<float> d = layer_at(m, m->d, 0);
+    const struct {
+        const char *name;
+        bf16 *out, *inp, *weight;
+        float *gradient;
+        int C, OC;
+    } products[] = {{"qkv", a->qkv, a->normed, w.wqkv, d.wqkv, C, 3 * C},
+                    {"wo", a->branch, a->inner, w.wo, d.wo, C, C},
+                    {"w13", f->pre_act, f->normed, w.w13, d.w13, C, 2 * H},
+                    {"w2", f->branch, f->inner, w.w2, d.w2, H, C}};
+    const bf16 *output = net->weights + m->offsets[m->num_tensors - 1];
+    char name[64];
+    for (auto &x : products) {
+        snprintf(name, sizeof name, "matmul_forward %s", x.name);
+        time_kernel(name, L, [&] { matmul_forward(x.out, x.inp, x.weight, N, x.C, x.OC); });
+        snprintf(name, sizeof name, "matmul_backward %s", x.name);
+        time_kernel(name, L, [&] {
+            matmul_backward(net->dinner, x.gradient, net->dwide, x.inp, x.weight, N, x.C, x.OC);
+        });
+    }
+    time_kernel("matmul_forward output", parts, [&] {
+        matmul_forward(net->logits, net->final_normed, output, rows, C, V);
+    });
+    time_kernel("matmul_backward output", parts, [&] {
+        matmul_backward(net->dinp, m->doutput, net->logits, net->final_normed, output, rows, C, V);
+    });
+}
+
+static void time_layers(Model *m, const Network<bf16> *net, int B, int T) {
+    int C = m->o->channels, H = m->H, L = m->o->layers, NH = m->o->heads, N = B * T, V = m->V;
+    int rows = logit_rows(N), parts = (N + rows - 1) / rows;
+    const Sublayer<bf16> *a = &net->sublayers[0], *f = &net->sublayers[1];
+    Layer<float> p = layer_at(m, m->p, 0), d = layer_at(m, m->d, 0);
+    Gpas g = gpas_of(m, 0);
+    time_kernel("embedding_forward", 1,
+                [&] { embedding_forward(net->embedded, m->tokens, m->p, N, C); });
+    time_kernel("residual_gpas_rmsnorm_forward", 2 * L, [&] {
+        residual_gpas_rmsnorm_forward<bf16>(NULL, a->out, f->normed, f->rstd, a->inp, a->branch,
+                                            p.norm[1], g, N, C);
+    });
+    time_kernel("rope_forward", L, [&] { rope_forward(a->qkv, m->rope_table, B, T, C, C / NH); });
+    time_kernel("attention_forward", L,
+                [&] { attention_forward(a->inner, a->lse, a->qkv, B, T, C, NH); });
+    time_kernel("swiglu_forward", L, [&] { swiglu_forward(f->inner, f->pre_act, N, H); });
+    time_kernel("crossentropy", parts, [&] {
+        crossentropy<bf16>(m->losses, NULL, net->logits, net->logits, m->targets, 1, rows,
+                           m->o->vocab_size, V);
+    });
+    time_kernel("scaled: two gradients", 1, [&] {
+        scaled(net->dinp, net->dinp, 1, 0, (size_t)N * C);
+        scaled(m->d + m->offsets[m->num_tensors - 1], m->doutput, 1, 1, (size_t)V * C);
+    });
+    time_kernel("residual_gpas_rmsnorm_backward", 2 * L, [&] {
+        residual_gpas_rmsnorm_backward<bf16>(net->dx, NULL, d.norm[1], d.gate, m->partial, net->dx,
+                                             net->dinp, a->out, f->rstd, p.norm[1], a->out, g, N,
+                                             C);
+    });
+    time_kernel("swiglu_backward", L,
+                [&] { swiglu_backward(net->dwide, net->dinner, f->pre_act, N, H); });
+    time_kernel("attention_backward", L, [&] {
+        attention_backward(net->dwide, m->delta, net->dinner, a->inner, a->lse, a->qkv, B, T, C,
+                           NH);
+    });
+    time_kernel("rope_backward", L,
+                [&] { rope_backward(net->dwide, m->rope_table, B, T, C, C / NH); });
+    time_kernel("embedding_backward", 1, [&] {
+        embedding_backward(m->d, net->dx, m->positions, m->starts, m->o->vocab_size, C);
+    });
+    double *layers = (double *)allocate(L, sizeof(double)), gate_norm;
+    time_kernel("gradients: zero, squares", 1,
+                [&] { zero_gradients(m), gradient_norms(m, layers, &gate_norm); });
+    time_kernel("adamw", 1, [&] { model_update(m, 0, 1, 1); });
+    free(layers);
+}
+
+static void bench(const char *preset, const char *batch, const char *length, const char *dtype,
+                  int kernels) {
     const char *arguments[] = {"bench_cuda", "--preset", preset, "--batch", batch, "--total-batch",
                                batch, "--seq-len", length, "--vocab-size", "32000", "--dtype",
                                dtype};
@@ -78,13 +173,17 @@ static void bench(const char *preset, const char *batch, const char *length, con
     parse_options(&o, sizeof arguments / sizeof *arguments, (char **)arguments);
     open_device();
     int N = o.batch * o.seq_len;
-    double rate = o.dtype == DTYPE_BF16 ? matrix_rate<bf16>() : matrix_rate<float>();
+    double rate = kernels ? 1 : o.dtype == DTYPE_BF16 ? matrix_rate<bf16>() : matrix_rate<float>();
     model_create(&m, &o, o.batch, 1);
     int *tokens = (int *)allocate(N + 1, sizeof(int));
     for (int i = 0; i <= N; i++) tokens[i] = (int)(random_uniform(&state) * o.vocab_size);
     for (int t = 0; t < 2 + STEPS; t++) {
         double s = step_time(&m, tokens, o.batch, o.seq_len, t);
         if (t >= 2) seconds[t - 2] = s;
+    }
+    if (kernels) {
+        time_products(&m, &m.bf16_net, N), time_layers(&m, &m.bf16_net, o.batch, o.seq_len);
+        return;
     }
     std::sort(seconds, seconds + STEPS);
     double step = seconds[STEPS / 2], C = o.channels;
@@ -98,27 +197,29 @@ static void bench(const char *preset, const char *batch, const char *length, con
 
 // In a process of its own: what does not fit ends that one with a line, and the table goes on.
 static int bench_apart(const char *preset, const char *batch, const char *length,
-                       const char *dtype) {
+                       const char *dtype, int kernels) {
     int status = 0;
     fflush(stdout);
     pid_t child = fork();
-    if (child == 0) bench(preset, batch, length, dtype), fflush(stdout), _exit(0);
+    if (child == 0) bench(preset, batch, length, dtype, kernels), fflush(stdout), _exit(0);
     if (child < 0 || waitpid(child, &status, 0) != child) die("cannot start a process");
     return status != 0;
 }
 
 int main(int argc, char **argv) {
     static const char *const rows[][3] = {
-        {"toy", "8", "128"},    {"71m", "256", "256"},  {"130m", "256", "256"}, {"250m", "128", "256"},
-        {"350m", "128", "256"}, {"1b", "64", "256"},    {"71m", "64", "1024"},
-        {"130m", "64", "1024"}, {"250m", "32", "1024"}, {"350m", "32", "1024"},
-        {"1b", "16", "1024"}};
+        {"toy", "8", "128"},    {"71m", "256", "256"},  {"130m", "256", "256"},
+        {"250m", "128", "256"}, {"350m", "128", "256"}, {"1b", "64", "256"},
+        {"71m", "64", "1024"},  {"130m", "64", "1024"}, {"250m", "32", "1024"},
+        {"350m", "32", "1024"}, {"1b", "16", "1024"}};
     int failures = 0;
+    int kernels = argc == 5 && strcmp(argv[1], "kernels") == 0;
     if (argc != 1 && argc != 4 && argc != 5)
-        die("usage: ./bench_cuda [PRESET BATCH LENGTH [bf16|fp32]]");
+        die("usage: ./bench_cuda [[kernels] PRESET BATCH LENGTH [bf16|fp32]]");
+    if (kernels) return bench_apart(argv[2], argv[3], argv[4], "bf16", 1);
     printf("%-6s %5s %5s %5s %10s %9s %8s %8s %7s %8s\n", "preset", "B", "T", "dtype", "tokens/s",
            "ms/step", "TFLOP/s", "matmul", "share", "GiB");
-    if (argc > 1) return bench_apart(argv[1], argv[2], argv[3], argc > 4 ? argv[4] : "bf16");
-    for (auto &row : rows) failures += bench_apart(row[0], row[1], row[2], "bf16");
+    if (argc > 1) return bench_apart(argv[1], argv[2], argv[3], argc > 4 ? argv[4] : "bf16", 0);
+    for (auto &row : rows) failures += bench_apart(row[0], row[1], row[2], "bf16", 0);
     return failures > 0;
 }

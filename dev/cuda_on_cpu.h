@@ -69,6 +69,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __launch_bounds__(...)
 
 struct uint3 { unsigned x, y, z; };
@@ -81,6 +82,7 @@ inline thread_local dim3 blockDim, gridDim;
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 
 // A bf16 is the upper half of a float. Rounding to nearest, ties to even: add just under half of
 // the last bit that stays, plus that bit, and cut. A nan could turn into infinity: CUDA's is 7fff.
@@ -141,6 +143,7 @@ struct Thread {
     Fiber *fiber;               // null unless it has begun and not yet returned
 };
 struct Deposit { uint64_t value[32]; float a[16][16], b[8][16]; };  // what lanes show each other
+struct Copy { char *to, data[16]; int bytes; };  // asynchronous: written when waited for
 struct Warp { Barrier barrier; Deposit deposits[2]; };
 struct Worker {
     const char *kernel;
@@ -156,6 +159,7 @@ struct Worker {
     Fiber home, fibers[MAX_THREADS], *idle[MAX_THREADS];  // home: of run_block()
     int fibers_made, idle_fibers;
     char *stacks, *shared, fault_stack[SLOT];
+    std::vector<Copy> copies[MAX_THREADS];  // on their way
     size_t shared_used, shared_sum;
     Range arrays[MAX_ARRAYS];
     int arrays_used;
@@ -338,6 +342,7 @@ RUNTIME void fiber_main() {
     for (;;) {
         resume(w);
         (*w.body)();
+        w.copies[w.current].clear();
         w.thread[w.current].waits.name = nullptr;
         w.thread[w.current].fiber = nullptr;
         w.alive--;
@@ -831,6 +836,54 @@ template <class T> RUNTIME T atomicAdd(T *p, std::common_type_t<T> v) {
     while (!__atomic_compare_exchange(p, &old, &next, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return old;
 }
+
+// cp.async: copies 4, 8 or 16 bytes from global to shared memory, of which the first `valid` are
+// read and the others 0. Until the thread waits for its copies, nobody has written what is there.
+RUNTIME void cp_async(void *to, const void *from, int bytes, int valid) {
+    using namespace on_cpu;
+    const void *pc = __builtin_return_address(0);
+    Copy copy = {(char *)to, {}, bytes};
+    if ((uintptr_t)to % bytes) report_access("misaligned", copy.to, bytes, WRITE, pc);
+    if ((uintptr_t)from % bytes) report_access("misaligned", (char *)from, bytes, READ, pc);
+    if (shadow && valid) check((const char *)from, valid, READ, pc);
+    if (shadow) check(copy.to, bytes, WRITE, pc);
+    mark(copy.to, bytes, UNSET);
+    memset(to, 0xff, bytes);
+    memcpy(copy.data, from, valid);
+    worker->copies[worker->current].push_back(copy);
+}
+
+RUNTIME void cp_async_wait_all() {
+    using namespace on_cpu;
+    for (Copy &copy : worker->copies[worker->current]) {
+        if (shadow) check(copy.to, copy.bytes, WRITE, __builtin_return_address(0));
+        memcpy(copy.to, copy.data, copy.bytes);
+    }
+    worker->copies[worker->current].clear();
+}
+
+// ldmatrix.x4: four matrices of 8 x 8, whose rows the 32 lanes name in turn. With g = lane / 4 and
+// t = lane % 4 a lane gets of each the columns 2t and 2t + 1 of row g; transposed, the rows 2t and
+// 2t + 1 of column g.
+RUNTIME void ldmatrix_x4(on_cpu::Site site, __nv_bfloat162 to[4], const void *row,
+                         bool transposed) {
+    using namespace on_cpu;
+    const void *pc = __builtin_return_address(0);
+    uint64_t *rows = deposit(*worker).value;
+    int lane = worker->current % 32, g = lane / 4, t = lane % 4;
+    if ((uintptr_t)row % 16) report_access("misaligned", (const char *)row, 16, READ, pc);
+    rows[lane] = (uint64_t)row;
+    warp_barrier(site);
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 2; k++) {
+            __nv_bfloat16 *from = (__nv_bfloat16 *)rows[8 * i + (transposed ? 2 * t + k : g)];
+            from += transposed ? g : 2 * t + k;
+            if (shadow) check((const char *)from, 2, READ, pc);
+            (k ? to[i].y : to[i].x) = *from;
+        }
+}
+#define ldmatrix_x4(to, row, transposed) \
+    ldmatrix_x4({"ldmatrix_x4", __LINE__, false}, to, row, transposed)
 
 #if CUDA_ON_CPU_CHECKED
 #define HOOK extern "C" __attribute__((used)) RUNTIME

@@ -1,17 +1,35 @@
-# What only a GPU can tell, in one run of some minutes:
+# What only a GPU can tell, in one run meant to take less than eight minutes, or part by part:
 #
-#     sh dev/gpu.sh [PEER]
+#     sh dev/gpu.sh [--peer FILE] [--llmc FOLDER] [PART ...]
 #
-# builds everything; runs the checks in fp32 and bf16, alone and under compute-sanitizer; compares
-# 300 steps of the toy preset with the CPU's losses and with themselves; and prints the speed of
-# every preset. PEER is a PyTorch program that takes --config --B --T --device cuda --dtype bf16
-# --compile and prints a line of its own, to be timed beside ours. Logs go to out/gpu. The last
-# lines sum up.
+#     build      everything, and the time it takes
+#     test       make test-cuda: all checks in fp32 and bf16
+#     sanitize   the same under compute-sanitizer: memcheck, racecheck, initcheck, all at once
+#     train      300 steps of the toy preset beside the CPU's losses, and twice for the same bits
+#     kernels    the milliseconds of each kernel beside its floor (dev/roofline.py)
+#     speed256   tokens/s and memory of the presets at a sequence of 256, and the peer's
+#     speed1024  the same at 1024
+#
+# All parts by default. FILE is a PyTorch program that takes --config --B --T --device cuda --dtype
+# bf16 --compile and prints a line of JSON with tokens_per_s and peak_GiB; each of its runs comes
+# right after ours. It compiles for a minute or so: with it, run the two speeds by themselves.
+# FOLDER has llm.c's source: its GPT-2 of 124M is built and timed with the speed at 1024.
+# Logs go to out/gpu. The last lines sum up.
 set -u
+PATH=$PATH:/usr/local/cuda/bin
 out=out/gpu
+peer=
+llmc=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --peer) peer=$2; shift 2 ;;
+        --llmc) llmc=$2; shift 2 ;;
+        *) break ;;
+    esac
+done
+[ $# -gt 0 ] || { rm -rf $out; set -- build test sanitize train kernels speed256 speed1024; }
 mkdir -p $out
 summary=$out/summary.txt
-: > $summary
 
 note() { echo "$*" | tee -a $summary; }
 
@@ -32,55 +50,148 @@ sys.exit(len(a) != len(b) or not worst <= 1e-3)
 END
 }
 
-note "$(date -u +%Y-%m-%d), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader)"
-make -s -j 8 train_gpas train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16 bench_cuda \
-    data/toy/tokenizer.bin > $out/build.log 2>&1
-status=$?
-[ -s $out/build.log ] || echo "no warning" > $out/build.log
-verdict build $status $out/build.log
-[ $status -eq 0 ] || exit 1
+part_build() {
+    make -s -j 8 train_gpas train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16 bench_cuda \
+        data/toy/tokenizer.bin > $out/build.log 2>&1
+    status=$?
+    grep -q warning $out/build.log || [ $status -ne 0 ] || echo "no warning" >> $out/build.log
+    verdict build $status $out/build.log
+    [ $status -eq 0 ] || exit 1
+}
 
-make -s test-cuda > $out/test.log 2>&1
-verdict "make test-cuda" $? $out/test.log
+part_test() {
+    make -s test-cuda > $out/test.log 2>&1
+    status=$?
+    grep "passed, " $out/test.log | tail -n 1 > $out/test.line
+    verdict "make test-cuda" $status $out/test.line
+}
 
-if command -v compute-sanitizer > /dev/null; then
-    for type in fp32 bf16; do
-        for tool in memcheck racecheck initcheck; do
-            log=$out/$tool.$type.log
-            timeout 150 compute-sanitizer --tool $tool --error-exitcode 1 \
-                ./test_gpas_cuda_$type > "$log" 2>&1
-            status=$?
-            [ $status -eq 124 ] && echo "not finished in 150 s" >> "$log"
-            verdict "compute-sanitizer $tool, $type" $status "$log"
-        done
+sanitize() { # TOOL TYPE
+    log=$out/$1.$2.log
+    timeout 200 compute-sanitizer --tool "$1" --error-exitcode 1 "./test_gpas_cuda_$2" \
+        > "$log" 2>&1
+    status=$?
+    [ $status -eq 124 ] && echo "not finished in 200 s" >> "$log"
+    verdict "compute-sanitizer $1, $2" $status "$log"
+}
+
+part_sanitize() {
+    if ! command -v compute-sanitizer > /dev/null; then
+        note "FAIL compute-sanitizer: it is not installed (a part of the CUDA Toolkit)"
+        return
+    fi
+    for tool in memcheck racecheck initcheck; do
+        sanitize $tool fp32 &
+        sanitize $tool bf16 &
     done
-else
-    note "FAIL compute-sanitizer: it is not installed (a part of the CUDA Toolkit)"
-fi
+    wait
+}
 
-toy="--steps 300 --val-every 100"
-./train_gpas $toy --out $out/cpu > $out/cpu.log 2>&1
-./train_gpas_cuda $toy --dtype fp32 --out $out/fp32 > $out/fp32.log 2>&1
-losses_within $out/cpu/log.csv $out/fp32/log.csv > $out/losses.log 2>&1
-verdict "toy in fp32 beside the CPU" $? $out/losses.log
-for turn in 1 2; do
-    ./train_gpas_cuda $toy --out $out/bf16 > $out/bf16.log 2>&1
-    mv $out/bf16/ckpt_000300.safetensors $out/turn$turn.safetensors
-done
-cmp $out/turn1.safetensors $out/turn2.safetensors > $out/same.log 2>&1
-status=$?
-[ -s $out/same.log ] || echo "the same bits" > $out/same.log
-verdict "toy in bf16, twice" $status $out/same.log
+part_train() {
+    toy="--steps 300 --val-every 100"
+    ./train_gpas $toy --out $out/cpu > $out/cpu.log 2>&1
+    ./train_gpas_cuda $toy --dtype fp32 --out $out/fp32 > $out/fp32.log 2>&1
+    losses_within $out/cpu/log.csv $out/fp32/log.csv > $out/losses.log 2>&1
+    verdict "toy in fp32 beside the CPU" $? $out/losses.log
+    for turn in 1 2; do
+        ./train_gpas_cuda $toy --out $out/bf16 > $out/bf16.log 2>&1
+        mv $out/bf16/ckpt_000300.safetensors $out/turn$turn.safetensors
+    done
+    cmp $out/turn1.safetensors $out/turn2.safetensors > $out/same.log 2>&1
+    status=$?
+    [ -s $out/same.log ] || echo "the same bits" > $out/same.log
+    verdict "toy in bf16, twice" $status $out/same.log
+}
 
-./bench_cuda 2>&1 | tee $out/bench.log
-if [ $# -gt 0 ]; then
-    for row in "71m 256 256" "130m 256 256" "350m 128 256" "1b 64 256" \
-        "71m 64 1024" "130m 64 1024" "350m 32 1024" "1b 16 1024"; do
+part_kernels() {
+    for row in "71m 256 256" "350m 32 1024"; do
+        log="$out/kernels $row.log"
         # shellcheck disable=SC2086
-        set -- "$1" $row
-        timeout 120 python3 "$1" --config "$2" --B "$3" --T "$4" --device cuda --dtype bf16 \
-            --compile 2>> $out/peer.err | tee -a $out/peer.log
+        ./bench_cuda kernels $row > "$log" 2>&1
+        status=$?
+        verdict "kernels of $row" $status "$log"
+        [ $status -eq 0 ] || continue
+        echo && echo "$row"
+        # shellcheck disable=SC2086
+        python3 dev/roofline.py --measured "$log" $row | tee "$out/roofline $row.md"
     done
-fi
-echo && cat $summary
+}
+
+speed() { # PRESET B T: a line of ours and a line of the peer's in speed.log
+    ./bench_cuda "$1" "$2" "$3" > $out/bench.log 2>&1
+    verdict "speed of $*" $? $out/bench.log
+    echo "ours $* $(tail -n 1 $out/bench.log)" >> $out/speed.log
+    [ -n "$peer" ] || return
+    TORCHINDUCTOR_CACHE_DIR=$PWD/$out/inductor timeout 140 python3 "$peer" --config "$1" --B "$2" \
+        --T "$3" --device cuda --dtype bf16 --compile > $out/peer.log 2>> $out/peer.err
+    status=$?
+    [ -s $out/peer.log ] || echo "no line; see $out/peer.err" > $out/peer.log
+    verdict "the peer's" $status $out/peer.log
+    echo "peer $* $(tail -n 1 $out/peer.log)" >> $out/speed.log
+}
+
+table() { # of speed.log
+    echo
+    python3 - $out/speed.log << 'END'
+import json, sys
+ours, peer = {}, {}
+for line in open(sys.argv[1]):
+    who, *row, rest = line.split(None, 4)
+    if who == "ours" and rest.startswith(row[0]):
+        f = rest.split()
+        ours[tuple(row)] = float(f[4]), float(f[9]), f[8]
+    elif who == "peer" and rest.startswith("{"):
+        f = json.loads(rest)
+        peer[tuple(row)] = f["tokens_per_s"], f["peak_GiB"]
+print("| preset | B | T | tokens/s | of the matrix rate | GiB | peer's tokens/s | GiB | ratio |")
+print("|---|---|---|---|---|---|---|---|---|")
+for row in ours:
+    speed, memory, share = ours[row]
+    text = "| %s | %s | %s | %.0f | %s | %.2f |" % (*row, speed, share, memory)
+    if row in peer:
+        text += " %.0f | %.2f | %.2f |" % (*peer[row], speed / peer[row][0])
+    print(text if row in peer else text + " | | |")
+END
+}
+
+part_speed256() {
+    for row in "71m 256 256" "130m 256 256" "350m 128 256" "1b 64 256"; do
+        # shellcheck disable=SC2086
+        speed $row
+    done
+    table
+}
+
+part_speed1024() {
+    for row in "71m 64 1024" "130m 64 1024" "350m 32 1024" "1b 16 1024"; do
+        # shellcheck disable=SC2086
+        speed $row
+    done
+    table
+    [ -z "$llmc" ] || part_llmc
+}
+
+part_llmc() { # 20 steps of GPT-2 124M, V 50257, on random tokens, at B 64, T 1024
+    python3 - $out/random.bin << 'END'
+import array, random, sys
+n = 4 * 64 * 1024 + 1
+with open(sys.argv[1], "wb") as file:
+    array.array("i", [20240520, 1, n] + [0] * 253).tofile(file)
+    array.array("H", (random.randrange(50257) for _ in range(n))).tofile(file)
+END
+    tokens=$PWD/$out/random.bin
+    (cd "$llmc" && make -s train_gpt2cu PRECISION=BF16 && ./train_gpt2cu -e d12 -i "$tokens" \
+        -j "$tokens" -b 64 -t 1024 -d 65536 -x 20 -v 0 -s 0 -h 0) > $out/llmc.log 2>&1
+    status=$?
+    grep tok/s $out/llmc.log | tail -n 1 > $out/llmc.line
+    verdict "llm.c's GPT-2 124M, B 64, T 1024" $status $out/llmc.line
+}
+
+note "$(date -u +%Y-%m-%d), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader)"
+for part in "$@"; do
+    begin=$(date +%s)
+    "part_$part"
+    echo "$part: $(($(date +%s) - begin)) s" | tee -a $out/times.txt
+done
+echo && cat $summary $out/times.txt
 ! grep -q FAIL $summary

@@ -174,15 +174,16 @@ static void crossentropy_forward(float *losses, float *lse, const float *logits,
     OnGpu<float> e(losses, N), l(lse, N);
     OnGpu<real> x(logits, (size_t)N * V);
     Constants<int> t(targets, N);
-    ::crossentropy_forward<real>(e.p, l.p, x.p, t.p, N, V, V);
+    crossentropy<real>(e.p, l.p, NULL, x.p, t.p, 1, N, V, V);
 }
 
-static void crossentropy_backward(float *logits, const float *lse, const int *targets, float scale,
+// The kernel computes lse itself.
+static void crossentropy_backward(float *logits, const float *, const int *targets, float scale,
                                   int N, int V) {
     OnGpu<real> x(logits, (size_t)N * V);
-    OnGpu<float> l(lse, N);
+    Scratch<float> e(N);
     Constants<int> t(targets, N);
-    ::crossentropy_backward<real>(x.p, l.p, t.p, scale, N, V, V);
+    crossentropy<real>(e.p, NULL, x.p, x.p, t.p, scale, N, V, V);
 }
 
 static void adamw_update(float *p, const float *grad, float *m, float *v, size_t n, float lr,

@@ -7,6 +7,7 @@ larger of the two times is a floor; their sum over all kernels is the floor of a
     python3 dev/roofline.py 71m 256 256             # preset, B, T: one table, as in dev/roofline.md
     python3 dev/roofline.py                         # the floors of all presets
     python3 dev/roofline.py --tflops 600 --tbytes 3 350m 128 256
+    python3 dev/roofline.py --measured FILE 71m 256 256     # beside what ./bench_cuda kernels wrote
 
 The rates default to what one H200 was seen to reach: 790 TFLOP/s in bf16 and 4.3 TB/s. bf16 is two
 bytes. A network that puts its norms first, with GPAS; V 32000.
@@ -27,9 +28,9 @@ def matmul(N, C, OC):
     return 2 * N * C * OC, 2 * (N * C + OC * C + N * OC)
 
 
-def matmul_backward(N, C, OC):
-    """dinp = dout weight, dweight += dout^T inp; dweight is fp32, read and written."""
-    return 4 * N * C * OC, 2 * (2 * N * OC + OC * C + 2 * N * C) + 8 * OC * C
+def matmul_backward(N, C, OC, parts=1):
+    """dinp = dout weight, dweight += dout^T inp; dweight is fp32, read and written in each part."""
+    return 4 * N * C * OC, 2 * (2 * N * OC + OC * C + 2 * N * C) + 8 * OC * C * parts
 
 
 def kernels(C, H, L, NH, B, T):
@@ -38,18 +39,19 @@ def kernels(C, H, L, NH, B, T):
     P = 2 * V * C + L * (4 * C * C + 3 * H * C)
     products = [("qkv", N, C, 3 * C), ("wo", N, C, C), ("w13", N, C, 2 * H), ("w2", N, H, C)]
     rows = [("embedding_forward", 1, 0, 4 * min(N, V) * C + x),
-            ("residual_gpas_rmsnorm_forward", 2 * L, 0, 5 * x)]
+            ("residual_gpas_rmsnorm_forward", 2 * L, 0, 4 * x)]
     rows += [("matmul_forward " + p[0], L, *matmul(*p[1:])) for p in products]
     rows += [("rope_forward", L, 0, 4 * x),
              ("attention_forward", L, 2 * N * T * C, 4 * x),
              ("swiglu_forward", L, 0, 2 * 3 * N * H),
              ("matmul_forward output", 1, *matmul(N, C, V)),
-             ("crossentropy_forward", 1, 0, 2 * N * V),
-             ("crossentropy_backward", 1, 0, 4 * N * V),
-             ("matmul_backward output", 1, *matmul_backward(N, C, V)),
-             ("residual_gpas_rmsnorm_backward", 2 * L, 0, 5 * x)]
+             ("crossentropy", 1, 0, 4 * N * V),
+             ("matmul_backward output", 1, *matmul_backward(N, C, V, 4)),
+             ("scaled: two gradients", 1, 0, 2 * x + 12 * V * C),
+             ("residual_gpas_rmsnorm_backward", 2 * L, 0, 4 * x)]
     rows += [("matmul_backward " + p[0], L, *matmul_backward(*p[1:])) for p in products]
-    rows += [("attention_backward", L, 7 * N * T * C, 10 * x),  # S and dP twice; delta, dkv, dq
+    # S and dP twice. For dq: qkv, dout, out in, dq out; for dk and dv: qkv, dout in, two out.
+    rows += [("attention_backward", L, 7 * N * T * C, 12 * x),
              ("rope_backward", L, 0, 4 * x),
              ("swiglu_backward", L, 0, 2 * 5 * N * H),
              ("embedding_backward", 1, 0, x + 8 * V * C),
@@ -70,17 +72,36 @@ def floors(o, shape):
     return rows, B * T * (6 * parameters + 6 * L * C * T)
 
 
+def beside(rows, path):
+    """Measured times beside the floors, what is most above its floor first."""
+    measured = {}
+    with open(path) as file:
+        for line in file:
+            if line.count(";") == 2:
+                measured[line.split(";")[0]] = float(line.split(";")[2])
+    table = [(name, calls, floor, measured.get(name, float("nan")))
+             for name, calls, _, _, floor in rows]
+    table.sort(key=lambda row: row[2] - row[3])
+    table.append(("all", "", sum(row[2] for row in table), sum(row[3] for row in table)))
+    print("| kernel | calls | floor, ms | measured, ms | floor / measured |\n|---|---|---|---|---|")
+    for row in table:
+        print("| %s | %s | %.2f | %.2f | %.0f%% |" % (*row, 100 * row[2] / row[3]))
+
+
 def main():
     parser = argparse.ArgumentParser(description="Floors of a training step's kernels.")
     parser.add_argument("shape", nargs="*", help="PRESET B T")
     parser.add_argument("--tflops", type=float, default=790)
     parser.add_argument("--tbytes", type=float, default=4.3)
+    parser.add_argument("--measured", metavar="FILE", help="name;calls;milliseconds of each kernel")
     o = parser.parse_args()
     if o.shape and (len(o.shape) != 3 or o.shape[0] not in PRESETS):
         sys.exit("roofline.py: give a preset (%s), B and T" % ", ".join(PRESETS))
     if o.shape:
         preset, B, T = o.shape[0], int(o.shape[1]), int(o.shape[2])
         rows, _ = floors(o, (preset, B, T))
+        if o.measured:
+            return beside(rows, o.measured)
         total = sum(row[4] for row in rows)
         print("| kernel | calls | GFLOP | GB | floor, ms | share |\n|---|---|---|---|---|---|")
         for row in rows + [("all", "", sum(r[2] for r in rows), sum(r[3] for r in rows), total)]:

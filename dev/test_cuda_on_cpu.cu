@@ -221,6 +221,35 @@ static void tensor_core() {
     }
 }
 
+// tile (16,16) comes by cp.async, 16 bytes at once and the last row cut off after 3 pairs. out
+// (2,16,16): as ldmatrix hands it out, and transposed.
+__global__ void tile_kernel(bf16 *out, const bf16 *in) {
+    __shared__ bf16 tile[16][24];
+    int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+    cp_async(&tile[lane / 2][lane % 2 * 8], in + lane * 8, 16, lane < 30 ? 16 : lane < 31 ? 12 : 0);
+    cp_async_wait_all();
+    __syncthreads();
+    for (int turned = 0; turned < 2; turned++) {
+        __nv_bfloat162 m[4];
+        ldmatrix_x4(m, &tile[lane % 16][lane / 16 * 8], turned);
+        for (int i = 0; i < 4; i++)  // matrix i is 8 rows further for odd i, 8 columns for i > 1
+            for (int k = 0; k < 2; k++) {
+                int row = i % 2 * 8 + (turned ? 2 * t + k : g);
+                int column = i / 2 * 8 + (turned ? g : 2 * t + k);
+                out[turned * 256 + row * 16 + column] = k ? m[i].y : m[i].x;
+            }
+    }
+}
+
+static void tiles() {
+    auto in = random_numbers<bf16>(256);
+    bf16 *out = (bf16 *)zeros(256);
+    tile_kernel<<<1, 32>>>(out, on_gpu(in));
+    auto got = from_gpu(out, 512);
+    for (int i = 0; i < 512; i++)
+        REQUIRE((float)got[i] == (i % 256 < 246 ? (float)in[i % 256] : 0));
+}
+
 template <class In, class Out>
 static cublasStatus_t matmul(bool ta, bool tb, const In *a, const In *b, Out *d, int m, int n,
                              int k, float beta, int wrong = 0) {
@@ -359,6 +388,15 @@ __global__ void half_mma() {
     __nv_bfloat162 a[4] = {}, b[2] = {};
     if (threadIdx.x > 3) mma_m16n8k16_bf16(c, a, b);
 }
+__global__ void half_ldmatrix(float *in) {
+    __nv_bfloat162 m[4];
+    if (threadIdx.x > 3) ldmatrix_x4(m, in, false);
+}
+__global__ void copy_from(float *in) {
+    __shared__ float tile[4];
+    cp_async(tile, in, 16, 16);
+    cp_async_wait_all();
+}
 __global__ void crossed() {
     if (threadIdx.x == 3)
         __syncthreads();
@@ -403,6 +441,13 @@ __global__ void write_read(float *p, bool sync_warp) {
     x[threadIdx.x] = 1;
     if (sync_warp) __syncwarp();
     p[threadIdx.x] = x[63 - threadIdx.x];
+}
+__global__ void copied(float *out, const float *in, int wait, int sync) {
+    __shared__ float tile[64];
+    cp_async(&tile[threadIdx.x], in + threadIdx.x, 4, 4);
+    if (wait) cp_async_wait_all();
+    if (sync) __syncthreads();
+    out[threadIdx.x] = tile[63 - threadIdx.x];
 }
 __global__ void in_a_warp(float *p) {
     __shared__ float x[32];
@@ -469,6 +514,8 @@ static void faults_of_both() {
     FAULT("other_line", "in __syncthreads() on line", other_line<<<1, 64>>>(20));
     FAULT("half_a_warp", "every thread of the warp in __syncwarp()", half_a_warp<<<3, 64>>>());
     FAULT("half_mma", "in mma_m16n8k16_bf16()", half_mma<<<3, 64>>>());
+    FAULT("half_ldmatrix", "in ldmatrix_x4()", half_ldmatrix<<<1, 32>>>(zeros(64)));
+    FAULT("copy_from", "misaligned: reads 16 bytes at byte 8", copy_from<<<1, 1>>>(zeros(64) + 2));
     FAULT("crossed", "waits in __sync", crossed<<<1, 64>>>());
     FAULT("write_at", "byte 90000 of a cudaMalloc", write_at<<<1, 1>>>((char *)zeros(64), 90000));
     FAULT("write_at", "byte -70000 of a cudaMalloc", write_at<<<1, 1>>>((char *)zeros(64), -70000));
@@ -517,6 +564,8 @@ static void faults_of_checked() {
     FAULT("in_a_warp", "no __syncwarp() between", in_a_warp<<<1, 32>>>(zeros(32)));
     FAULT("many_readers", "race with another", many_readers<<<1, 64>>>(zeros(64)));
     FAULT("bf16_neighbours", "writes 2 bytes", bf16_neighbours<<<1, 64>>>((bf16 *)zeros(64)));
+    FAULT("copied", "nothing has written this", copied<<<1, 64>>>(zeros(64), zeros(64), 0, 1));
+    FAULT("copied", "nothing has written this", copied<<<1, 64>>>(zeros(64), zeros(64), 1, 0));
     FAULT("blocks_write", "race with another block", blocks_write<<<9, 1>>>(zeros(1)));
     FAULT("blocks_read_write", "race with another block", blocks_read_write<<<9, 1>>>(zeros(9)));
     FAULT("plain_and_atomic", "race with another", plain_and_atomic<<<1, 64>>>(zeros(1)));
@@ -531,6 +580,7 @@ int main() {
     CORRECT(shared_arrays);
     CORRECT(bf16_rounding);
     CORRECT(tensor_core);
+    CORRECT(tiles);
     CORRECT(cublas);
     CORRECT(launch_errors);
     CORRECT(memory);
