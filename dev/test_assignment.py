@@ -42,12 +42,12 @@ VIOLENT = [
     ("swiglu", "y[i] = a[i] * sigmoid", "y[i + (1 << 30)] = a[i] * sigmoid", "segmentation fault"),
     ("residual", "i < n; i++) out[i] = alpha", "i <= n; i++) out[i] = alpha", "outside")]
 KERNELS = [
-    ("rope", "    unsigned blocks = blocks_for((size_t)B * T * C",
-     "    for (;;) allocate(1 << 20, 64);\n"
-     "    unsigned blocks = blocks_for((size_t)B * T * C", "not enough memory.*not enough memory"),
-    ("swiglu", "b[k];\n    store(out + i, a)", "b[k];\n    store(out + i + n, a)",
-     "of a cudaMalloc"),
-    ("crossentropy", "lse[blockIdx.x], x[W]", "lse[0], x[W]", "row 0|first row|differs"),
+    ("rope", "    int N = B * T;\n    if (hs % W", "    for (;;) allocate(1 << 20, 64);\n"
+     "    int N = B * T;\n    if (hs % W", "not enough memory.*not enough memory"),
+    ("swiglu", "store(out + (size_t)blockIdx.x * H + h, a)",
+     "store(out + (size_t)(blockIdx.x + 1) * H + h, a)", "of a cudaMalloc"),
+    ("crossentropy", "to_float(logits[row + target])", "to_float(logits[target])",
+     "row 0|first row"),
     ("adamw", "x -= a.lr", "x += a.lr", "sign")]
 
 
