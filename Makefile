@@ -7,7 +7,7 @@ CFLAGS = -O3 -march=native
 # Always: contract a * b + c to one instruction; sqrtf may be vectorized, for nobody reads errno.
 FLAGS = -std=c11 -Wall -Wextra -Wpedantic -fopenmp -ffp-contract=fast -fno-math-errno $(CFLAGS)
 PYTHON = python3
-SOURCES = train_gpas.c dev/plumbing.h dev/evaluation.h
+SOURCES = train_gpas.c dev/plumbing.h dev/finite.h dev/logs.h dev/evaluation.h
 
 train_gpas: $(SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm

@@ -931,7 +931,7 @@ static void test_loader(void) {
               targets[7] == 4,
           "loader: windows do not overlap, come in order, and begin again", "%d %d %d", tokens[0],
           targets[3], tokens[4]);
-    free(loader.windows);
+    loader_close(&loader);
     loader_open(&loader, folder, "count", 4, 60000, 3);
     for (int i = 0; i < 20; i++) {
         loader_batch(&loader, i, 1, tokens, targets);
@@ -943,19 +943,19 @@ static void test_loader(void) {
           moved);
     loader_batch(&loader, 47, 1, tokens, targets);
     int one_by_one = tokens[0];
-    free(loader.windows);
+    loader_close(&loader);
     loader_open(&loader, folder, "count", 4, 60000, 3);
     loader_batch(&loader, 47, 1, tokens, targets);
     check(tokens[0] == one_by_one, "loader: a later epoch does not depend on where the run began",
           "%d, %d", tokens[0], one_by_one);
-    free(loader.windows);
+    loader_close(&loader);
     write_tokens("part_000.bin", 20240520, 1, 10, 10, 60000);
     write_tokens("part_001.bin", 20240520, 1, 7, 7, 60000);
     loader_open(&loader, folder, "part", 4, 60000, 0);
     loader_batch(&loader, 2, 1, tokens, targets);
     check(loader.num_windows == 3 && tokens[0] == 0 && tokens[3] == 3,
           "loader: shards follow one another", "%zu windows", loader.num_windows);
-    free(loader.windows);
+    loader_close(&loader);
 }
 
 static void decode(const Tokenizer *k, const int *tokens, int n, char *text, size_t size) {
