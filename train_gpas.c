@@ -1350,6 +1350,7 @@ static void open_run(Run *run, Options *o) {
     size_t N = (size_t)o->batch * o->seq_len;
     const char *checkpoint = *o->load ? o->load : o->resume;
     memset(run, 0, sizeof *run);
+    signal(SIGXFSZ, SIG_IGN);  // a file that may not grow any more: an error like a full disk
     if (tokenizer_open(&run->tokenizer, o->data)) {
         if (o->vocab_size && o->vocab_size != run->tokenizer.V)
             die("--vocab-size is %d, but %s/tokenizer.bin has %d pieces", o->vocab_size, o->data,
@@ -1362,6 +1363,9 @@ static void open_run(Run *run, Options *o) {
         loader_open(&run->train, o->data, "train", o->seq_len, o->vocab_size,
                     (uint64_t)o->seed + 1);
         loader_open(&run->val, o->data, "val", o->seq_len, o->vocab_size, 0);
+        if (o->total_batch / 16 > (int64_t)run->train.num_windows)
+            die("--total-batch %d would use each of the %zu sequences in %s over 16 times a step",
+                o->total_batch, run->train.num_windows, o->data);
         int64_t windows = run->val.num_windows, limit = (int64_t)o->val_batches * o->batch;
         run->val_windows = limit && windows > limit ? limit : windows;
     }

@@ -62,7 +62,7 @@ static void *allocate(size_t count, size_t size) {
 }
 
 // SIGINT and SIGTERM let the training loop end its step and save; a second one ends the program at
-// once. A file that may not grow any more is an error like a full disk.
+// once.
 static volatile sig_atomic_t stop_signal;
 static void ask_to_stop(int number) { stop_signal = number; }
 static void catch_signals(void) {
@@ -71,7 +71,6 @@ static void catch_signals(void) {
     action.sa_handler = ask_to_stop;
     action.sa_flags = SA_RESETHAND | SA_RESTART;
     sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
-    signal(SIGXFSZ, SIG_IGN);
 }
 
 static int step_now;  // the step that is being computed, for messages; 0: none
@@ -327,7 +326,7 @@ static void check_memory(const Options *o, const char *const given[NUM_ROWS]) {
         die("about %.1f GiB of memory are needed, of %.1f; lower --batch, --seq-len or the "
             "network's size", (parameters + activations) / GiB, all / GiB);
     if (!*path || (is_given(given, "seq-len") && (*o->load || is_given(given, "batch")))) return;
-    if (activations > GiB && stat(path, &info) == 0 && activations > 64.0 * info.st_size)
+    if (activations > GiB / 2 && stat(path, &info) == 0 && activations > 64.0 * info.st_size)
         die("%s asks for %.1f GiB by its --batch or --seq-len, a lot for a file so small; give "
             "both options if that is meant", path, activations / GiB);
 }
