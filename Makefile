@@ -39,7 +39,8 @@ endif
 test: train_gpas test_gpas test_gpas_double $(CUDA_ON_CPU)
 	@sh dev/run_tests.sh ./test_gpas ./test_gpas_double "$(PYTHON) dev/test_prepro.py" \
 	    "$(PYTHON) dev/test_export.py" "$(PYTHON) dev/reference.py --check" \
-	    "$(PYTHON) dev/test_assignment.py" $(CUDA_ON_CPU_TESTS)
+	    "$(PYTHON) dev/test_assignment.py" "$(PYTHON) dev/test_mutations.py" \
+	    "$(PYTHON) dev/soak.py --kills 20" $(CUDA_ON_CPU_TESTS)
 
 # ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
 

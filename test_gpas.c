@@ -15,6 +15,7 @@ test_gpas.c: is train_gpas.c right? One line per check, `N passed, N failed` at 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -1129,8 +1130,8 @@ static void test_stop(void) {
           "full disk: one line on stderr, and the log ends with a whole line", "status %d, %s",
           status, b);
     snprintf(command, sizeof command,
-             "rm -r %s/stop; { (ulimit -f 0; ./train_gpas " STOPPED "2>&1 >/dev/null); echo $?; } | "
-             "cat >%s/errors", folder, folder, folder, folder);
+             "rm -r %s/stop; { (ulimit -f 0; ./train_gpas " STOPPED "2>&1 >/dev/null); echo $?; }"
+             " | cat >%s/errors", folder, folder, folder, folder);
     status = system(command);
     free(b), b = whole_file("errors", &b_size);
     check(status == 0 && strstr(b, "log.csv: File too large\n1\n"),
@@ -1430,7 +1431,8 @@ static void test_large_sizes(void) {
     float *table = far_floats(C * C), *end = table + C * C - C, row[65536], *out = row;
     for (size_t c = 0; c < C; c++) end[c] = (float)c;
     embedding_forward(out, &last, table, 1, 65536);
-    check(memcmp(row, end, sizeof row) == 0, "sizes: the last row of a table of 2^32", "%g", row[9]);
+    check(memcmp(row, end, sizeof row) == 0, "sizes: the last row of a table of 2^32", "%g",
+          row[9]);
     embedding_backward(table, out, &last, 1, 65536);
     check(end[9] == 18 && end[65535] == 2 * 65535, "sizes: and its gradient", "%g", end[9]);
     munmap(table, C * C * sizeof(float));

@@ -38,36 +38,44 @@ class Experiment:
     def __init__(self, name, options, out):
         self.name, self.options, self.out = name, options, out
         parts = name.split(".")
-        if len(parts) != 4:
-            fail(f"{name} is not named SCHEME.KIND.DATA.LR")
+        if len(parts) != 4 or not re.fullmatch(r"[\w.+-]+", name):
+            fail(f"{name!r} is not named SCHEME.KIND.DATA.LR")
         self.scheme, self.kind, self.data, self.lr = parts
+        if "--steps" not in options[:-1] or not re.fullmatch(r"[0-9]{1,9}", self.steps()):
+            fail(f"{name} has no whole number --steps")
 
     def folder(self, seed):
         return os.path.join(self.out, self.name, f"seed-{seed}")
 
     def steps(self):
-        return int(self.options[self.options.index("--steps") + 1])
+        return self.options[self.options.index("--steps") + 1]
 
 
 def read_table(path, out):
     """The experiments and seeds. `common` and `seeds` are lines of their own."""
     experiments, common, seeds = [], [], []
     try:
-        lines = open(path, encoding="utf-8").read().split("\n")
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
+    except ValueError:
+        fail(f"{path} is not UTF-8")
     for at, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         name, tab, options = line.partition("\t")
         if not tab:
             fail(f"{path}, line {at}: expected a name, a tab, options")
-        if name == "common":
-            common = shlex.split(options)
-        elif name == "seeds":
-            seeds = [int(seed) for seed in options.split()]
-        else:
-            experiments.append(Experiment(name, common + shlex.split(options), out))
+        try:
+            if name == "common":
+                common = shlex.split(options)
+            elif name == "seeds":
+                seeds = [int(seed) for seed in options.split()]
+            else:
+                experiments.append(Experiment(name, common + shlex.split(options), out))
+        except ValueError as error:
+            fail(f"{path}, line {at}: {error}")
     if not experiments or not seeds:
         fail(f"{path} names no experiments or no seeds")
     names = [e.name for e in experiments]
@@ -76,17 +84,35 @@ def read_table(path, out):
     return experiments, seeds
 
 
-def read_log(folder):
+def read_rows(path, numbers):
+    """The rows of a log; none where there is no file. These columns are numbers or empty, `step` is
+    a whole number. A last line that a kill cut off is left out."""
     try:
-        with open(os.path.join(folder, "log.csv"), encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
     except OSError:
         return []
+    name, at = "its header", 1
+    try:
+        rows = list(csv.DictReader(text[:text.rfind("\n") + 1].splitlines()))
+        for at, row in enumerate(rows, 2):
+            for name in numbers:
+                float(row[name] or 0)
+            name = "step"
+            if not re.fullmatch(r"[0-9]{1,9}", row[name]):
+                raise ValueError
+        return rows
+    except (csv.Error, KeyError, TypeError, ValueError):
+        fail(f"{path}, line {at}: {name} is not what it should be")
+
+
+def read_log(folder):
+    return read_rows(os.path.join(folder, "log.csv"), ["val_loss"])
 
 
 def complete(experiment, seed):
     rows = read_log(experiment.folder(seed))
-    return bool(rows) and int(rows[-1]["step"]) == experiment.steps() and rows[-1]["val_loss"]
+    return bool(rows) and rows[-1]["step"] == experiment.steps() and rows[-1]["val_loss"]
 
 
 def train(experiment, seed, program, folders):
@@ -142,11 +168,15 @@ class Result:
             self.curves.append({int(r["step"]): float(r["val_loss"]) for r in read_log(folder)
                                 if r["val_loss"]})
             steps = {}
-            with open(os.path.join(folder, "layers.csv"), encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    steps.setdefault(int(row["step"]), []).append(row)
+            for row in read_rows(os.path.join(folder, "layers.csv"),
+                                 ["mlp_variance", "gate", "grad_norm"]):
+                steps.setdefault(int(row["step"]), []).append(row)
             self.layers.append(steps)
         self.steps = sorted(self.curves[0])
+        shapes = [[(step, len(rows)) for step, rows in steps.items()] for steps in self.layers]
+        if any(sorted(curve) != self.steps for curve in self.curves) or not shapes[0] or any(
+                shape != shapes[0] for shape in shapes):
+            fail(f"{experiment.name}: its seeds' logs are not of the same steps and layers")
 
     def losses(self, step):
         return [curve[step] for curve in self.curves]
@@ -359,7 +389,10 @@ def main():
     parser.add_argument("--draw-only", action="store_true")
     o = parser.parse_args()
     experiments, seeds = read_table(o.table, o.out)
-    experiments = [e for e in experiments if re.search(o.only, e.name)]
+    try:
+        experiments = [e for e in experiments if re.search(o.only, e.name)]
+    except re.error as error:
+        fail(f"--only: {error}")
     if not o.draw_only:
         run_all(experiments, seeds, o.program, {"toy": "data/toy", "real": o.real})
     if o.run_only:

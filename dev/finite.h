@@ -9,7 +9,7 @@ in place on the result of the first, the first is repeated to see which of the t
 
 static int all_finite(const float *x, size_t n) {
     int bad = 0;
-    #pragma omp parallel for simd reduction(| : bad)
+    #pragma omp simd reduction(| : bad)
     for (size_t i = 0; i < n; i++) bad |= !isfinite(x[i]);
     return !bad;
 }

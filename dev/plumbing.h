@@ -279,13 +279,6 @@ static void print_options(const Options *o) {
     }
 }
 
-// Does the command line have this option?
-static int is_given(const char *const given[NUM_ROWS], const char *name) {
-    for (int r = 0; r < NUM_ROWS; r++)
-        if (option_rows[r].name && strcmp(option_rows[r].name, name) == 0) return given[r] != NULL;
-    return 0;
-}
-
 // Ends the program when options, each allowed by itself, cannot mean anything together.
 static void check_options(const Options *o, const char *const given[NUM_ROWS]) {
     for (int r = 0; r < NUM_ROWS; r++) {
@@ -311,6 +304,13 @@ static void check_options(const Options *o, const char *const given[NUM_ROWS]) {
 }
 
 #ifndef TRAIN_GPAS_CUDA
+// Does the command line have this option?
+static int is_given(const char *const given[NUM_ROWS], const char *name) {
+    for (int r = 0; r < NUM_ROWS; r++)
+        if (option_rows[r].name && strcmp(option_rows[r].name, name) == 0) return given[r] != NULL;
+    return 0;
+}
+
 // Ends the program when the network needs more memory than there is, about, before the system ends
 // it. A small checkpoint, perhaps a damaged one, must not fill the memory by what it says of
 // --batch and --seq-len either, unless the command line says the same.
@@ -529,7 +529,7 @@ static int tokenizer_open(Tokenizer *k, const char *dir) {
     k->file = (char *)allocate(size, 1);
     if (fread(k->file, 1, size, file) != size) die("cannot read %s: %s", path, strerror(errno));
     fclose(file);
-    size_t room = size / 8 < MOST ? size / 8 + 1 : MOST;
+    size_t room = size / 8 < MOST ? size / 8 + 1 : (size_t)MOST;
     k->pieces = (const char **)allocate(room, sizeof *k->pieces);
     k->lengths = (int *)allocate(room, sizeof(int));
     k->scores = (float *)allocate(room, sizeof(float));

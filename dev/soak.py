@@ -220,7 +220,7 @@ def main():
     parser.add_argument("--program", default="./train_gpas")
     parser.add_argument("--data", default="data/toy", help="for the soak, not for --kills")
     parser.add_argument("--kills", type=int, help="short runs to be killed, instead of a soak")
-    parser.add_argument("--seconds", type=float, default=3600, help="how long the soak takes, about")
+    parser.add_argument("--seconds", type=float, default=3600, help="of the soak, about")
     parser.add_argument("--seed", type=int, default=1, help="of the moments")
     o = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
