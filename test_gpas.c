@@ -1139,6 +1139,34 @@ static void test_stop(void) {
     free(a), free(b), free(stories);
 }
 
+// No room for a checkpoint, or for what a damaged one asks for.
+static void test_no_room(void) {
+    char command[2000], errors[2000];
+    size_t a_size, b_size, size;
+    int status = run(SMALL "--steps 5", errors);
+    char *a = whole_file("run/ckpt_000005.safetensors", &a_size);
+    snprintf(command, sizeof command, "ulimit -f 40; ./train_gpas --steps 9 --resume "
+             "%s/run/ckpt_000005.safetensors 2>%s/errors >%s/output", folder, folder, folder);
+    status = status ? status : system(command);
+    char *said = whole_file("errors", &size);
+    char *b = whole_file("run/ckpt_000005.safetensors", &b_size);
+    check(WEXITSTATUS(status) == 1 && strstr(said, "000009.safetensors: File too large") &&
+              strchr(said, '\n') == said + size - 1 && a_size == b_size && !memcmp(a, b, a_size) &&
+              access(in_folder("run/ckpt_000009.safetensors"), F_OK) != 0 &&
+              access(in_folder("run/ckpt_000009.safetensors.tmp"), F_OK) != 0,
+          "full disk: one line, the last checkpoint is as it was, no half one is left",
+          "status %d, %s", status, said);
+    free(a), free(b), free(said);
+#ifndef __SANITIZE_ADDRESS__  // which takes all addresses there are
+    tested = "ulimit -v 4000000; ./train_gpas";
+    status = run("--load %s/deep --steps 0", errors);
+    check(status == 1 && strstr(errors, "damaged: its tensors"),
+          "error: a checkpoint that claims 7 GB is refused before they are taken", "status %d, %s",
+          status, errors);
+    tested = "./train_gpas";
+#endif
+}
+
 // Everything here must end with status 1 and one line on stderr that holds the given words.
 static void test_errors(void) {
     static const struct {
@@ -1191,6 +1219,8 @@ static void test_errors(void) {
         {"--load %s/step", "metadata"},
         {"--load %s/position", "metadata"},
         {"--load %s/random", "damaged"},
+        {"--load %s/lines", "damaged"},
+        {SMALL "--total-batch 50000", "16 times"},
         {"--load %s/large", "damaged"},
         {"--resume %s/hungry --steps 9", "GiB"},
         {"--load %s/pipe", "not a file"},
@@ -1255,6 +1285,9 @@ static void break_files(void) {
     replace("step", good, size, "\"step\":\"3\"", "\"step\":\"9999999999\"");
     replace("position", good, size, "\"position\":\"6\"", "\"position\":\"99999999999999\"");
     replace("random", good, size, "\"random\":\"", "\"random\":\" ");
+    replace("deep", good, size, "\"layers\":\"2\",\"channels\":\"16\"",
+            "\"layers\":\"400\",\"channels\":\"1024\"");
+    replace("lines", good, size, "\"layers\":\"2\"", "\"layers\":\"2\n\r\n\"");
     replace("large", good, size, "\"channels\":\"16\"", "\"channels\":\"512\"");
     replace("hungry", good, size, "\"batch\":\"2\",\"total-batch\":\"2\"",
             "\"batch\":\"65536\",\"total-batch\":\"65536\"");
@@ -1798,7 +1831,7 @@ int main(void) {
     atexit(remove_folder);
     owner = getpid();
     test_loader(), test_tokenizer(), test_program(), test_stop();
-    break_files(), test_errors();
+    break_files(), test_errors(), test_no_room();
     test_check_finite(), test_large_sizes();
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;

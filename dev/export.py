@@ -97,7 +97,7 @@ class Checkpoint:
             begin = end
         for extra in set(header) - set(self.tensors):
             if not extra.startswith(("adam_m.", "adam_v.")):
-                raise Error(f"{self.path} is damaged: it has a tensor {extra}")
+                raise Error(f"{self.path} is damaged: it has a tensor {extra!r}")
         expected = begin * (3 if len(header) > len(self.tensors) else 1)
         if len(data) != expected:
             raise Error(f"{self.path} is damaged: {len(data)} bytes of numbers, not {expected}")

@@ -56,7 +56,8 @@ static void sample(Run *run) {
     if (!file) die("cannot write %s: %s", path, strerror(errno));
     fprintf(file, "--- step %d ---\n", run->progress.step);
     tell_story(&run->model, &run->tokenizer, &run->progress.random, file);
-    if (fclose(file) != 0) die("cannot write %s: %s", path, strerror(errno));
+    int good = fflush(file) == 0 && fsync(fileno(file)) == 0;
+    if (fclose(file) != 0 || !good) die("cannot write %s: %s", path, strerror(errno));
 }
 
 // Writes the first batch, its loss and gradients before any clipping, and the weights they are of.

@@ -38,16 +38,19 @@ static const char program[] = "train_gpas_cuda", default_dtype[] = "bf16";
 static const char program[] = "train_gpas", default_dtype[] = "fp32";
 #endif
 
-// Ends the program with one line on stderr and exit status 1. A second thread that fails waits.
+// Ends the program with one line on stderr, whatever names and values it quotes, and exit status 1.
+// A second thread that fails waits.
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...) {
+    char text[4096];
     va_list args;
     va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    for (char *c = text; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
     flockfile(stderr);
     fflush(stdout);
-    fprintf(stderr, "%s: ", program);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    fprintf(stderr, "%s: %s\n", program, text);
     exit(1);
 }
 

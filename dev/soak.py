@@ -3,7 +3,7 @@
 Kills training runs at random moments, lets them go on, and compares their files with those of a run
 that nobody disturbed.
 
-    python3 dev/soak.py                     toy stories for an hour, killed about every two minutes
+    python3 dev/soak.py                     toy stories for an hour, killed about every minute
     python3 dev/soak.py --seconds 600       for ten minutes
     python3 dev/soak.py --kills 500         500 runs of a tiny network, each killed once
 
