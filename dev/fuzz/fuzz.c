@@ -32,7 +32,7 @@ dev/fuzz/checkpoint and so on hold inputs to begin with; what was found is a tes
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { MEMORY, OPENED, MAPPED, MOST = 1 << 17 };
+enum { MEMORY, NUMBER, OPENED, MAPPED, MOST = 1 << 17 };
 static struct { void *p; size_t size; int kind; } held[MOST];
 static int num_held;
 static jmp_buf back;
@@ -54,6 +54,7 @@ static void forget(const void *p) {
 static void give_back(void) {
     while (num_held-- > 0) {
         if (held[num_held].kind == MEMORY) free(held[num_held].p);
+        else if (held[num_held].kind == NUMBER) close((int)held[num_held].size);
         else if (held[num_held].kind == OPENED) fclose((FILE *)held[num_held].p);
         else munmap(held[num_held].p, held[num_held].size);
     }
@@ -63,6 +64,20 @@ static void give_back(void) {
 static void *held_realloc(void *p, size_t size) {
     forget(p);
     return hold(realloc(p, size), MEMORY, 0);
+}
+
+// A file that is open by its number has the number's place in this array as its pointer.
+static char numbers[1024];
+
+static int open_number(const char *path, int flags) {
+    int file = open(path, flags);
+    if (file >= 0) hold(numbers + file % 1024, NUMBER, file);
+    return file;
+}
+
+static FILE *open_held(int file, const char *mode) {
+    forget(numbers + file % 1024);
+    return (FILE *)hold(fdopen(file, mode), OPENED, 0);
 }
 
 static void free_held(void *p) {
@@ -81,7 +96,8 @@ __attribute__((noreturn)) static void leave(int status) { longjmp(back, status +
 #define aligned_alloc(alignment, size) hold((aligned_alloc)(alignment, size), MEMORY, 0)
 #define realloc(p, size) held_realloc(p, size)
 #define free(p) free_held(p)
-#define fdopen(file, mode) ((FILE *)hold((fdopen)(file, mode), OPENED, 0))
+#define open(path, flags) open_number(path, flags)
+#define fdopen(file, mode) open_held(file, mode)
 #define fclose(file) close_held(file)
 #define mmap(at, size, protection, flags, file, offset) \
     hold((mmap)(at, size, protection, flags, file, offset), MAPPED, size)
@@ -93,7 +109,7 @@ static char folder[100], path[200];
 
 static void write_input(const char *name, const uint8_t *data, size_t size) {
     snprintf(path, sizeof path, "%s/%s", folder, name);
-    int file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    int file = (open)(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
     if (file < 0 || write(file, data, size) != (ssize_t)size || close(file) != 0) abort();
 }
 
