@@ -1276,9 +1276,12 @@ static int compare_candidates(const void *a, const void *b) {
 static int sample_token(const float *logits, int V, double temperature, double top_p,
                         uint64_t *random, Candidate *candidates) {
     int likeliest = 0, kept = 0;
-    double total = 0, sum = 0;
-    for (int v = 1; v < V; v++)
+    double total = 0, sum = 0, all = 0;
+    for (int v = 0; v < V; v++) {
         if (logits[v] > logits[likeliest]) likeliest = v;
+        all += logits[v];
+    }
+    if (!isfinite(all)) die("cannot tell a story: the network's logits are not finite");
     if (temperature == 0) return likeliest;
     for (int v = 0; v < V; v++) {
         candidates[v].id = v;
