@@ -1130,12 +1130,12 @@ static void test_stop(void) {
           "full disk: one line on stderr, and the log ends with a whole line", "status %d, %s",
           status, b);
     snprintf(command, sizeof command,
-             "rm -r %s/stop; { (ulimit -f 0; ./train_gpas " STOPPED "2>&1 >/dev/null); echo $?; }"
-             " | cat >%s/errors", folder, folder, folder, folder);
-    status = system(command);
+             "rm %s/stop/log.csv; ln -s /dev/full %s/stop/log.csv; ./train_gpas " STOPPED
+             "2>%s/errors >%s/output", folder, folder, folder, folder, folder, folder);
+    status = access("/dev/full", W_OK) == 0 ? system(command) : -1;  // Linux has it
     free(b), b = whole_file("errors", &b_size);
-    check(status == 0 && strstr(b, "log.csv: File too large\n1\n"),
-          "full disk: no room for the first line of the log", "%s", b);
+    check(status == -1 || (WEXITSTATUS(status) == 1 && strstr(b, "log.csv: No space left")),
+          "full disk: no room for the first line of the log", "status %d, %s", status, b);
     free(a), free(b), free(stories);
 }
 
@@ -1341,7 +1341,11 @@ static float *spot(Model *m, const char *name, size_t *n) {
     die("the test knows no %s", name);
 }
 
-static void leave_at_once(void) { _exit(1); }  // LeakSanitizer cannot look at a forked process
+// LeakSanitizer cannot look at a forked process.
+static void leave_at_once(void) {
+    fflush(stderr);
+    _exit(1);
+}
 
 // Spoils one number, or with `fill` sets all of two, and makes a pass ('f'orward, 'b'ackward
 // after a forward pass that was in order, 'u'pdate): the operation must be named.
