@@ -1129,13 +1129,15 @@ static void test_stop(void) {
     check(WEXITSTATUS(status) == 1 && strstr(b, "log.csv: File too large") && a[a_size - 1] == '\n',
           "full disk: one line on stderr, and the log ends with a whole line", "status %d, %s",
           status, b);
+#ifndef __clang__  // whose OpenMP needs a file itself
     snprintf(command, sizeof command,
-             "rm %s/stop/log.csv; ln -s /dev/full %s/stop/log.csv; ./train_gpas " STOPPED
-             "2>%s/errors >%s/output", folder, folder, folder, folder, folder, folder);
-    status = access("/dev/full", W_OK) == 0 ? system(command) : -1;  // Linux has it
+             "rm -r %s/stop; { (ulimit -f 0; ./train_gpas " STOPPED "2>&1 >/dev/null); echo $?; }"
+             " | cat >%s/errors", folder, folder, folder, folder);
+    status = system(command);
     free(b), b = whole_file("errors", &b_size);
-    check(status == -1 || (WEXITSTATUS(status) == 1 && strstr(b, "log.csv: No space left")),
-          "full disk: no room for the first line of the log", "status %d, %s", status, b);
+    check(status == 0 && strstr(b, "log.csv: File too large\n1\n"),
+          "full disk: no room for the first line of the log", "%s", b);
+#endif
     free(a), free(b), free(stories);
 }
 
