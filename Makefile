@@ -7,7 +7,7 @@ CFLAGS = -O3 -march=native
 # Always: contract a * b + c to one instruction; sqrtf may be vectorized, for nobody reads errno.
 FLAGS = -std=c11 -Wall -Wextra -Wpedantic -fopenmp -ffp-contract=fast -fno-math-errno $(CFLAGS)
 PYTHON = python3
-SOURCES = train_gpas.c dev/plumbing.h dev/evaluation.h
+SOURCES = train_gpas.c dev/plumbing.h dev/finite.h dev/logs.h dev/evaluation.h
 
 train_gpas: $(SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm
@@ -44,7 +44,7 @@ test: train_gpas test_gpas test_gpas_double $(CUDA_ON_CPU)
 	@sh dev/run_tests.sh ./test_gpas ./test_gpas_double "$(PYTHON) dev/test_prepro.py" \
 	    "$(PYTHON) dev/test_export.py" "$(PYTHON) dev/reference.py --check" \
 	    "$(PYTHON) dev/test_assignment.py" "$(PYTHON) dev/test_figures.py" \
-	    $(CUDA_ON_CPU_TESTS)
+	    "$(PYTHON) dev/test_mutations.py" "$(PYTHON) dev/soak.py --kills 20" $(CUDA_ON_CPU_TESTS)
 
 # ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
 
@@ -131,6 +131,26 @@ sanitize:
 	$(MAKE) test KERNELS=none CFLAGS="-O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all"
 	$(MAKE) clean
 
+# The readers against files and options that nobody would write: dev/fuzz/fuzz.c. Needs clang.
+# SECONDS=60: a minute for each instead of ten.
+FUZZED = checkpoint tokens tokenizer options
+build/fuzz_%: dev/fuzz/fuzz.c $(SOURCES)
+	@mkdir -p build/corpus_$*
+	clang -std=c11 -Wall -Wextra -Wpedantic -Wno-pass-failed -fopenmp -fno-math-errno -g -O2 \
+	    -march=native -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
+	    -DFUZZ_$* $< -o $@ -lm
+
+fuzz: SECONDS = 600
+fuzz: $(FUZZED:%=build/fuzz_%)
+	for name in $(FUZZED); do ASAN_OPTIONS=detect_leaks=0 build/fuzz_$$name -close_fd_mask=3 \
+	    -rss_limit_mb=1024 -timeout=10 -use_value_profile=1 -max_total_time=$(SECONDS) \
+	    build/corpus_$$name dev/fuzz/$$name || exit 1; done
+
+# Trains for an hour, is killed now and then, goes on. SECONDS=600: for ten minutes.
+soak: SECONDS = 3600
+soak: train_gpas data/toy/tokenizer.bin
+	$(PYTHON) dev/soak.py --seconds $(SECONDS)
+
 # Nothing is linked: OpenBLAS, the yardstick, is looked for when the program runs.
 bench: dev/bench.c $(SOURCES)
 	$(CC) $(FLAGS) $< -o dev/bench -lm -ldl
@@ -157,10 +177,12 @@ help:
 	@echo "make assignment   a hand-out, layers left to write: LAYERS=\"gpas rope\" CUDA=1 OUT=folder"
 	@echo "make grade        grades the layers, in a hand-out or here; JSON=1 for a gradebook"
 	@echo "make sanitize     the C programs' checks under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make fuzz         looks for input that the readers cannot stand, 40 minutes; needs clang"
+	@echo "make soak         trains for an hour, is killed now and then, and must end the same"
 	@echo "make bench        times a training step beside the machine's matrix rate"
 	@echo "make reference    computes dev/reference.safetensors again, byte for byte the same"
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler (make clean first)"
 
-.PHONY: run figures test assignment grade sanitize bench reference clean help
+.PHONY: run figures test assignment grade sanitize fuzz soak bench reference clean help
 .PHONY: test-cuda bench-cuda test-cuda-on-cpu

@@ -404,7 +404,7 @@ def write_questions(args):
                 questions.append(encode_question(line, len(questions), vocabulary))
         except KeyError as error:
             raise Error(f"{path}, line {number}: it has no {error.args[0]!r}")
-        except (ValueError, TypeError, struct.error) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError, struct.error) as error:
             raise Error(f"{path}, line {number}: {error}")
     if not 0 < len(questions) < 65536:
         raise Error(f"{path} has {len(questions):,} questions, not 1 to 65,535")

@@ -18,10 +18,11 @@ The file is a lesson, to be read from top to bottom:
     4  Optimizer      AdamW, clipping, the learning rate
     5  Data           token files
     6  Sampling       telling a story
-    7  Training       validation, logs, the loop, main
+    7  Training       validation, the loop, main
 
 What teaches nothing about GPAS stands in dev/plumbing.h: options (o->batch is --batch), the
-tokenizer, checkpoint files; and in dev/evaluation.h: perplexity, multiple choice.
+tokenizer, checkpoint files; in dev/logs.h: what a run writes; in dev/evaluation.h: perplexity,
+multiple choice; in dev/finite.h: the search for the operation that made a number not finite.
 
 Conventions. B batch, T sequence length, C channels, H feed-forward width, L layers, NH heads,
 hs = C/NH, V vocabulary. Matrices are row-major; a pointer's shape stands in its comment: (B,T,C).
@@ -952,6 +953,8 @@ static void model_free(Model *m) {
     free_packing_space();
 }
 
+#include "dev/finite.h"  // the functions check_*(), for --check-finite
+
 // The branch f of sublayer s (0 attention, 1 feed-forward): a->branch = f(a->normed).
 static void branch_forward(const Model *m, Sublayer *a, LayerParameters w, int s, int B, int T) {
     int C = m->o->channels, H = m->o->hidden, NH = m->o->heads, N = B * T;
@@ -971,6 +974,7 @@ static void branch_forward(const Model *m, Sublayer *a, LayerParameters w, int s
 static void branch_backward(const Model *m, const float *dout, const Sublayer *a, LayerParameters w,
                             LayerParameters d, int s, int B, int T) {
     int C = m->o->channels, H = m->o->hidden, NH = m->o->heads, N = B * T;
+    if (m->o->check_finite) check_before_branch(m, a, dout, B, T);
     if (s == 0) {
         matmul_backward(m->dinner, d.wo, dout, a->inner, w.wo, N, C, C);
         attention_backward(m->dwide, m->dinner, a->inner, a->lse, a->qkv, B, T, C, NH);
@@ -1020,6 +1024,7 @@ static void sublayer_forward(const Model *m, int l, int s, int B, int T) {
         residual_forward(a->sum, shortcut, branch, shortcut_scale(o), n);
         rmsnorm_forward(a->out, a->rstd, a->sum, w.norm[s], N, C);
     }
+    if (o->check_finite) check_forward(m, 2 * l + s, B, T);
 }
 
 // The same steps backwards. m->dx holds the gradient of the sublayer's output on entry, that of its
@@ -1052,6 +1057,7 @@ static void sublayer_backward(const Model *m, int l, int s, int B, int T) {
         branch_backward(m, dbranch, a, w, d, s, B, T);
         residual_forward(dx, dx, m->dinp, 1, n);
     }
+    if (o->check_finite) check_backward(m, 2 * l + s, B, T);
 }
 
 // Population variance of x (n).
@@ -1077,9 +1083,9 @@ static double model_forward(Model *m, const int *tokens, const int *targets, int
     for (int s = 0; s < 2 * L; s++) sublayer_forward(m, s / 2, s % 2, B, T);
     rmsnorm_forward(m->final_normed, m->final_rstd, m->sublayers[2 * L - 1].out, norm, N, C);
     matmul_forward(m->logits, m->final_normed, output, N, C, V);
-    if (!targets) return 0;
-    crossentropy_forward(m->losses, m->logits_lse, m->logits, targets, N, V);
-    return dot(m->losses, NULL, N) / N;
+    if (targets) crossentropy_forward(m->losses, m->logits_lse, m->logits, targets, N, V);
+    if (m->o->check_finite) check_logits(m, targets != NULL, N);
+    return targets ? dot(m->losses, NULL, N) / N : 0;
 }
 
 // Adds to m->gradients those of scale times the sum of the losses of the last model_forward(). The
@@ -1093,8 +1099,10 @@ static void model_backward(Model *m, const int *tokens, const int *targets, int 
     crossentropy_backward(m->logits, m->logits_lse, targets, (float)scale, N, V);
     matmul_backward(m->dinp, d + output, m->logits, m->final_normed, w + output, N, C, V);
     rmsnorm_backward(m->dx, d + norm, m->dinp, x, w + norm, m->final_rstd, N, C);
+    if (m->o->check_finite) check_head_backward(m, N);
     for (int s = 2 * L - 1; s >= 0; s--) sublayer_backward(m, s / 2, s % 2, B, T);
     embedding_backward(d, m->dx, tokens, N, C);
+    if (m->o->check_finite) check_result(-1, "embedding_backward", d, (size_t)V * C);
 }
 #endif
 
@@ -1162,6 +1170,7 @@ static void model_update(Model *m, int t, double norm, double gate_norm) {
                      m->adam_v + w->offset, w->size, (float)lr, 0.9f, 0.999f, 1e-8f,
                      w->cols ? (float)o->weight_decay : 0, (float)(gate ? gate_clip : clip), t + 1);
     }
+    if (o->check_finite) check_result(-1, "adamw_update", m->parameters, m->num_parameters);
 }
 #endif
 
@@ -1177,7 +1186,7 @@ tokens. They are mapped into memory, not read. The tokenizer file is llama2.c's.
 typedef struct {
     const char *split;
     const uint16_t **windows;
-    size_t num_windows;
+    size_t num_windows, *order;  // order: of the windows in this epoch
     int T, V;
     int64_t epoch;
     uint64_t random;
@@ -1190,9 +1199,11 @@ static void loader_add(Loader *loader, const char *path) {
     if (header[2] < 0 || bytes != 1024 + 2 * (size_t)header[2])
         die("%s should hold %d tokens but is %zu bytes long", path, header[2], bytes);
     loader->num_windows += header[2] / stride;
-    size_t room = loader->num_windows * sizeof *loader->windows;
-    loader->windows = (const uint16_t **)realloc(loader->windows, room + 1);
-    if (!loader->windows) die("not enough memory for the index of %s", path);
+    size_t room = loader->num_windows + 1;
+    loader->windows =
+        (const uint16_t **)realloc(loader->windows, room * sizeof *loader->windows);
+    loader->order = (size_t *)realloc(loader->order, room * sizeof *loader->order);
+    if (!loader->windows || !loader->order) die("not enough memory for the index of %s", path);
     for (size_t i = old; i < loader->num_windows; i++)
         loader->windows[i] = (const uint16_t *)(header + 256) + (i - old) * stride;
 }
@@ -1216,19 +1227,28 @@ static void loader_open(Loader *loader, const char *dir, const char *split, int 
             split, T + 1, dir);
 }
 
-// Sequences position, position + 1, ... of the endless stream of epochs: tokens, targets (B,T). A
-// new epoch shuffles the order of the one before (Fisher and Yates).
+static void loader_close(Loader *loader) { free(loader->windows), free(loader->order); }
+
+// Shuffles the windows for an epoch (Fisher and Yates). Every epoch begins with random numbers of
+// its own: a run can go on in any of them without the ones before.
+static void loader_shuffle(Loader *loader, int64_t epoch) {
+    uint64_t random = loader->random + ((uint64_t)epoch << 32);
+    for (size_t a = 0; a < loader->num_windows; a++) loader->order[a] = a;
+    for (size_t a = loader->num_windows - 1; loader->random && a > 0; a--) {
+        size_t b = (size_t)(random_uniform(&random) * (a + 1)), swap = loader->order[a];
+        loader->order[a] = loader->order[b], loader->order[b] = swap;
+    }
+    loader->epoch = epoch;
+}
+
+// Sequences position, position + 1, ... of the endless stream of epochs: tokens, targets (B,T).
 static void loader_batch(Loader *loader, int64_t position, int B, int *tokens, int *targets) {
     int T = loader->T, n = B * T;
     for (int64_t i = 0; i < B; i++) {
         int64_t epoch = (position + i) / (int64_t)loader->num_windows;
-        for (; loader->epoch < epoch; loader->epoch++)
-            for (size_t a = loader->num_windows - 1; loader->random && a > 0; a--) {
-                size_t b = (size_t)(random_uniform(&loader->random) * (a + 1));
-                const uint16_t *swap = loader->windows[a];
-                loader->windows[a] = loader->windows[b], loader->windows[b] = swap;
-            }
-        const uint16_t *window = loader->windows[(position + i) % loader->num_windows];
+        if (loader->epoch != epoch) loader_shuffle(loader, epoch);
+        size_t number = loader->order[(position + i) % loader->num_windows];
+        const uint16_t *window = loader->windows[number];
         for (int t = 0; t < T; t++)
             tokens[i * T + t] = window[t], targets[i * T + t] = window[t + 1];
     }
@@ -1256,9 +1276,12 @@ static int compare_candidates(const void *a, const void *b) {
 static int sample_token(const float *logits, int V, double temperature, double top_p,
                         uint64_t *random, Candidate *candidates) {
     int likeliest = 0, kept = 0;
-    double total = 0, sum = 0;
-    for (int v = 1; v < V; v++)
+    double total = 0, sum = 0, all = 0;
+    for (int v = 0; v < V; v++) {
         if (logits[v] > logits[likeliest]) likeliest = v;
+        all += logits[v];
+    }
+    if (!isfinite(all)) die("cannot tell a story: the network's logits are not finite");
     if (temperature == 0) return likeliest;
     for (int v = 0; v < V; v++) {
         candidates[v].id = v;
@@ -1307,15 +1330,30 @@ typedef struct {
     int *tokens, *targets;  // (B,T), of tokens one more
     double *layer_norms;    // (L) of the last gradient
     FILE *log, *layers;
-    int start_step, val_windows, on_terminal;
+    int64_t val_windows;
+    int start_step, on_terminal;
     double start_time;
 } Run;
+
+// Ends the program if the file is no checkpoint of the network that the options describe, before
+// memory is taken for what a damaged one may claim.
+static void check_checkpoint(const char *path, const Options *o) {
+    Model m;
+    memset(&m, 0, sizeof m);
+    m.o = o;
+    add_tensors(&m);
+    Holdings h = {o, m.tensors, m.num_tensors, m.num_parameters, NULL, NULL, NULL, NULL};
+    checkpoint_read(path, &h, NULL, 0);
+    free(m.tensors);
+}
 
 // Prepares everything that the options ask for; sets --vocab-size from the tokenizer.
 static void open_run(Run *run, Options *o) {
     int training = o->steps > 0, evaluating = evaluates(o);
     size_t N = (size_t)o->batch * o->seq_len;
+    const char *checkpoint = *o->load ? o->load : o->resume;
     memset(run, 0, sizeof *run);
+    signal(SIGXFSZ, SIG_IGN);  // a file that may not grow any more: an error like a full disk
     if (tokenizer_open(&run->tokenizer, o->data)) {
         if (o->vocab_size && o->vocab_size != run->tokenizer.V)
             die("--vocab-size is %d, but %s/tokenizer.bin has %d pieces", o->vocab_size, o->data,
@@ -1325,16 +1363,21 @@ static void open_run(Run *run, Options *o) {
         die("%s/tokenizer.bin is missing; prepro_tinystories.py --out %s writes it", o->data,
             o->data);
     if (training) {
-        loader_open(&run->train, o->data, "train", o->seq_len, o->vocab_size, o->seed + 1);
+        loader_open(&run->train, o->data, "train", o->seq_len, o->vocab_size,
+                    (uint64_t)o->seed + 1);
         loader_open(&run->val, o->data, "val", o->seq_len, o->vocab_size, 0);
+        if (o->total_batch / 16 > (int64_t)run->train.num_windows)
+            die("--total-batch %d would use each of the %zu sequences in %s over 16 times a step",
+                o->total_batch, run->train.num_windows, o->data);
         int64_t windows = run->val.num_windows, limit = (int64_t)o->val_batches * o->batch;
-        run->val_windows = (int)(limit && windows > limit ? limit : windows);
+        run->val_windows = limit && windows > limit ? limit : windows;
     }
+    if (*checkpoint) check_checkpoint(checkpoint, o);
     model_create(&run->model, o, training || evaluating ? o->batch : 1, training);
     run->progress.random = o->seed;
-    if (*o->load || *o->resume) {
+    if (*checkpoint) {
         Holdings h = holdings(&run->model);
-        checkpoint_read(*o->load ? o->load : o->resume, &h, &run->progress, *o->resume && training);
+        checkpoint_read(checkpoint, &h, &run->progress, *o->resume && training);
         model_changed(&run->model);
     }
     if (training && run->progress.step >= o->steps)
@@ -1357,7 +1400,7 @@ static void close_run(Run *run) {
     model_free(&run->model);
     tokenizer_close(&run->tokenizer);
     if (run->log) fclose(run->log), fclose(run->layers);
-    free(run->train.windows), free(run->val.windows);
+    loader_close(&run->train), loader_close(&run->val);
     free(run->tokens), free(run->targets), free(run->layer_norms);
 }
 
@@ -1365,89 +1408,15 @@ static void close_run(Run *run) {
 static double validate(Run *run) {
     int B = run->model.o->batch, T = run->model.o->seq_len;
     double sum = 0;
-    for (int w = 0; w < run->val_windows; w += B) {
-        int b = imin(B, run->val_windows - w);
+    for (int64_t w = 0; w < run->val_windows; w += B) {
+        int b = run->val_windows - w < B ? (int)(run->val_windows - w) : B;
         loader_batch(&run->val, w, b, run->tokens, run->targets);
         sum += b * model_forward(&run->model, run->tokens, run->targets, b, T);
     }
     return sum / run->val_windows;
 }
 
-// A line of layers.csv per layer, after validate(): the activations are those of its last batch.
-static void log_layers(Run *run) {
-    Model *m = &run->model;
-    int B = (run->val_windows - 1) % m->o->batch + 1, step = run->progress.step;
-    long begin = ftell(run->layers);
-    for (int l = 0; l < m->o->layers; l++) {
-        double variances[2], gate;
-        layer_state(m, l, B, m->o->seq_len, variances, &gate);
-        fprintf(run->layers, "%d,%d,%.6g,%.6g,", step, l + 1, variances[0], variances[1]);
-        if (!isnan(gate)) fprintf(run->layers, "%.6g", gate);
-        if (step > run->start_step) fprintf(run->layers, ",%.6g\n", run->layer_norms[l]);
-        else fprintf(run->layers, ",\n");
-    }
-    end_line(m->o, run->layers, begin, "layers.csv");
-}
-
-// Saves OUT/ckpt_STEP.safetensors; of those from --save-every the last --keep stay.
-static void save(Run *run) {
-    const Options *o = run->model.o;
-    char path[2048];
-    int step = run->progress.step;
-    int64_t old = step - (int64_t)o->keep * o->save_every;
-    Holdings h = holdings(&run->model);
-    snprintf(path, sizeof path, "%s/ckpt_%06d.safetensors", o->out, step);
-    checkpoint_write(path, &h, &run->progress);
-    if (!o->save_every || step % o->save_every || old <= 0) return;
-    snprintf(path, sizeof path, "%s/ckpt_%06d.safetensors", o->out, (int)old);
-    unlink(path);
-}
-
-// Adds a story to OUT/samples.txt, if there is a tokenizer to spell it.
-static void sample(Run *run) {
-    char path[2048];
-    snprintf(path, sizeof path, "%s/samples.txt", run->model.o->out);
-    FILE *file = run->tokenizer.V ? fopen(path, "a") : NULL;
-    if (!run->tokenizer.V) return;
-    if (!file) die("cannot write %s: %s", path, strerror(errno));
-    fprintf(file, "--- step %d ---\n", run->progress.step);
-    tell_story(&run->model, &run->tokenizer, &run->progress.random, file);
-    if (fclose(file) != 0) die("cannot write %s: %s", path, strerror(errno));
-}
-
-// Writes the first batch, its loss and gradients before any clipping, and the weights they are of.
-static void dump_gradients(Run *run) {
-    Model *m = &run->model;
-    int B = m->o->batch, T = m->o->seq_len, *tokens = run->tokens, *targets = run->targets;
-    loader_batch(&run->train, 0, B, tokens, targets);
-    float loss = (float)model_forward(m, tokens, targets, B, T);
-    model_backward(m, tokens, targets, B, T, 1.0 / ((double)B * T));
-    Holdings h = holdings(m);
-    gradients_write(m->o->dump_grads, &h, &run->progress, tokens, targets, loss);
-    printf("loss %.6f; wrote %s\n", loss, m->o->dump_grads);
-}
-
-// Ends the program before an update that would spoil the parameters. Names the first layer whose
-// output is not finite, or else the last whose gradient is not: the first on the way back.
-static void stop_not_finite(Run *run, double loss) {
-    Model *m = &run->model;
-    const Options *o = m->o;
-    char where[64] = "the logits";
-    double variances[2] = {0, 0}, gate;
-    int l = 0;
-    for (; l < o->layers && isfinite(variances[0] + variances[1]); l++)
-        layer_state(m, l, o->batch, o->seq_len, variances, &gate);
-    if (!isfinite(variances[0] + variances[1]))
-        snprintf(where, sizeof where, "layer %d, %s", l,
-                 isfinite(variances[0]) ? "feed-forward" : "attention");
-    else if (isfinite(loss)) {
-        for (l = o->layers; l > 0 && isfinite(run->layer_norms[l - 1]);) l--;
-        snprintf(where, sizeof where, l ? "the gradient of layer %d" : "the gradient", l);
-    }
-    die("step %d: not finite (loss %g), first in %s; nothing was updated or saved. Lower --lr or "
-        "set --grad-clip 1, and go on from an earlier checkpoint",
-        run->progress.step + 1, loss, where);
-}
+#include "dev/logs.h"
 
 // One step: the gradient of the mean loss over --total-batch sequences, micro-batch by micro-batch,
 // then AdamW. Returns the loss; *norm gets the gradient's norm before clipping.
@@ -1455,6 +1424,7 @@ static double train_step(Run *run, double *norm) {
     Model *m = &run->model;
     int B = m->o->batch, T = m->o->seq_len, micro_batches = m->o->total_batch / B;
     double loss = 0, gate_norm;
+    step_now = run->progress.step + 1;
     zero_gradients(m);
     for (int i = 0; i < micro_batches; i++, run->progress.position += B) {
         loader_batch(&run->train, run->progress.position, B, run->tokens, run->targets);
@@ -1468,37 +1438,13 @@ static double train_step(Run *run, double *norm) {
     return loss;
 }
 
-// Once: what is trained, on what, how.
-static void print_configuration(const Run *run) {
-    char device[TEXT_SIZE];
-    model_device(&run->model, device);
-    print_options(run->model.o);
-    printf("\n%zu parameters, %zu training and %zu validation sequences, %s\n",
-           run->model.num_parameters, run->train.num_windows, run->val.num_windows, device);
-}
-
-// A step's line. On a terminal the next one overwrites it; in a pipe one comes every --print-every.
-static void report(const Run *run, double loss, double val, double lr, double norm, double ms) {
-    const Options *o = run->model.o;
-    int step = run->progress.step;
-    double elapsed = omp_get_wtime() - run->start_time;
-    int left = (int)(elapsed / (step - run->start_step) * (o->steps - step) + 0.5);
-    if (!run->on_terminal && isnan(val) && step % o->print_every) return;
-    printf("%sstep %d/%d  train %.4f", run->on_terminal ? "\r\033[K" : "", step, o->steps, loss);
-    if (!isnan(val)) printf("  val %.4f", val);
-    printf("  lr %.2e  norm %.2f  %.0f ms  %.0f tok/s  %d:%02d left", lr, norm, ms,
-           1000.0 * o->total_batch * o->seq_len / ms, left / 60, left % 60);
-    if (!run->on_terminal || !isnan(val)) printf("\n");
-    fflush(stdout);
-}
-
 static void train(Run *run) {
     const Options *o = run->model.o;
     print_configuration(run);
     if (run->progress.step == 0) {
         double val = validate(run);
         printf("step 0/%d  val %.4f\n", o->steps, val);
-        fprintf(run->log, "0,,%.6f,,,,\n", val);
+        log_step(run, NAN, val, NAN, NAN, NAN);
         log_layers(run);
     }
     run->start_time = omp_get_wtime();
@@ -1507,16 +1453,11 @@ static void train(Run *run) {
         double norm, val = NAN, lr = learning_rate(o, run->progress.step), start = omp_get_wtime();
         double loss = train_step(run, &norm), ms = 1000 * (omp_get_wtime() - start);
         int step = run->progress.step, last = step == o->steps;
-        long begin = ftell(run->log);
-        fprintf(run->log, "%d,%.6f,", step, loss);
-        if (last || (o->val_every && step % o->val_every == 0)) {
-            val = validate(run);
-            fprintf(run->log, "%.6f", val);
-            log_layers(run);
-        }
-        fprintf(run->log, ",%.6g,%.6g,%.2f,%.0f\n", lr, norm, ms,
-                1000.0 * o->total_batch * o->seq_len / ms);
-        end_line(o, run->log, begin, "log.csv");
+        int validated = last || (o->val_every && step % o->val_every == 0);
+        if (validated) val = validate(run);
+        if (validated && !isfinite(val)) stop_not_finite(run, val);
+        if (validated) log_layers(run);
+        log_step(run, loss, val, lr, norm, ms);
         report(run, loss, val, lr, norm, ms);
         if (last || (o->sample_every && step % o->sample_every == 0)) sample(run);
         if (last || stop_signal || (o->save_every && step % o->save_every == 0)) save(run);

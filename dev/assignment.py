@@ -55,8 +55,9 @@ TOOLS = set("dot largest_of exp_fast sigmoid gate_value gemm load_gradients bloc
             "load_rows load_tile multiply_transposed multiply_add store_rows group_sum "
             "group_max copy_async copies_arrive load_b fast_sigmoid".split())
 
-COPIED = ["LICENSE", "dev/plumbing.h", "dev/evaluation.h", "dev/grade.py", "dev/grade.c",
-          "dev/grade.h", "dev/submission.c", "dev/compare.py", "prepro_tinystories.py"]
+COPIED = ["LICENSE", "dev/plumbing.h", "dev/finite.h", "dev/logs.h", "dev/evaluation.h",
+          "dev/grade.py", "dev/grade.c", "dev/grade.h", "dev/submission.c", "dev/compare.py",
+          "prepro_tinystories.py"]
 COPIED_CUDA = ["dev/cuda_on_cpu.h", "dev/on_gpu.h"]
 RULES = ["train_gpas", "data/toy/tokenizer.bin", "run", "grade", "build/%.cu",
          "train_gpas_cuda_on_cpu"]

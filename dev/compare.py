@@ -82,7 +82,7 @@ class Run:
         for row in rows:
             self.layers.setdefault(row["step"], {})[row["layer"]] = row
         for step, layers in self.layers.items():
-            if list(layers) != list(range(1, self.L + 1)):
+            if len(layers) != self.L or list(layers) != list(range(1, self.L + 1)):
                 fail(f"{path}: step {step} lacks some of the layers 1 to {self.L}")
             if len({row["gate"] is None for row in layers.values()}) != 1:
                 fail(f"{path}: at step {step} some layers have a gate and some have none")

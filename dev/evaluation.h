@@ -20,7 +20,7 @@ static void evaluate_text(Run *run) {
     loader->split = o->eval, loader->T = T, loader->V = o->vocab_size, loader->epoch = -1;
     loader_add(loader, o->eval);
     if (!loader->num_windows) die("%s has fewer than %d tokens; lower --seq-len", o->eval, T + 1);
-    run->val_windows = (int)loader->num_windows;
+    run->val_windows = (int64_t)loader->num_windows;
     double loss = validate(run), tokens = (double)T * loader->num_windows;
     for (size_t w = 0; k->V && w < loader->num_windows; w++)
         for (int t = 0; t < T; t++)

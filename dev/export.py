@@ -66,8 +66,8 @@ class Checkpoint:
 
     def number(self, name):
         text = str(self.options.get(name))
-        if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 20):
-            raise Error(f"{self.path} is damaged: its --{name} is {text!r}")
+        if not (text.isascii() and text.isdigit() and len(text) < 8 and 0 < int(text) < 1 << 20):
+            raise Error(f"{self.path} is damaged: its --{name} is {text[:40]!r}")
         return int(text)
 
     def shapes(self):
@@ -97,7 +97,7 @@ class Checkpoint:
             begin = end
         for extra in set(header) - set(self.tensors):
             if not extra.startswith(("adam_m.", "adam_v.")):
-                raise Error(f"{self.path} is damaged: it has a tensor {extra}")
+                raise Error(f"{self.path} is damaged: it has a tensor {extra!r}")
         expected = begin * (3 if len(header) > len(self.tensors) else 1)
         if len(data) != expected:
             raise Error(f"{self.path} is damaged: {len(data)} bytes of numbers, not {expected}")
@@ -333,8 +333,9 @@ def llama2c_files(checkpoint, tokenizer):
         yield folded["norm.weight"]
         pairs = C // NH // 2
         for function in (math.cos, math.sin):       # RoPE's angles: run computes its own
-            yield struct.pack(f"<{T * pairs}f", *[function(t * 10000 ** (-j / pairs))
-                                                  for t in range(T) for j in range(pairs)])
+            for t in range(T):
+                yield struct.pack(f"<{pairs}f", *[function(t * 10000 ** (-j / pairs))
+                                                  for j in range(pairs)])
         yield folded["output.weight"]
 
     return {"model.bin": model(), "tokenizer.bin": [tokenizer.file]}
@@ -485,7 +486,10 @@ def run():
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise Error(f"{out} is already there; remove it or name another --out")
     checkpoint = Checkpoint(args.checkpoint)
-    tokenizer = Tokenizer(args.data or checkpoint.options.get("data", "."), checkpoint.V)
+    data = args.data or checkpoint.options.get("data", ".")
+    if not isinstance(data, str) or "\0" in data:
+        raise Error(f"{args.checkpoint} is damaged: its --data is {data!r}")
+    tokenizer = Tokenizer(data, checkpoint.V)
     files = {"llama2c": llama2c_files, "hf": hf_files}[args.to](checkpoint, tokenizer)
     write_folder(out, files)
     print(f"{out}: {', '.join(sorted(files))}")
@@ -500,6 +504,8 @@ def main():
     except OSError as error:
         print(f"export.py: {error.filename or 'error'}: {error.strerror or error}",
               file=sys.stderr)
+    except MemoryError:
+        print("export.py: not enough memory", file=sys.stderr)
     except KeyboardInterrupt:
         print("export.py: interrupted", file=sys.stderr)
         return 130

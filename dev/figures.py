@@ -38,45 +38,46 @@ class Experiment:
     def __init__(self, name, options, out):
         self.name, self.options, self.out = name, options, out
         parts = name.split(".")
-        if len(parts) != 4:
-            fail(f"{name} is not named SCHEME.KIND.DATA.LR")
+        if len(parts) != 4 or not re.fullmatch(r"[\w.+-]+", name):
+            fail(f"{name!r} is not named SCHEME.KIND.DATA.LR")
         self.scheme, self.kind, self.data, self.lr = parts
+        if "--steps" not in options[:-1] or not re.fullmatch(r"[0-9]{1,9}", self.steps()):
+            fail(f"{name} has no whole number --steps")
 
     def folder(self, seed):
         return os.path.join(self.out, self.name, f"seed-{seed}")
 
     def steps(self):
-        """Its last step. The table says it, or it could not be known when a run is complete."""
-        if "--steps" not in self.options[:-1]:
-            fail(f"{self.name} has no --steps")
-        return int(self.options[self.options.index("--steps") + 1])
+        return self.options[self.options.index("--steps") + 1]
 
 
 def read_table(path, out):
     """The experiments and seeds. A run's own options come before those of the line `common`."""
     experiments, common, seeds = [], [], []
     try:
-        lines = open(path, encoding="utf-8").read().split("\n")
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
+    except ValueError:
+        fail(f"{path} is not UTF-8")
     for at, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         name, tab, options = line.partition("\t")
         if not tab:
             fail(f"{path}, line {at}: expected a name, a tab, options")
-        if name == "common":
-            common = shlex.split(options)
-        elif name == "seeds":
-            if not all(seed.isdigit() for seed in options.split()):
-                fail(f"{path}, line {at}: expected whole numbers")
-            seeds = [int(seed) for seed in options.split()]
-        else:
-            own = shlex.split(options)
-            merged = {**dict(zip(common[::2], common[1::2])), **dict(zip(own[::2], own[1::2]))}
-            experiments.append(Experiment(name, [x for p in merged.items() for x in p], out))
-    for e in experiments:
-        e.steps()
+        try:
+            if name == "common":
+                common = shlex.split(options)
+            elif name == "seeds":
+                seeds = [int(seed) for seed in options.split()]
+            else:
+                own = shlex.split(options)
+                merged = {**dict(zip(common[::2], common[1::2])), **dict(zip(own[::2], own[1::2]))}
+                experiments.append(Experiment(name, [x for p in merged.items() for x in p], out))
+        except ValueError as error:
+            fail(f"{path}, line {at}: {error}")
     if not experiments or not seeds:
         fail(f"{path} names no experiments or no seeds")
     names = [e.name for e in experiments]
@@ -85,17 +86,35 @@ def read_table(path, out):
     return experiments, seeds
 
 
-def read_log(folder):
+def read_rows(path, numbers):
+    """The rows of a log; none where there is no file. These columns are numbers or empty, `step` is
+    a whole number. A last line that a kill cut off is left out."""
     try:
-        with open(os.path.join(folder, "log.csv"), encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
     except OSError:
         return []
+    name, at = "its header", 1
+    try:
+        rows = list(csv.DictReader(text[:text.rfind("\n") + 1].splitlines()))
+        for at, row in enumerate(rows, 2):
+            for name in numbers:
+                float(row[name] or 0)
+            name = "step"
+            if not re.fullmatch(r"[0-9]{1,9}", row[name]):
+                raise ValueError
+        return rows
+    except (csv.Error, KeyError, TypeError, ValueError):
+        fail(f"{path}, line {at}: {name} is not what it should be")
+
+
+def read_log(folder):
+    return read_rows(os.path.join(folder, "log.csv"), ["val_loss"])
 
 
 def complete(experiment, seed):
     rows = read_log(experiment.folder(seed))
-    return bool(rows) and int(rows[-1]["step"]) == experiment.steps() and rows[-1]["val_loss"]
+    return bool(rows) and rows[-1]["step"] == experiment.steps() and rows[-1]["val_loss"]
 
 
 def train(experiment, seed, program, folders):
@@ -149,11 +168,15 @@ class Result:
             self.curves.append({int(r["step"]): float(r["val_loss"]) for r in read_log(folder)
                                 if r["val_loss"]})
             steps = {}
-            with open(os.path.join(folder, "layers.csv"), encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    steps.setdefault(int(row["step"]), []).append(row)
+            for row in read_rows(os.path.join(folder, "layers.csv"),
+                                 ["mlp_variance", "gate", "grad_norm"]):
+                steps.setdefault(int(row["step"]), []).append(row)
             self.layers.append(steps)
         self.steps = sorted(self.curves[0])
+        shapes = [[(step, len(rows)) for step, rows in steps.items()] for steps in self.layers]
+        if any(sorted(curve) != self.steps for curve in self.curves) or not shapes[0] or any(
+                shape != shapes[0] for shape in shapes):
+            fail(f"{experiment.name}: its seeds' logs are not of the same steps and layers")
 
     def losses(self, step):
         return [curve[step] for curve in self.curves]
@@ -409,7 +432,10 @@ def main():
     for e in experiments:
         if e.data not in folders:
             fail(f"{o.table}: {e.name} is on {e.data!r}, not on one of {', '.join(folders)}")
-    experiments = [e for e in experiments if re.search(o.only, e.name)]
+    try:
+        experiments = [e for e in experiments if re.search(o.only, e.name)]
+    except re.error as error:
+        fail(f"--only: {error}")
     if not os.path.exists(os.path.join(o.real, "tokenizer.bin")):
         print(f"{o.real} has no tokenizer.bin: the experiments on real stories are left out")
         experiments = [e for e in experiments if e.data != "real"]

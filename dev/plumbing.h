@@ -11,6 +11,7 @@ Like train_gpas.c it is common to C11 and C++17. Whatever fails ends the program
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -37,15 +38,19 @@ static const char program[] = "train_gpas_cuda", default_dtype[] = "bf16";
 static const char program[] = "train_gpas", default_dtype[] = "fp32";
 #endif
 
-// Ends the program with one line on stderr and exit status 1.
+// Ends the program with one line on stderr, whatever names and values it quotes, and exit status 1.
+// A second thread that fails waits.
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...) {
+    char text[4096];
     va_list args;
     va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    for (char *c = text; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    flockfile(stderr);
     fflush(stdout);
-    fprintf(stderr, "%s: ", program);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    fprintf(stderr, "%s: %s\n", program, text);
     exit(1);
 }
 
@@ -60,7 +65,7 @@ static void *allocate(size_t count, size_t size) {
 }
 
 // SIGINT and SIGTERM let the training loop end its step and save; a second one ends the program at
-// once. A file that may not grow any more is an error like a full disk.
+// once.
 static volatile sig_atomic_t stop_signal;
 static void ask_to_stop(int number) { stop_signal = number; }
 static void catch_signals(void) {
@@ -69,8 +74,9 @@ static void catch_signals(void) {
     action.sa_handler = ask_to_stop;
     action.sa_flags = SA_RESETHAND | SA_RESTART;
     sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
-    signal(SIGXFSZ, SIG_IGN);
 }
+
+static int step_now;  // the step that is being computed, for messages; 0: none
 
 static int imin(int a, int b) { return a < b ? a : b; }
 static int imax(int a, int b) { return a > b ? a : b; }
@@ -86,7 +92,7 @@ options as text under the same names.
 enum { NORM_PRE, NORM_LNS, NORM_SANDWICH, NORM_POST, NORM_DEEPNORM, NORM_MIX };
 enum { GATE_SILU, GATE_IDENTITY, GATE_RELU, GATE_LEAKY_RELU, GATE_TANH };
 enum { DTYPE_FP32, DTYPE_BF16 };
-enum { TEXT_SIZE = 1024 };
+enum { TEXT_SIZE = 1024, MOST_STEPS = 1000000000, MOST_BATCH = 1000000 };
 
 typedef struct {
     int norm, gpas, gate_act, gate_train, stop_grad;
@@ -98,6 +104,7 @@ typedef struct {
     double temperature, top_p;
     char data[TEXT_SIZE], out[TEXT_SIZE], resume[TEXT_SIZE], load[TEXT_SIZE], prompt[TEXT_SIZE];
     char dump_grads[TEXT_SIZE], eval[TEXT_SIZE], eval_choice[TEXT_SIZE];
+    int check_finite;
 } Options;
 
 // What an option in a checkpoint is to --load and --resume: NETWORK the law for both, NETWORK_DATA
@@ -140,9 +147,9 @@ static const OptionRow option_rows[] = {
     {"preset", "toy", ONE_OF(preset), NOT_STORED, "toy|71m|130m|250m|350m|1b: sizes, steps, rate"},
     {"dtype", default_dtype, ONE_OF(dtype), RUN, "fp32|bf16: numbers on the GPU; fp32 on the CPU"},
     {"batch", "8", INT(batch), 1, 65536, RUN, "B, sequences computed at once"},
-    {"total-batch", "0", INT(total_batch), 0, 1e6, RUN,
+    {"total-batch", "0", INT(total_batch), 0, MOST_BATCH, RUN,
      "sequences in a step, a multiple of B; 0: B"},
-    {"steps", "800", INT(steps), 0, 1e9, RUN, "updates to make; 0: none, only tell a story"},
+    {"steps", "800", INT(steps), 0, MOST_STEPS, RUN, "updates to make; 0: none, only tell a story"},
     {"lr", "0.001", NUMBER(lr), 0, 100, RUN, "peak learning rate"},
     {"warmup", "-1", INT(warmup), -1, 1e9, RUN, "steps to the peak; -1: a tenth of all"},
     {"weight-decay", "0", NUMBER(weight_decay), 0, 100, RUN, "AdamW's decay of the matrices"},
@@ -163,6 +170,8 @@ static const OptionRow option_rows[] = {
     {"load", "", STRING(load), NOT_STORED, "start from the weights in this checkpoint"},
     {"dump-grads", "", STRING(dump_grads), NOT_STORED,
      "write the first batch's gradients here, then end"},
+    {"check-finite", "off", ONE_OF(check_finite), NOT_STORED,
+     "off|on: find the first operation whose result is not finite (slower)"},
     HEADING("Evaluation of the network that --load names, instead of training"),
     {"eval", "", STRING(eval), NOT_STORED, "loss and perplexity on this token file"},
     {"eval-choice", "", STRING(eval_choice), NOT_STORED,
@@ -297,6 +306,35 @@ static void check_options(const Options *o, const char *const given[NUM_ROWS]) {
         die("--dump-grads takes one batch; it excludes --resume, --total-batch and --steps 0");
 }
 
+#ifndef TRAIN_GPAS_CUDA
+// Does the command line have this option?
+static int is_given(const char *const given[NUM_ROWS], const char *name) {
+    for (int r = 0; r < NUM_ROWS; r++)
+        if (option_rows[r].name && strcmp(option_rows[r].name, name) == 0) return given[r] != NULL;
+    return 0;
+}
+
+// Ends the program when the network needs more memory than there is, about, before the system ends
+// it. A small checkpoint, perhaps a damaged one, must not fill the memory by what it says of
+// --batch and --seq-len either, unless the command line says the same.
+static void check_memory(const Options *o, const char *const given[NUM_ROWS]) {
+    const char *path = *o->resume ? o->resume : o->load;
+    struct stat info;
+    double C = o->channels, H = o->hidden, L = o->layers, V = o->vocab_size, GiB = 1 << 30;
+    double tokens = (double)o->seq_len * (o->steps || evaluates(o) ? o->batch : 1);
+    double parameters = (o->steps ? 16 : 4) * (2 * V * C + L * C * (4 * C + 3 * H));
+    double activations = 4 * tokens * (V + 8 * C + 2 * H + L * (12 * C + 3 * H + o->heads));
+    double all = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+    if (parameters + activations > all)
+        die("about %.1f GiB of memory are needed, of %.1f; lower --batch, --seq-len or the "
+            "network's size", (parameters + activations) / GiB, all / GiB);
+    if (!*path || (is_given(given, "seq-len") && (*o->load || is_given(given, "batch")))) return;
+    if (activations > GiB / 2 && stat(path, &info) == 0 && activations > 64.0 * info.st_size)
+        die("%s asks for %.1f GiB by its --batch or --seq-len, a lot for a file so small; give "
+            "both options if that is meant", path, activations / GiB);
+}
+#endif
+
 // Reads the options stored in a checkpoint into o; stands with the checkpoints below.
 static void checkpoint_options(const char *path, Options *o, int resume,
                                const char *const given[]);
@@ -332,29 +370,43 @@ static void parse_options(Options *o, int argc, char **argv) {
         if (*o->load) checkpoint_options(o->load, o, 0, given);
         if (*o->resume) checkpoint_options(o->resume, o, 1, given);
     }
-#ifndef TRAIN_GPAS_CUDA
-    for (int r = 0; r < NUM_ROWS; r++)
-        if (given[r] && option_rows[r].offset == offsetof(Options, dtype) && o->dtype != DTYPE_FP32)
-            die("--dtype bf16 needs a GPU and train_gpas_cuda; the CPU computes in fp32");
+#ifdef TRAIN_GPAS_CUDA
+    if (o->check_finite)
+        die("--check-finite is an option of ./train_gpas, which goes on from the same checkpoint");
+#else
+    if (is_given(given, "dtype") && o->dtype != DTYPE_FP32)
+        die("--dtype bf16 needs a GPU and train_gpas_cuda; the CPU computes in fp32");
     o->dtype = DTYPE_FP32;  // whatever the GPU did that wrote the checkpoint
 #endif
     if (evaluates(o)) o->steps = 0;
     if (o->total_batch == 0) o->total_batch = o->batch;
     if (o->warmup < 0) o->warmup = o->steps / 10;
     check_options(o, given);
+#ifndef TRAIN_GPAS_CUDA  // which asks the GPU
+    check_memory(o, given);
+#endif
+}
+
+// Opens a file to be read; *bytes gets its size. A pipe, which has none and may never end, or a
+// folder is refused.
+static FILE *open_file(const char *path, size_t *bytes) {
+    struct stat info;
+    int file = open(path, O_RDONLY | O_NONBLOCK);
+    if (file < 0 || fstat(file, &info) != 0) die("cannot open %s: %s", path, strerror(errno));
+    if (!S_ISREG(info.st_mode)) die("cannot open %s: it is not a file", path);
+    *bytes = (size_t)info.st_size;
+    return fdopen(file, "rb");
 }
 
 // Maps a file of llm.c's into memory, where it stays until the program ends: 256 int32 (magic,
 // version 1, a count), then uint16. *bytes gets its size.
 static const int32_t *map_file(const char *path, const char *kind, int magic, size_t *bytes) {
-    struct stat info;
-    int file = open(path, O_RDONLY);
-    if (file < 0 || fstat(file, &info) != 0) die("cannot open %s: %s", path, strerror(errno));
-    *bytes = (size_t)info.st_size;
+    FILE *file = open_file(path, bytes);
     if (*bytes < 1024) die("%s is no %s file: it is shorter than a header", path, kind);
-    const int32_t *header = (const int32_t *)mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, file, 0);
+    const int32_t *header =
+        (const int32_t *)mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, fileno(file), 0);
     if (header == MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
-    close(file);
+    fclose(file);
     if (header[0] != magic || header[1] != 1)
         die("%s is no %s file of version 1 (magic %d, version %d)", path, kind, header[0],
             header[1]);
@@ -375,6 +427,11 @@ static FILE *open_log(const Options *o, const char *name, int start_step, const 
     if (!file || fseek(file, keep, SEEK_SET) != 0 || ftruncate(fileno(file), keep) != 0)
         die("cannot write %s: %s", path, strerror(errno));
     if (keep == 0) fprintf(file, "%s\n", header);
+    if (fflush(file) != 0) {
+        int error = errno;
+        unlink(path), close(fileno(file));  // or exit() would try once more
+        die("cannot write %s: %s", path, strerror(error));
+    }
     return file;
 }
 
@@ -406,13 +463,46 @@ static void cut_samples(const Options *o, int start_step) {
         die("cannot write %s: %s", path, strerror(errno));
 }
 
+// Waits until the disk has the names in the folder that holds `path`: a file's own fsync() sees to
+// its content only. Returns 0 when that fails.
+static int sync_folder(const char *path) {
+    char folder[2100];
+    snprintf(folder, sizeof folder, "%s", path);
+    char *slash = strrchr(folder, '/');
+    if (slash) slash[slash == folder] = 0;
+    int file = open(slash ? folder : ".", O_RDONLY);
+    int good = file < 0 || fsync(file) == 0 || errno == EINVAL;  // EINVAL: it has no such thing
+    if (file >= 0) close(file);
+    return good;
+}
+
+// Removes from OUT the checkpoints of every --save-every steps but the newest --keep up to `step`,
+// and what a run that was killed left half written.
+static void remove_old_checkpoints(const Options *o, int step) {
+    char path[2048], name[64];
+    int every = imax(1, o->save_every);
+    int64_t oldest = step - step % every - (o->keep - 1) * (int64_t)every;
+    DIR *folder = opendir(o->out);
+    for (struct dirent *entry; folder && (entry = readdir(folder));) {
+        int number = 0, half = 0;
+        if (sscanf(entry->d_name, "ckpt_%9d.safetensors.tmp%n", &number, &half) != 1) continue;
+        snprintf(name, sizeof name, "ckpt_%06d.safetensors%s", number, half ? ".tmp" : "");
+        if (strcmp(name, entry->d_name) != 0 || number > step) continue;
+        if (!half && (!o->save_every || number % every || number >= oldest)) continue;
+        snprintf(path, sizeof path, "%s/%s", o->out, name);
+        unlink(path);
+    }
+    if (folder) closedir(folder);
+}
+
 // Makes the folder and those above it.
 static void make_folder(const char *path) {
     char part[TEXT_SIZE];
     for (size_t i = 1; i <= strlen(path); i++)
         if (path[i] == '/' || path[i] == 0) {
             snprintf(part, sizeof part, "%.*s", (int)i, path);
-            if (mkdir(part, 0777) != 0 && errno != EEXIST)
+            if (mkdir(part, 0777) == 0) sync_folder(part);
+            else if (errno != EEXIST)
                 die("cannot make the folder %s: %s", part, strerror(errno));
         }
 }
@@ -432,30 +522,32 @@ typedef struct { char *file; const char **pieces; int *lengths, V; float *scores
 // Reads DIR/tokenizer.bin: the longest piece's length, then each id's score, length and bytes.
 // Returns 0 when there is no such file, ends the program when it is damaged.
 static int tokenizer_open(Tokenizer *k, const char *dir) {
+    enum { MOST = 65536, LONGEST = 1 << 16 };  // pieces, bytes of a piece
     char path[2048];
-    struct stat info;
+    size_t size, at = 4;
     memset(k, 0, sizeof *k);
     snprintf(path, sizeof path, "%s/tokenizer.bin", dir);
-    FILE *file = fopen(path, "rb");
-    if (!file && errno == ENOENT) return 0;
-    if (!file || fstat(fileno(file), &info) != 0) die("cannot open %s: %s", path, strerror(errno));
-    size_t size = (size_t)info.st_size, at = 4;
+    if (access(path, F_OK) != 0 && errno == ENOENT) return 0;
+    FILE *file = open_file(path, &size);
     k->file = (char *)allocate(size, 1);
     if (fread(k->file, 1, size, file) != size) die("cannot read %s: %s", path, strerror(errno));
     fclose(file);
-    k->pieces = (const char **)allocate(size / 8 + 1, sizeof *k->pieces);
-    k->lengths = (int *)allocate(size / 8 + 1, sizeof(int));
-    k->scores = (float *)allocate(size / 8 + 1, sizeof(float));
-    for (; at < size; k->V++) {
+    size_t room = size / 8 < MOST ? size / 8 + 1 : (size_t)MOST;
+    k->pieces = (const char **)allocate(room, sizeof *k->pieces);
+    k->lengths = (int *)allocate(room, sizeof(int));
+    k->scores = (float *)allocate(room, sizeof(float));
+    for (; at < size && k->V < MOST; k->V++) {
         int *length = &k->lengths[k->V];
         if (size - at < 8) die("%s: piece %d is damaged", path, k->V);
         memcpy(&k->scores[k->V], k->file + at, 4), memcpy(length, k->file + at + 4, 4);
         k->pieces[k->V] = k->file + (at += 8);
-        if (*length < 0 || (size_t)*length > size - at) die("%s: piece %d is damaged", path, k->V);
+        if (*length < 0 || *length > LONGEST || (size_t)*length > size - at)
+            die("%s: piece %d is damaged", path, k->V);
         at += *length;
     }
-    if (k->V < TOKEN_PIECE || k->V > 65536)
-        die("%s has %d pieces, not 259 to 65536: is it llama2.c's format?", path, k->V);
+    if (k->V < TOKEN_PIECE || at < size)
+        die("%s has %s%d pieces, not 259 to 65536: is it llama2.c's format?", path,
+            at < size ? "more than " : "", k->V);
     return 1;
 }
 
@@ -606,8 +698,8 @@ static char *make_header(const Holdings *h, const Progress *p, int gradients, si
 
 typedef struct { const void *data; size_t bytes; } Part;
 
-// Writes header and parts under a temporary name, waits until they are on the disk, then renames:
-// at any moment the file is the old one or the new one, whole. Frees the header.
+// Writes header and parts under a temporary name, waits until they are on the disk, renames, and
+// waits for that: at any moment the file is the old one or the new one, whole. Frees the header.
 static void write_safetensors(const char *path, char *header, const Part *parts, int num_parts) {
     char temporary[2100];
     uint64_t length = strlen(header);
@@ -619,7 +711,7 @@ static void write_safetensors(const char *path, char *header, const Part *parts,
         good = good && fwrite(parts[i].data, parts[i].bytes, 1, file) == 1;
     good = good && fflush(file) == 0 && fsync(fileno(file)) == 0;
     good = fclose(file) == 0 && good;
-    if (!good || rename(temporary, path) != 0) {
+    if (!good || rename(temporary, path) != 0 || !sync_folder(path)) {
         int error = errno;
         unlink(temporary);
         die("cannot write %s: %s", path, strerror(error));
@@ -646,21 +738,23 @@ static void gradients_write(const char *path, const Holdings *h, const Progress 
 // begin, *bytes how long the numbers are. The caller closes the file and frees the header.
 static FILE *checkpoint_open(const char *path, char **header, char **options, Progress *p,
                              uint64_t *bytes) {
-    struct stat info;
+    size_t size;
     uint64_t length;
+    int64_t step = -1;
     int used = 0;
-    FILE *file = fopen(path, "rb");
-    if (!file || fstat(fileno(file), &info) != 0) die("cannot open %s: %s", path, strerror(errno));
-    if (fread(&length, 8, 1, file) != 1 || length > 1 << 27 || length + 8 > (uint64_t)info.st_size)
+    FILE *file = open_file(path, &size);
+    if (fread(&length, 8, 1, file) != 1 || length > 1 << 27 || length + 8 > size)
         die("%s is no checkpoint: it does not begin with a safetensors header", path);
-    *bytes = info.st_size - 8 - length;
+    *bytes = size - 8 - length;
     *header = (char *)allocate(length + 1, 1);
     if (fread(*header, 1, length, file) != length) die("cannot read %s: %s", path, strerror(errno));
-    sscanf(*header, "{\"__metadata__\":{\"format\":\"pt\",\"kind\":\"checkpoint\",\"step\":\"%d\","
-           "\"position\":\"%" SCNd64 "\",\"random\":\"%" SCNu64 "\"%n", &p->step, &p->position,
-           &p->random, &used);
-    if (!used || p->step < 0 || p->position < 0)
+    sscanf(*header, "{\"__metadata__\":{\"format\":\"pt\",\"kind\":\"checkpoint\","
+           "\"step\":\"%18" SCNd64 "\",\"position\":\"%18" SCNd64 "\",\"random\":\"%20" SCNu64
+           "\"%n", &step, &p->position, &p->random, &used);
+    if (!used || step < 0 || step > MOST_STEPS || p->position < 0 ||
+        p->position > step * MOST_BATCH)
         die("%s is no checkpoint of this program: it lacks the metadata of one", path);
+    p->step = (int)step;
     *options = *header + used;
     return file;
 }
@@ -691,7 +785,8 @@ static void checkpoint_options(const char *path, Options *o, int resume,
 }
 
 // Fills the parameters of a network that already has the checkpoint's options; with `resume` also
-// Adam's moments and the progress.
+// Adam's moments and the progress. Where h has no memory for them yet it only looks whether the
+// file holds what it should.
 static void checkpoint_read(const char *path, const Holdings *h, Progress *p, int resume) {
     Progress progress;
     char *header, *rest, *expected;
@@ -700,12 +795,13 @@ static void checkpoint_read(const char *path, const Holdings *h, Progress *p, in
     FILE *file = checkpoint_open(path, &header, &rest, &progress, &bytes);
     expected = make_header(h, &progress, 0, &right_bytes);
     const char *theirs = strstr(rest, "\"},\""), *ours = strstr(expected, "\"},\"");
-    if (!theirs || strncmp(ours, theirs, strcspn(ours, " ")) != 0)
+    if (strncmp(header, expected, rest - header) != 0 || !theirs ||
+        strncmp(ours, theirs, strcspn(ours, " ")) != 0)
         die("%s is damaged: its tensors are not those of its options", path);
     if (bytes != right_bytes)
         die("%s is damaged: %zu bytes of numbers, not %zu", path, (size_t)bytes, right_bytes);
     float *blocks[] = {h->parameters, h->adam_m, h->adam_v};
-    for (int i = 0; i < (resume ? 3 : 1); i++)
+    for (int i = 0; h->parameters && i < (resume ? 3 : 1); i++)
         if (fread(blocks[i], sizeof(float), n, file) != n)
             die("cannot read %s: %s", path, strerror(errno));
     if (resume) *p = progress;

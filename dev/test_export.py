@@ -322,6 +322,13 @@ def test_tokenizer():
         check_error(what, export(path, "--to", "hf", "--out", "x"), words)
 
 
+def longer(data, old, fresh):
+    """The checkpoint with this change of its header, whose length goes along."""
+    length = int.from_bytes(data[:8], "little")
+    header = data[8:8 + length].replace(old, fresh, 1)
+    return len(header).to_bytes(8, "little") + header + data[8 + length:]
+
+
 def test_refusals():
     good = "net0/ckpt_000001.safetensors"
     data, length = read(good), int.from_bytes(read(good)[:8], "little")
@@ -352,6 +359,11 @@ def test_refusals():
             ("no numbers", data[:end], "bytes of numbers"), ("a longer file", data + b"x", "bytes"),
             ("another shape", data.replace(b"[259,16]", b"[16,259]", 1), "tok_embeddings"),
             ("another name", data.replace(b'"norm.weight"', b'"morn.weight"', 1), "norm.weight"),
+            ("layers of 5000 digits", longer(data, b'"layers":"3', b'"layers":"' + b"3" * 5000),
+             "--layers"),
+            ("nested arrays", longer(data, b"{", b"[" * 100000), "metadata"),
+            ("a folder with a zero byte", longer(data, b'"data":"data', b'"data":"\\u0000'),
+             "--data"),
             ("layers that are no number", data.replace(b'"layers":"3', b'"layers":"x', 1),
              "--layers"),
             ("an unknown norm", data.replace(b'"norm":"pre"', b'"norm":"prx"', 1), "--norm"),
@@ -462,6 +474,8 @@ def test_evaluation_errors(path):
         check_error(" ".join(arguments), run(TRAIN, *arguments), words)
     for what, line, words in (
             ("no JSON", b"{", "line 2"), ("no ctx", b"{}", "'ctx'"), ("a list", b"[]", "line 2"),
+            ("deep nesting", b"[" * 100000, "line 2"),
+            ("an infinite label", b'{"ctx": "a", "endings": ["b", "c"], "label": 1e999}', "line 2"),
             ("no label", json.dumps({**question, "label": ""}).encode(), "line 2"),
             ("a label out of range", json.dumps({**question, "label": 2}).encode(), "label 2"),
             ("one ending", json.dumps({**question, "endings": ["a"]}).encode(), "endings"),

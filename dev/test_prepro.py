@@ -18,7 +18,7 @@ import threading
 from array import array
 
 PREPRO = os.path.abspath("prepro_tinystories.py")
-COMPARE = os.path.abspath("dev/compare.py")
+COMPARE, FIGURES = os.path.abspath("dev/compare.py"), os.path.abspath("dev/figures.py")
 # The toy stories of --seed 1. Where the grammar changes on purpose, so do these.
 TOY_SHA256 = {"train.bin": "83b65c29044864b03c9598d428ca76fa321c25ac5928df43120975db5138d1b6",
               "val.bin": "26f0ca2e03d20323b9ba128220fbf2be403786cf21fd30ad3304c706729556a3"}
@@ -46,7 +46,8 @@ def prepro(*arguments, **environment):
 def check_error(what, result, words):
     """One line on stderr that holds the words, status 1. Progress may stand before it."""
     status, _, errors = result
-    lines = [line for line in errors.splitlines() if line.startswith(("prepro_tiny", "compare"))]
+    scripts = "prepro_tiny", "compare", "figures"
+    lines = [line for line in errors.splitlines() if line.startswith(scripts)]
     good = status == 1 and len(lines) == 1 and words in lines[0] and "Traceback" not in errors
     check(good, f"error: {what}", f"status {status}: {errors}")
 
@@ -164,16 +165,29 @@ class Server(http.server.BaseHTTPRequestHandler):
         place = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         if way == "missing":
             return self.send_error(404)
+        if way == "page":
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            return self.wfile.write(b"page")
+        if place and int(place[1]) >= len(data):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            return self.end_headers()
         if place and way != "norange":
             start = int(place[1])
             self.send_response(206)
+            start -= way == "repeats"       # sends a byte again that was there already
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         else:
             self.send_response(200)
         self.send_header("Content-Type", "text/plain")
-        self.send_header("Content-Length", str(len(data) - start))
+        if way != "nolength":
+            self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
-        self.wfile.write(data[start:len(data) // 2] if way == "broken" else data[start:])
+        self.wfile.write(data[start:len(data) // 2] if way == "broken" else
+                         data[start:] + b"more" if way == "longer" else data[start:])
         self.close_connection = True
 
     def log_message(self, *arguments):
@@ -207,6 +221,19 @@ def test_download():
     status, _, errors = fetch("norange", "c")
     check(status == 0 and arrived("c"), "a server that ignores Range: it starts over", errors)
     check_error("a file that is not there", fetch("missing", "d"), "404")
+    fetch("broken", "g")
+    check_error("a server that repeats a byte", fetch("repeats", "g"), "another part")
+    check(read(f"g/{names[0]}.part") == text[:len(text) // 2], "what came before is still there")
+    check_error("a web page instead of the file", fetch("page", "h"), "web page")
+    check_error("a file without a length", fetch("nolength", "h"), "without a length")
+    status, _, errors = fetch("longer", "i")
+    check(status == 0 and arrived("i"), "bytes beyond the length are left alone", errors)
+    for size, what in ((len(text), "a whole"), (len(text) + 5, "too long a")):
+        folder = f"j{size}"
+        os.mkdir(folder)
+        write(f"{folder}/{names[0]}.part", (text + b"other")[:size])
+        status, _, errors = fetch("plain", folder)
+        check(status == 0 and arrived(folder), f"--download after {what} .part", errors)
     server.shutdown()
     server.server_close()
     check_error("no server", fetch("plain", "e"), "cannot download")
@@ -280,6 +307,36 @@ def test_compare():
     check_error("compare.py: no folder", run(COMPARE, "base", "none"), "none")
     write("gpas/log.csv", read("gpas/log.csv") + b"4,what\n")
     check_error("compare.py: a malformed line", run(COMPARE, "base", "gpas"), "log.csv, line 6")
+    write("worse/layers.csv", read("worse/layers.csv") + b"9,999999999999,1,1,0.1,1\n")
+    check_error("compare.py: a layer far away", run(COMPARE, "base", "worse"), "lacks some")
+
+
+def test_figures():
+    table = "common\t--steps 3\nseeds\t1\npre.base.toy.1\t--gpas off\n"
+    write_run("f/pre.base.toy.1/seed-1", "", [5, 4, 3, 2])
+    log = "f/pre.base.toy.1/seed-1/log.csv"
+    good = read(log)
+
+    def figures(text, log_text=good):
+        write("table.tsv", text.encode("latin-1"))
+        write(log, log_text)
+        return run(FIGURES, "--table", "table.tsv", "--out", "f", "--draw-only", "--figures", "g")
+
+    for what, text, words in (
+            ("no tab", table + "x", "line 4"),
+            ("half a quotation", table + "a.b.c.d\t'x", "line 4"),
+            ("a seed", table.replace("\t1\n", "\tone\n"), "line 2"),
+            ("no steps", table.replace("--steps 3", ""), "--steps"),
+            ("not UTF-8", table + "\xff", "UTF-8"),
+            ("a name twice", table + "pre.base.toy.1\t\n", "twice"),
+            ("a name with a slash", table + "../b.c.d.e\t", "SCHEME.KIND")):
+        check_error(f"figures.py: {what}", figures(text), words)
+    for what, text, words in (
+            ("a step that is no number", good + b"x,,1,,,,\n", "line 6: step"),
+            ("a loss that is no number", good + b"4,,x,,,,\n", "line 6: val_loss"),
+            ("a log that was cut off", good[:-3], "1 runs are missing"),
+            ("no header", b"1,2\n3,4\n", "line 2")):
+        check_error(f"figures.py: {what}", figures(table, text), words)
 
 
 def main():
@@ -294,6 +351,7 @@ def main():
         test_pieces()
         test_errors()
         test_compare()
+        test_figures()
         os.chdir(home)
     print(f"{passed} passed, {failed} failed")
     return failed > 0

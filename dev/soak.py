@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""
+Kills training runs at random moments, lets them go on, and compares their files with those of a run
+that nobody disturbed.
+
+    python3 dev/soak.py                     toy stories for an hour, killed about every minute
+    python3 dev/soak.py --seconds 600       for ten minutes
+    python3 dev/soak.py --kills 500         500 runs of a tiny network, each killed once
+
+A kill is SIGKILL: no program can prepare for it. What is killed goes on from the newest checkpoint
+in its folder, or from the beginning where there is none. In the end every file of the folder must
+have the same bytes as in the undisturbed run's; from log.csv the two columns of time are left out.
+Memory must not grow while a run goes on.
+"""
+import argparse
+import glob
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+TINY = ("--layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 --steps 12 "
+        "--save-every 1 --keep 3 --val-every 4 --sample-every 5 --length 20").split()
+SLACK = 2048            # KiB by which a run's memory may differ from what it was
+passed = failed = 0
+
+
+def check(good, what, details=""):
+    global passed, failed
+    print(f"ok   soak: {what}" if good else f"FAIL soak: {what}: {details}", flush=True)
+    passed, failed = passed + bool(good), failed + (not good)
+
+
+def write_data(folder):
+    """Tokens and a tokenizer for the tiny network."""
+    os.makedirs(folder)
+    for name, count in (("train", 3000), ("val", 300)):
+        tokens = [(7 * i * i + i) % 259 for i in range(count)]
+        with open(f"{folder}/{name}.bin", "wb") as file:
+            file.write(struct.pack("<3i", 20240520, 1, count).ljust(1024, b"\0"))
+            file.write(struct.pack(f"<{count}H", *tokens))
+    with open(f"{folder}/tokenizer.bin", "wb") as file:
+        file.write(struct.pack("<i", 6))
+        for text in [b"<unk>", b"\n<s>\n", b"\n</s>\n"] + [bytes([b]) for b in range(256)]:
+            file.write(struct.pack("<fi", 0, len(text)) + text)
+
+
+def files_of(folder):
+    """What a run left, by name. The columns ms and tokens_per_s of log.csv differ every time."""
+    files = {}
+    for name in sorted(os.listdir(folder)):
+        with open(f"{folder}/{name}", "rb") as file:
+            files[name] = file.read()
+    if "log.csv" in files:
+        lines = files["log.csv"].split(b"\n")
+        files["log.csv"] = b"\n".join(b",".join(line.split(b",")[:5]) for line in lines)
+    return files
+
+
+def difference(folder, expected, just_ended=False):
+    """The names of the files that differ. A run that was killed when all but its old checkpoints
+    were put away may have one of them more."""
+    files = files_of(folder)
+    names = sorted(name for name in set(files) | set(expected)
+                   if files.get(name) != expected.get(name))
+    if just_ended and len(names) == 1 and names[0].startswith("ckpt_") and names[0] in files:
+        names = []
+    return ", ".join(names)
+
+
+class Training:
+    """One process that trains in its folder, from the newest checkpoint there."""
+
+    def __init__(self, options):
+        self.options, self.out = options, options[options.index("--out") + 1]
+        self.steps = int(options[options.index("--steps") + 1])
+
+    def newest(self):
+        """The newest checkpoint and its step."""
+        checkpoints = sorted(glob.glob(f"{self.out}/ckpt_*.safetensors"))
+        return (checkpoints[-1], int(checkpoints[-1][-18:-12])) if checkpoints else (None, 0)
+
+    def start(self):
+        checkpoint, self.began_at = self.newest()
+        options = ["--resume", checkpoint] if checkpoint else self.options[1:]
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen([self.options[0], *options], stderr=self.errors,
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        return self.process.wait() == -signal.SIGKILL
+
+    def finish(self):
+        """Waits; returns what went wrong, or nothing."""
+        status = self.process.wait()
+        self.errors.seek(0)
+        return f"status {status}, {self.errors.read().decode()}" if status else ""
+
+    def memory(self):
+        """KiB in use now, or 0 where that cannot be known."""
+        try:
+            with open(f"/proc/{self.process.pid}/statm", encoding="ascii") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024
+        except (OSError, IndexError):
+            return 0
+
+
+def whole_run(options):
+    training = Training(options)
+    training.start()
+    problem = training.finish()
+    if problem:
+        sys.exit(f"soak.py: the undisturbed run failed: {problem}")
+    return files_of(training.out)
+
+
+def kill_runs(program, kills, seed):
+    """Each run is killed once, at a random moment of its life, and then goes on to its end."""
+    folder, draw = tempfile.mkdtemp(prefix="soak_"), random.Random(seed)
+    counts = {"before the first checkpoint": 0, "later": 0, "while a checkpoint was written": 0,
+              "after the last checkpoint": 0}
+    problems = []
+    try:
+        write_data(f"{folder}/data")
+        options = [program, *TINY, "--data", f"{folder}/data", "--out", f"{folder}/out"]
+        whole_run(options)
+        shutil.rmtree(f"{folder}/out")
+        begin = time.monotonic()
+        expected = whole_run(options)
+        seconds = time.monotonic() - begin
+        for number in range(kills):
+            shutil.rmtree(f"{folder}/out")
+            training = Training(options)
+            training.start()
+            time.sleep(draw.uniform(0, seconds))
+            training.kill()
+            names = os.listdir(f"{folder}/out") if os.path.isdir(f"{folder}/out") else []
+            counts["while a checkpoint was written"] += any(n.endswith(".tmp") for n in names)
+            ended, problem = training.newest()[1] == training.steps, ""
+            if not ended:
+                training.start()
+                problem = training.finish()
+            counts["after the last checkpoint" if ended else "later" if training.began_at else
+                   "before the first checkpoint"] += 1
+            problem = problem or difference(f"{folder}/out", expected, ended)
+            if problem:
+                problems.append(f"run {number + 1}: {problem}")
+    finally:
+        shutil.rmtree(folder)
+    check(not problems, f"{kills} runs, killed once each, end with the same bytes",
+          f"{len(problems)} do not; {problems[:1]}")
+    print("     killed " + ", ".join(f"{what}: {n}" for what, n in counts.items()))
+    if kills >= 20:
+        check(counts["later"] > kills / 4, "the kills were spread over the runs", counts)
+
+
+def growth(training, until):
+    """Watches a run until this time or its end. Returns by how many KiB its memory grew, after it
+    had ten seconds and a fifth of the time to settle."""
+    begin, first, last = time.monotonic(), 0, 0
+    while time.monotonic() < until and training.process.poll() is None:
+        time.sleep(0.2)
+        now = training.memory()
+        last = now or last
+        if not first and time.monotonic() - begin > max(10, (until - begin) / 5):
+            first = now
+    return last - first if first else 0
+
+
+def soak(program, data, seconds, seed):
+    """Half of the time for a run that nobody disturbs, half for one that is killed and goes on."""
+    folder, draw = tempfile.mkdtemp(prefix="soak_"), random.Random(seed)
+    try:
+        options = [program, "--data", data, "--out", f"{folder}/out", "--val-batches", "4",
+                   "--sample-every", "500", "--length", "100", "--steps"]
+        begin = time.monotonic()
+        whole_run(options + ["100"])
+        steps = max(100, int(100 * seconds / 2 / (time.monotonic() - begin)) // 100 * 100)
+        every = max(10, steps // 200)
+        shutil.rmtree(f"{folder}/out")
+        options += [str(steps), "--save-every", str(every)]
+        training = Training(options)
+        begin = time.monotonic()
+        training.start()
+        grown = growth(training, begin + 0.45 * seconds)
+        problem = training.finish()
+        if problem:
+            sys.exit(f"soak.py: the undisturbed run failed: {problem}")
+        length = time.monotonic() - begin
+        check(grown <= SLACK, f"the undisturbed run, {steps} steps in {length:.0f} s: its memory "
+              f"grew by {grown} KiB, at most {SLACK} are allowed", grown)
+        expected, kills, worst = files_of(training.out), 0, 0
+        shutil.rmtree(training.out)
+        while True:
+            training.start()
+            until = time.monotonic() + draw.uniform(0, length / 15)
+            worst = max(worst, growth(training, until))
+            if training.process.poll() is not None:
+                break
+            kills += training.kill()
+            if training.newest()[1] == steps:
+                break
+        status = training.process.returncode
+        problem = status not in (0, -signal.SIGKILL) and training.finish()
+        problem = problem or difference(training.out, expected, True)
+        check(not problem, f"{steps} steps, killed {kills} times, end with the same bytes", problem)
+        check(worst <= SLACK, f"between the kills its memory grew by at most {worst} KiB", worst)
+    finally:
+        shutil.rmtree(folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Kills training runs and compares their results.")
+    parser.add_argument("--program", default="./train_gpas")
+    parser.add_argument("--data", default="data/toy", help="for the soak, not for --kills")
+    parser.add_argument("--kills", type=int, help="short runs to be killed, instead of a soak")
+    parser.add_argument("--seconds", type=float, default=3600, help="of the soak, about")
+    parser.add_argument("--seed", type=int, default=1, help="of the moments")
+    o = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if o.kills:
+        kill_runs(os.path.abspath(o.program), o.kills, o.seed)
+    else:
+        soak(os.path.abspath(o.program), o.data, o.seconds, o.seed)
+    print(f"{passed} passed, {failed} failed")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
