@@ -15,6 +15,10 @@ train_gpas: $(SOURCES)
 data/toy/tokenizer.bin:
 	$(PYTHON) prepro_tinystories.py --out data/toy
 
+# Threads that wait for others spin. Where another program has a core, a step of 30 ms then takes
+# seconds. With this they sleep after some microseconds, and lose nothing on cores of their own.
+run figures soak: export GOMP_SPINCOUNT = 1000
+
 run: train_gpas data/toy/tokenizer.bin
 	./train_gpas --norm pre --gpas off --out out/pre
 	./train_gpas --norm pre --gpas on --out out/pre_gpas
