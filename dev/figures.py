@@ -156,6 +156,10 @@ def run_all(experiments, seeds, program, folders):
 # ---------------------------------------------------------------------------
 # What the logs say
 
+RATE = "1e-3"  # the paper's learning rate for its 71M network, and ours unless told otherwise
+SCHEMES = ("pre", "lns", "sandwich", "post", "deepnorm", "mix")
+SHOWN = ("pre", "sandwich", "deepnorm")
+
 class Result:
     """The logs of one configuration over its seeds."""
 
@@ -183,6 +187,10 @@ class Result:
 
     def final(self):
         return statistics.mean(self.losses(self.steps[-1]))
+
+    def second_half(self):
+        """The steps of layers.csv in the second half of the training."""
+        return [step for step in sorted(self.layers[0]) if step > self.steps[-1] / 2]
 
     def column(self, name, steps):
         """A column of layers.csv by layer: mean over the seeds and over these steps."""
@@ -229,6 +237,29 @@ def spread(result):
     return f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
 
 
+def numbers_by_layer(results):
+    """Variance and gate at the end, gradient's norm over the second half; toy stories at RATE."""
+    lines = []
+    for scheme in SHOWN:
+        for kind in ("base", "gpas", "plain"):
+            r = find(results, scheme, kind, "toy", RATE)
+            if not r:
+                continue
+            rows = [("variance", r.column("mlp_variance", r.steps[-1:])),
+                    ("gradient", r.column("grad_norm", r.second_half()))]
+            if kind == "gpas":
+                rows.append(("gate", r.column("gate", r.steps[-1:])))
+            layers = range(1, len(rows[0][1]) + 1)
+            if not lines:
+                lines = ["", f"By layer, toy stories, lr {RATE}: the variance of the stream and the "
+                         "gate at the end; the gradient's norm, mean over the second half.", "",
+                         "| layer | " + " | ".join(map(str, layers)) + " |",
+                         "|---" * (len(layers) + 1) + "|"]
+            lines += [f"| {scheme}, {kind}: {name} | " + " | ".join(f"{x:.3g}" for x in values)
+                      + " |" for name, values in rows]
+    return lines
+
+
 def write_numbers(results, path):
     """The numbers that the text quotes: final validation losses and the steps that GPAS saved."""
     lines = ["# Numbers of the experiments", "",
@@ -250,6 +281,7 @@ def write_numbers(results, path):
     others = [r for r in results if r.experiment.kind not in ("base", "gpas")]
     lines += ["", "| others | final validation loss |", "|---|---|"]
     lines += [f"| {r.experiment.name} | {spread(r)} |" for r in others]
+    lines += numbers_by_layer(results)
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
 
@@ -258,9 +290,6 @@ def write_numbers(results, path):
 # Drawing. Opaque light panels: they read the same on a light and on a dark page.
 
 BASE, GPAS, PLAIN = "#c2410c", "#1d4ed8", "#15803d"
-RATE = "1e-3"  # the paper's learning rate for its 71M network, and ours unless told otherwise
-SCHEMES = ("pre", "lns", "sandwich", "post", "deepnorm", "mix")
-SHOWN = ("pre", "sandwich", "deepnorm")
 
 
 def new_figure(plt, rows, columns, height):
@@ -358,8 +387,7 @@ def draw_gradients(plt, results, data):
         r = find(results, "pre", kind, data, RATE)
         if not r:
             return None
-        half = r.steps[-1] / 2
-        values = r.column("grad_norm", [s for s in sorted(r.layers[0]) if s > half])
+        values = r.column("grad_norm", r.second_half())
         axes[0][0].plot(range(1, len(values) + 1), values, "o-", markersize=3, color=color,
                         label=label)
     axes[0][0].set_xlabel("layer")
