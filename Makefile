@@ -17,14 +17,14 @@ data/toy/tokenizer.bin:
 
 # Threads that wait for others spin. Where another program has a core, a step of 30 ms then takes
 # seconds. With this they sleep after some microseconds, and lose nothing on cores of their own.
-run figures soak: export GOMP_SPINCOUNT = 1000
-
+run: export GOMP_SPINCOUNT = 1000
 run: train_gpas data/toy/tokenizer.bin
 	./train_gpas --norm pre --gpas off --out out/pre
 	./train_gpas --norm pre --gpas on --out out/pre_gpas
 	@$(PYTHON) dev/compare.py out/pre out/pre_gpas
 
 # What GPAS does, in pictures: docs/figures.md. Needs matplotlib. Interrupted, it goes on.
+figures: export GOMP_SPINCOUNT = 1000
 figures: train_gpas data/toy/tokenizer.bin
 	$(PYTHON) dev/figures.py
 

@@ -11,7 +11,7 @@ stop-gradient lets the gradient through as if nothing had been scaled: the early
 
 The file is a lesson, to be read from top to bottom:
 
-    1  Tools          random numbers, a reproducible sum, exp
+    1  Tools          random numbers
     2  Layers         gpas, residual, embedding, rmsnorm, rope, swiglu, matmul, attention,
                       crossentropy: each a forward and a backward pass with its derivation
     3  Model          parameters, activations, and one block that is all twelve networks
@@ -37,6 +37,12 @@ Everything is common to C11 and C++17, so that train_gpas.cu can include this fi
 
 /* ------------------------------------------------------------------------------------------------
 1. Tools
+
+OpenMP in five lines. `omp parallel for` shares the turns of the loop below it among the threads and
+waits at its end until all are done. `simd` promises that the turns of a loop do not depend on each
+other, so that the compiler may make one vector instruction of 16; reduction(+ : s) gives each lane
+an s of its own and adds them up at the end. `schedule(dynamic)` gives a thread its next turn when
+it is done with one. Inside `omp parallel`, where every thread runs all lines, `omp for` shares.
 */
 
 // SplitMix64 (Steele, Lea, Flood 2014): the next 64 random bits. The state only counts, so number
@@ -55,8 +61,9 @@ static double random_uniform(uint64_t *state) { return (random_bits(state) >> 11
 /* ------------------------------------------------------------------------------------------------
 2. Layers
 
-Three helpers, then GPAS first. The layers are plain loops; whatever is a product of matrices goes
-to gemm(), the one place that is written for speed.
+Four helpers (a sum that is the same for any number of threads, a maximum, a fast exp, sigmoid),
+then GPAS first. The layers are plain loops; whatever is a product of matrices goes to gemm(), the
+one place that is written for speed. In derivations dy is short for dout, x for inp, w for weight.
 */
 #ifndef TRAIN_GPAS_CUDA  // train_gpas.cu has these layers as kernels
 
@@ -156,7 +163,8 @@ static void gpas_backward(float *dinp, float *dgate, const float *dout, const fl
     for (size_t i = 0; i < n; i++) dinp[i] = scale * dout[i];
 }
 
-// The residual sum: out = alpha shortcut + branch. alpha is 1 but for DeepNorm. All (n).
+// The residual sum: out = alpha shortcut + branch. alpha is 1 but for DeepNorm. All (n); out may be
+// shortcut.
 static void residual_forward(float *out, const float *shortcut, const float *branch, float alpha,
                              size_t n) {
     #pragma omp parallel for simd
@@ -1048,7 +1056,7 @@ static void sublayer_backward(const Model *m, int l, int s, int B, int T) {
         branch_backward(m, dbranch, a, w, d, s, B, T);
         rmsnorm_backward(scratch, d.norm[s], m->dinp, a->inp, w.norm[s], a->rstd, N, C);
         residual_backward(dx, dx, 1, n);
-        residual_forward(dx, dx, scratch, 1, n);
+        residual_forward(dx, dx, scratch, 1, n);  // a plain sum, of two gradients
     } else {
         dbranch = scratch;
         rmsnorm_backward(dbranch, d.norm[s], dx, a->sum, w.norm[s], a->rstd, N, C);
@@ -1296,8 +1304,8 @@ static int sample_token(const float *logits, int V, double temperature, double t
     return candidates[kept - 1].id;
 }
 
-// Writes a story of at most --length tokens that begins with the prompt. Each token takes a forward
-// pass over all before it; when all T positions are taken, the last T/2 become the new beginning.
+// Writes the prompt and at most --length tokens that go on from it. Each token takes a forward pass
+// over all before it; when all T positions are taken, the last T/2 become the new beginning.
 static void tell_story(Model *m, const Tokenizer *k, uint64_t *random, FILE *file) {
     const Options *o = m->o;
     int T = o->seq_len, V = o->vocab_size, start = 0;
@@ -1327,7 +1335,7 @@ typedef struct {
     Tokenizer tokenizer;
     Loader train, val;
     Progress progress;
-    int *tokens, *targets;  // (B,T), of tokens one more
+    int *tokens, *targets;  // (B,T); tokens has room for one more
     double *layer_norms;    // (L) of the last gradient
     FILE *log, *layers;
     int64_t val_windows;
@@ -1441,15 +1449,15 @@ static double train_step(Run *run, double *norm) {
 static void train(Run *run) {
     const Options *o = run->model.o;
     print_configuration(run);
+    catch_signals();
     if (run->progress.step == 0) {
         double val = validate(run);
-        printf("step 0/%d  val %.4f\n", o->steps, val);
+        printf("step 0/%d  val %.4f\n", o->steps, val), fflush(stdout);
         log_step(run, NAN, val, NAN, NAN, NAN);
         log_layers(run);
     }
     run->start_time = omp_get_wtime();
-    catch_signals();
-    while (run->progress.step < o->steps && !stop_signal) {
+    do {
         double norm, val = NAN, lr = learning_rate(o, run->progress.step), start = omp_get_wtime();
         double loss = train_step(run, &norm), ms = 1000 * (omp_get_wtime() - start);
         int step = run->progress.step, last = step == o->steps;
@@ -1461,7 +1469,7 @@ static void train(Run *run) {
         report(run, loss, val, lr, norm, ms);
         if (last || (o->sample_every && step % o->sample_every == 0)) sample(run);
         if (last || stop_signal || (o->save_every && step % o->save_every == 0)) save(run);
-    }
+    } while (run->progress.step < o->steps && !stop_signal);
     if (run->progress.step < o->steps)
         printf("\nStopped. ./%s --resume %s/ckpt_%06d.safetensors goes on.\n", program, o->out,
                run->progress.step);

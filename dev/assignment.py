@@ -61,6 +61,7 @@ COPIED = ["LICENSE", "dev/plumbing.h", "dev/finite.h", "dev/logs.h", "dev/evalua
 COPIED_CUDA = ["dev/cuda_on_cpu.h", "dev/on_gpu.h"]
 RULES = ["train_gpas", "data/toy/tokenizer.bin", "run", "grade", "build/%.cu",
          "train_gpas_cuda_on_cpu"]
+CUDA_RULES = ["build/%.cu", "train_gpas_cuda_on_cpu"]
 
 
 def fail(message):
@@ -229,8 +230,9 @@ def makefile(source, layers, cuda):
         if rule and rule.group(1) not in RULES:
             continue
         lines = [x for x in block.split("\n") if not x.startswith(".PHONY")]
-        if all(x.startswith("#") or not x for x in lines) or (not cuda and "CUDA" in block
-                                                              and "grade:" not in block):
+        rule = rule.group(1) if rule else ""
+        if all(x.startswith("#") or not x for x in lines) or (
+                not cuda and rule != "grade" and ("CUDA" in block or rule in CUDA_RULES)):
             continue
         result += ["", "\n".join(lines)]
     return "\n".join(result) + "\n\n.PHONY: run grade\n"

@@ -467,7 +467,8 @@ def main():
     if not os.path.exists(os.path.join(o.real, "tokenizer.bin")):
         print(f"{o.real} has no tokenizer.bin: the experiments on real stories are left out")
         experiments = [e for e in experiments if e.data != "real"]
-    matplotlib = None if o.run_only else load_matplotlib()  # before two hours are spent
+    if not (o.run_only or o.draw_only):
+        load_matplotlib()  # is it there? before two hours are spent
     if not o.draw_only:
         run_all(experiments, seeds, o.program, folders)
     if o.run_only:
@@ -475,7 +476,8 @@ def main():
     missing = [e.name for e in experiments for s in seeds if not complete(e, s)]
     if missing:
         fail(f"{len(missing)} runs are missing, {missing[0]} among them; draw without --draw-only")
-    draw_all(matplotlib, [Result(e, seeds) for e in experiments], o.figures)
+    results = [Result(e, seeds) for e in experiments]
+    draw_all(load_matplotlib(), results, o.figures)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ static void print_configuration(const Run *run) {
     print_options(run->model.o);
     printf("\n%zu parameters, %zu training and %zu validation sequences, %s\n",
            run->model.num_parameters, run->train.num_windows, run->val.num_windows, device);
+    fflush(stdout);
 }
 
 // A step's line. On a terminal the next one overwrites it; in a pipe one comes every --print-every.
