@@ -1,4 +1,4 @@
-# make run    trains a small network without and with GPAS and shows what GPAS did (2 to 3 minutes)
+# make run    trains a small network without and with GPAS and shows what GPAS did (1 to 3 minutes)
 # make test   checks everything; the last line says how many checks passed and failed
 # make help   lists the rest
 
