@@ -251,8 +251,8 @@ def numbers_by_layer(results):
                 rows.append(("gate", r.column("gate", r.steps[-1:])))
             layers = range(1, len(rows[0][1]) + 1)
             if not lines:
-                lines = ["", f"By layer, toy stories, lr {RATE}: the variance of the stream and the "
-                         "gate at the end; the gradient's norm, mean over the second half.", "",
+                lines = ["", f"By layer, toy stories, lr {RATE}: the variance of the stream and "
+                         "the gate at the end; the gradient's norm, mean over the second half.", "",
                          "| layer | " + " | ".join(map(str, layers)) + " |",
                          "|---" * (len(layers) + 1) + "|"]
             lines += [f"| {scheme}, {kind}: {name} | " + " | ".join(f"{x:.3g}" for x in values)
