@@ -418,34 +418,34 @@ static inline __attribute__((always_inline)) void pack(float *dst, const float *
 }
 
 // C (rows,columns), with rows <= height <= MR and columns <= NR, = or += a panel of A times one of
-// B. The compiler makes one function for each height.
-static inline void multiply_tile(int height, float *c, size_t ldc, const float *a, int a_row,
-                                 size_t a_step, const float *b, int depth, int rows, int columns,
-                                 int accumulate) {
+// B, depth at least 1. A tile that reaches over C's edge goes to `edge` first. Always inline: the
+// compiler makes the code for each height, and keeps the tile in registers from first to last.
+static inline __attribute__((always_inline)) void multiply_tile(
+    int height, float *c, size_t ldc, const float *a, int a_row, size_t a_step, const float *b,
+    int depth, int rows, int columns, int accumulate) {
+    int whole = rows == height && columns == NR;
+    float edge[MR * NR], *out = whole ? c : edge;
+    size_t out_row = whole ? ldc : NR;
     Vector zero = {0}, tile[MR][2];
     for (int i = 0; i < height; i++) {
         tile[i][0] = tile[i][1] = zero;
         __builtin_prefetch(c + i * ldc), __builtin_prefetch(c + i * ldc + LANES);
     }
-    for (int k = 0; k < depth; k++, a += a_step, b += NR) {
+    do {
         Vector b0 = *(const Vector *)b, b1 = *(const Vector *)(b + LANES);
         for (int i = 0; i < height; i++) {
             tile[i][0] += a[i * a_row] * b0;
             tile[i][1] += a[i * a_row] * b1;
         }
+        a += a_step, b += NR;
+    } while (--depth);
+    for (int i = 0; i < height; i++, out += out_row) {
+        Vector *c0 = (Vector *)out, *c1 = (Vector *)(out + LANES);
+        if (accumulate && whole) tile[i][0] += *c0, tile[i][1] += *c1;
+        *c0 = tile[i][0], *c1 = tile[i][1];
     }
-    if (rows == height && columns == NR) {
-        for (int i = 0; i < height; i++, c += ldc) {
-            Vector *c0 = (Vector *)c, *c1 = (Vector *)(c + LANES);
-            if (accumulate) tile[i][0] += *c0, tile[i][1] += *c1;
-            *c0 = tile[i][0], *c1 = tile[i][1];
-        }
-        return;
-    }
-    float edge[MR][NR];
-    memcpy(edge, tile, height * sizeof *edge);
-    for (int i = 0; i < rows; i++, c += ldc)
-        for (int j = 0; j < columns; j++) c[j] = (accumulate ? c[j] : 0) + edge[i][j];
+    for (int i = 0; i < rows && !whole; i++, c += ldc)
+        for (int j = 0; j < columns; j++) c[j] = (accumulate ? c[j] : 0) + edge[i * NR + j];
 }
 
 // C (M,N) = or += A B from panels. A (i,k) is a[i / MR * a_panel + i % MR * a_row + k * a_step].
@@ -482,7 +482,6 @@ static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_
 // time, packs them for itself and multiplies. The rows are cut into equal parts, as many for each.
 static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k, const float *b,
                  size_t b_column, size_t b_k, int M, int N, int K, int accumulate) {
-    enum { LINES = 2 * NR };  // of B, packed at once
     int depth = (K - 1) / ((K + KC - 1) / KC) + 1, threads = omp_get_max_threads();
     int panels = (M + MR - 1) / MR, parts = imin(panels, (M / MC / threads + 1) * threads);
     float *pb = packing_space(1, (size_t)(imin(N, NC) + NR) * depth);
@@ -490,11 +489,12 @@ static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k,
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k0 = 0; k0 < K; k0 += depth) {
             int columns = imin(NC, N - j0), steps = imin(depth, K - k0);
+            int share = ((columns - 1) / threads / NR + 1) * NR;  // of B, for each thread
             float *pa = packing_space(0, (MC + MR) * KC);
             #pragma omp for
-            for (int j = 0; j < columns; j += LINES)
+            for (int j = 0; j < columns; j += share)
                 pack(pb + (size_t)j * steps, b + (j0 + j) * b_column + k0 * b_k, b_column, b_k,
-                     imin(LINES, columns - j), NR, steps);
+                     imin(share, columns - j), NR, steps);
             #pragma omp for schedule(dynamic)
             for (int part = 0; part < parts; part++) {
                 int i = (int)((int64_t)panels * part / parts) * MR;
@@ -644,9 +644,11 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
     pack(rows_q, qt, row, 1, queries, MR, hs), pack(columns_q, qt, 1, row, hs, NR, queries);
     pack(rows_dy, dy, C, 1, queries, MR, hs), pack(columns_dy, dy, 1, C, hs, NR, queries);
     for (int i = 0; i < queries; i++) {
+        const float *oi = o + (size_t)i * C, *dyi = dy + (size_t)i * C;
         float sum = 0;
+        for (int c = 0; c < hs; c += 16) __builtin_prefetch(oi + (size_t)8 * C + c);
         #pragma omp simd reduction(+ : sum)
-        for (int c = 0; c < hs; c++) sum += o[(size_t)i * C + c] * dy[(size_t)i * C + c];
+        for (int c = 0; c < hs; c++) sum += oi[c] * dyi[c];
         delta[i] = sum;
     }
     float *pk = packing_space(1, (size_t)2 * NR * hs + NR * wide);

@@ -55,12 +55,16 @@ static void die(const char *format, ...) {
 }
 
 // count elements of size bytes, zeroed, aligned for vectors. Ends the program if there is no room.
+// Large ones ask for memory in pages of 2 MiB, whose addresses the processor finds faster.
 static void *allocate(size_t count, size_t size) {
-    size_t bytes = (count * size / 64 + 1) * 64;
-    void *p = count > SIZE_MAX / 2 / size ? NULL : aligned_alloc(64, bytes);
+    size_t bytes = count * size, page = bytes < 2 << 20 ? 64 : 2 << 20, whole = bytes / page * page;
+    void *p = count > SIZE_MAX / 2 / size ? NULL : aligned_alloc(page, whole + page);
     if (!p)
         die("not enough memory for %.0f MiB; lower --batch, --seq-len or the network's size",
             (double)count * size / (1 << 20));
+#ifdef MADV_HUGEPAGE
+    if (page > 64) madvise(p, whole, MADV_HUGEPAGE);
+#endif
     return memset(p, 0, bytes);
 }
 
