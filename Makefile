@@ -158,8 +158,10 @@ soak: train_gpas data/toy/tokenizer.bin
 	$(PYTHON) dev/soak.py --seconds $(SECONDS)
 
 # Nothing is linked: OpenBLAS, the yardstick, is looked for when the program runs.
-bench: dev/bench.c $(SOURCES)
-	$(CC) $(FLAGS) $< -o dev/bench -lm -ldl
+dev/bench: dev/bench.c $(SOURCES)
+	$(CC) $(FLAGS) $< -o $@ -lm -ldl
+
+bench: dev/bench
 	dev/bench
 
 reference:

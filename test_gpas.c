@@ -534,6 +534,43 @@ static void test_networks(void) {
     test_network("sandwich", "tanh", "--gpas on --gate-act tanh");
 }
 
+// --recompute saves memory and changes no bit of any gradient.
+static void test_recompute(void) {
+    enum { B = 2, T = 20 };
+    int tokens[B * T + 1];
+    for (int i = 0; i <= B * T; i++) tokens[i] = i * i % 31;
+    for (int i = 0; i < 12; i++) {
+        const char *gpas = i % 2 ? "--gate-init 0.3" : "--gpas off";
+        char line[512], name[100];
+        float *gradients[2];
+        size_t memory[2], n = 0;
+        for (int k = 0; k < 2; k++) {
+            Options o;
+            Model m;
+            snprintf(line, sizeof line,
+                     "--norm %s %s --recompute %s --layers 4 --channels 16 --hidden 24 --heads 2 "
+                     "--seq-len 20 --vocab-size 31 --batch 2",
+                     schemes[i / 2], gpas, k ? "on" : "off");
+            options_from(&o, line);
+            model_create(&m, &o, B, 1);
+            model_forward(&m, tokens, tokens + 1, B, T);
+            model_backward(&m, tokens, tokens + 1, B, T, 1.0 / (B * T));
+            n = m.num_parameters;
+            gradients[k] = copy(holdings(&m).gradients, n);
+#ifdef CUDA_REAL
+            memory[k] = m.bytes;
+#else
+            memory[k] = m.num_blocks;  // one for each array
+#endif
+            model_free(&m);
+        }
+        snprintf(name, sizeof name, "recompute: %s %s, with less memory", schemes[i / 2], gpas);
+        check(!memcmp(gradients[0], gradients[1], n * sizeof(float)) && memory[1] < memory[0],
+              name, "other gradients, or memory %zu, not %zu", memory[1], memory[0]);
+        free(gradients[0]), free(gradients[1]);
+    }
+}
+
 // A small network on tokens that occur but once each: it can learn them by heart.
 static void test_learning(void) {
     static const int tokens[] = {3, 7, 1, 9, 4, 12, 8, 2, 5, 11, 6, 10, 0};
@@ -1813,7 +1850,7 @@ static int run_tests(const char *program) {
     for (int k = 0; k < 4; k++) test_fused(k / 2, k % 2);
     test_attention_tiles(), test_row_tiles(), test_crossentropy_tiles();
     test_long_attention();
-    test_networks(), test_odd_networks(), test_initial_values(), test_training_rules();
+    test_networks(), test_recompute(), test_odd_networks(), test_initial_values(), test_training_rules();
     test_twice();
     if (!program) return failed;
     if (!mkdtemp(folder)) die("cannot make a folder in /tmp");
@@ -1837,7 +1874,7 @@ int main(void) {
     test_matmul(), test_attention(), test_crossentropy(), test_adamw();
     test_gemm(), test_long_attention(), test_exp();
     test_wide_attention(), test_gemm_threads();
-    test_networks();
+    test_networks(), test_recompute();
     test_initial_values(), test_learning(), test_threads(), test_training_rules(), test_sampling();
     if (!mkdtemp(folder)) die("cannot make a folder in /tmp");
     atexit(remove_folder);

@@ -425,7 +425,7 @@ static inline __attribute__((always_inline)) void multiply_tile(
     int depth, int rows, int columns, int accumulate) {
     int whole = rows == height && columns == NR;
     float edge[MR * NR], *out = whole ? c : edge;
-    size_t out_row = whole ? ldc : NR;
+    size_t out_row = whole ? ldc : (size_t)NR;
     Vector zero = {0}, tile[MR][2];
     for (int i = 0; i < height; i++) {
         tile[i][0] = tile[i][1] = zero;
@@ -887,20 +887,22 @@ static float *take(Model *m, size_t n) {
 }
 
 // Memory for the activations of N = B T tokens. The branches whose values no backward pass needs
-// share one block, and a sum that nothing follows is itself the sublayer's output.
+// share one block, and a sum that nothing follows is itself the sublayer's output. With --recompute
+// all layers share the largest arrays, those of inner_forward().
 static void create_sublayers(Model *m, size_t N) {
     const Options *o = m->o;
     size_t C = o->channels, H = o->hidden;
     float *x = m->embedded, *shared = take(m, N * C);
     for (int s = 0; s < 2 * o->layers; s++) {
-        Sublayer *a = &m->sublayers[s];
+        Sublayer *a = &m->sublayers[s], *lender = o->recompute && s >= 2 ? a - 2 : NULL;
         int last = norm_comes_last(o, s / 2), attention = s % 2 == 0;
         a->inp = x;
         a->normed = last ? x : take(m, N * C);
         a->rstd = take(m, N);
-        if (attention) a->qkv = take(m, 3 * N * C), a->lse = take(m, N * o->heads);
-        else a->pre_act = take(m, 2 * N * H);
-        a->inner = take(m, N * (attention ? C : H));
+        if (attention) a->lse = take(m, N * o->heads);
+        if (attention) a->qkv = lender ? lender->qkv : take(m, 3 * N * C);
+        else a->pre_act = lender ? lender->pre_act : take(m, 2 * N * H);
+        a->inner = lender ? lender->inner : take(m, N * (attention ? C : H));
         a->branch = has_branch_norm(o) ? take(m, N * C) : shared;
         if (has_branch_norm(o)) a->branch_rstd = take(m, N);
         a->sum = take(m, N * C);
@@ -965,25 +967,36 @@ static void model_free(Model *m) {
 
 #include "dev/finite.h"  // the functions check_*(), for --check-finite
 
-// The branch f of sublayer s (0 attention, 1 feed-forward): a->branch = f(a->normed).
-static void branch_forward(const Model *m, Sublayer *a, LayerParameters w, int s, int B, int T) {
+// The branch of sublayer s (0 attention, 1 feed-forward) but for its last matrix: a->inner from
+// a->normed.
+static void inner_forward(const Model *m, const Sublayer *a, LayerParameters w, int s, int B,
+                          int T) {
     int C = m->o->channels, H = m->o->hidden, NH = m->o->heads, N = B * T;
     if (s == 0) {
         matmul_forward(a->qkv, a->normed, w.wqkv, N, C, 3 * C);
         rope_forward(a->qkv, m->rope_table, B, T, C, C / NH);
         attention_forward(a->inner, a->lse, a->qkv, B, T, C, NH);
-        matmul_forward(a->branch, a->inner, w.wo, N, C, C);
     } else {
         matmul_forward(a->pre_act, a->normed, w.w13, N, C, 2 * H);
         swiglu_forward(a->inner, a->pre_act, N, H);
-        matmul_forward(a->branch, a->inner, w.w2, N, H, C);
     }
 }
 
+// The branch f: a->branch = f(a->normed).
+static void branch_forward(const Model *m, const Sublayer *a, LayerParameters w, int s, int B,
+                           int T) {
+    int C = m->o->channels, H = m->o->hidden, N = B * T;
+    inner_forward(m, a, w, s, B, T);
+    if (s == 0) matmul_forward(a->branch, a->inner, w.wo, N, C, C);
+    else matmul_forward(a->branch, a->inner, w.w2, N, H, C);
+}
+
 // Given dout (B,T,C), the gradient of the branch's output, leaves that of its input in m->dinp.
+// With --recompute (arXiv 1604.06174) what inner_forward() wrote was not kept, and is made again.
 static void branch_backward(const Model *m, const float *dout, const Sublayer *a, LayerParameters w,
                             LayerParameters d, int s, int B, int T) {
     int C = m->o->channels, H = m->o->hidden, NH = m->o->heads, N = B * T;
+    if (m->o->recompute) inner_forward(m, a, w, s, B, T);
     if (m->o->check_finite) check_before_branch(m, a, dout, B, T);
     if (s == 0) {
         matmul_backward(m->dinner, d.wo, dout, a->inner, w.wo, N, C, C);

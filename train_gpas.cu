@@ -1292,7 +1292,7 @@ static void lay_out(Model *m) {
     }
 }
 
-// The activations of N = B T tokens.
+// The activations of N = B T tokens; with --recompute all layers share those of inner_forward().
 template <class real> static void create_sublayers(Model *m, Network<real> *net, size_t N) {
     const Options *o = m->o;
     size_t C = o->channels, H = m->H;
@@ -1303,9 +1303,14 @@ template <class real> static void create_sublayers(Model *m, Network<real> *net,
         a->inp = a->normed = x;
         if (!last) take(m, &a->normed, N * C);
         take(m, &a->rstd, N);
-        if (attention) take(m, &a->qkv, 3 * N * C), take(m, &a->lse, N * o->heads);
-        else take(m, &a->pre_act, 2 * N * H);
-        take(m, &a->inner, N * (attention ? C : H));
+        if (attention) take(m, &a->lse, N * o->heads);
+        if (o->recompute && s >= 2) {
+            a->qkv = a[-2].qkv, a->pre_act = a[-2].pre_act, a->inner = a[-2].inner;
+        } else {
+            if (attention) take(m, &a->qkv, 3 * N * C);
+            else take(m, &a->pre_act, 2 * N * H);
+            take(m, &a->inner, N * (attention ? C : H));
+        }
         a->branch = net->branches;
         if (has_branch_norm(o)) take(m, &a->branch, N * C), take(m, &a->branch_rstd, N);
         take(m, &a->out, N * C);
@@ -1395,7 +1400,8 @@ static void model_create(Model *m, const Options *o, int B, int training) {
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
     if (m->bytes > free_bytes)
         die("not enough GPU memory: %zu MiB needed, %zu of %zu MiB free; lower --batch or "
-            "--seq-len", m->bytes >> 20, free_bytes >> 20, total_bytes >> 20);
+            "--seq-len%s", m->bytes >> 20, free_bytes >> 20, total_bytes >> 20,
+            o->recompute ? "" : ", or try --recompute on");
     m->planning = 0;
     create_memory(m, B, training);
     m->host_order = (int *)allocate(N + o->vocab_size + 1, sizeof(int));
@@ -1516,9 +1522,9 @@ static void rmsnorm_backward(real *dinp, float *dweight, float *partial, const r
                                          weight, NULL, no_gpas, N, C);
 }
 
-// The branch f of sublayer s: a->branch = f(a->normed).
+// The branch of sublayer s but for its last matrix: a->inner from a->normed.
 template <class real>
-static void branch_forward(const Model *m, const Network<real> *net, int s, int B, int T) {
+static void inner_forward(const Model *m, const Network<real> *net, int s, int B, int T) {
     int C = m->o->channels, H = m->H, NH = m->o->heads, N = B * T;
     const Sublayer<real> *a = &net->sublayers[s];
     Layer<real> w = layer_at(m, net->weights, s / 2);
@@ -1526,15 +1532,25 @@ static void branch_forward(const Model *m, const Network<real> *net, int s, int 
         matmul_forward(a->qkv, a->normed, w.wqkv, N, C, 3 * C);
         rope_forward(a->qkv, m->rope_table, B, T, C, C / NH);
         attention_forward(a->inner, a->lse, a->qkv, B, T, C, NH);
-        matmul_forward(a->branch, a->inner, w.wo, N, C, C);
     } else {
         matmul_forward(a->pre_act, a->normed, w.w13, N, C, 2 * H);
         swiglu_forward(a->inner, a->pre_act, N, H);
-        matmul_forward(a->branch, a->inner, w.w2, N, H, C);
     }
 }
 
+// The branch f: a->branch = f(a->normed).
+template <class real>
+static void branch_forward(const Model *m, const Network<real> *net, int s, int B, int T) {
+    int C = m->o->channels, N = B * T;
+    const Sublayer<real> *a = &net->sublayers[s];
+    Layer<real> w = layer_at(m, net->weights, s / 2);
+    inner_forward(m, net, s, B, T);
+    if (s % 2 == 0) matmul_forward(a->branch, a->inner, w.wo, N, C, C);
+    else matmul_forward(a->branch, a->inner, w.w2, N, m->H, C);
+}
+
 // Given dout (B,T,C), the gradient of the branch's output, leaves that of its input in net->dinp.
+// With --recompute what inner_forward() wrote was not kept, and is made again.
 template <class real>
 static void branch_backward(const Model *m, const Network<real> *net, const real *dout, int s,
                             int B, int T) {
@@ -1542,6 +1558,7 @@ static void branch_backward(const Model *m, const Network<real> *net, const real
     const Sublayer<real> *a = &net->sublayers[s];
     Layer<real> w = layer_at(m, net->weights, s / 2);
     Layer<float> d = layer_at(m, m->d, s / 2);
+    if (m->o->recompute) inner_forward(m, net, s, B, T);
     if (s % 2 == 0) {
         matmul_backward(net->dinner, d.wo, dout, a->inner, w.wo, N, C, C);
         attention_backward(net->dwide, m->delta, net->dinner, a->inner, a->lse, a->qkv, B, T, C,

@@ -3,7 +3,7 @@ bench.cu: how fast train_gpas.cu trains. One line for each preset: tokens/s, mil
 the share of the GPU's matrix rate that the model's arithmetic comes to, and the memory it takes.
 
     ./bench_cuda                            all presets, in bf16, sequences of 256 and 1024 tokens
-    ./bench_cuda PRESET B T [bf16|fp32]     one of them
+    ./bench_cuda PRESET B T [bf16|fp32 [recompute]]     one of them, perhaps with --recompute on
     ./bench_cuda kernels PRESET B T         of one, in bf16, the milliseconds of each kernel; what
                                             dev/roofline.py --measured FILE PRESET B T reads
 
@@ -161,10 +161,10 @@ static void time_layers(Model *m, const Network<bf16> *net, int B, int T) {
 }
 
 static void bench(const char *preset, const char *batch, const char *length, const char *dtype,
-                  int kernels) {
+                  int recompute, int kernels) {
     const char *arguments[] = {"bench_cuda", "--preset", preset, "--batch", batch, "--total-batch",
                                batch, "--seq-len", length, "--vocab-size", "32000", "--dtype",
-                               dtype};
+                               dtype, "--recompute", recompute ? "on" : "off"};
     Options o;
     Model m;
     enum { STEPS = 5 };
@@ -197,11 +197,15 @@ static void bench(const char *preset, const char *batch, const char *length, con
 
 // In a process of its own: what does not fit ends that one with a line, and the table goes on.
 static int bench_apart(const char *preset, const char *batch, const char *length,
-                       const char *dtype, int kernels) {
+                       const char *dtype, int recompute, int kernels) {
     int status = 0;
     fflush(stdout);
     pid_t child = fork();
-    if (child == 0) bench(preset, batch, length, dtype, kernels), fflush(stdout), _exit(0);
+    if (child == 0) {
+        bench(preset, batch, length, dtype, recompute, kernels);
+        fflush(stdout);
+        _exit(0);
+    }
     if (child < 0 || waitpid(child, &status, 0) != child) die("cannot start a process");
     return status != 0;
 }
@@ -214,12 +218,14 @@ int main(int argc, char **argv) {
         {"350m", "32", "1024"}, {"1b", "16", "1024"}};
     int failures = 0;
     int kernels = argc == 5 && strcmp(argv[1], "kernels") == 0;
-    if (argc != 1 && argc != 4 && argc != 5)
-        die("usage: ./bench_cuda [[kernels] PRESET BATCH LENGTH [bf16|fp32]]");
-    if (kernels) return bench_apart(argv[2], argv[3], argv[4], "bf16", 1);
+    int recompute = argc == 6 && strcmp(argv[5], "recompute") == 0;
+    if (argc != 1 && argc != 4 && argc != 5 && !recompute)
+        die("usage: ./bench_cuda [[kernels] PRESET BATCH LENGTH [bf16|fp32 [recompute]]]");
+    if (kernels) return bench_apart(argv[2], argv[3], argv[4], "bf16", 0, 1);
     printf("%-6s %5s %5s %5s %10s %9s %8s %8s %7s %8s\n", "preset", "B", "T", "dtype", "tokens/s",
            "ms/step", "TFLOP/s", "matmul", "share", "GiB");
-    if (argc > 1) return bench_apart(argv[1], argv[2], argv[3], argc > 4 ? argv[4] : "bf16", 0);
-    for (auto &row : rows) failures += bench_apart(row[0], row[1], row[2], "bf16", 0);
+    if (argc > 1)
+        return bench_apart(argv[1], argv[2], argv[3], argc > 4 ? argv[4] : "bf16", recompute, 0);
+    for (auto &row : rows) failures += bench_apart(row[0], row[1], row[2], "bf16", 0, 0);
     return failures > 0;
 }

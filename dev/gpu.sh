@@ -168,6 +168,8 @@ part_speed1024() {
         speed $row
     done
     table
+    ./bench_cuda 1b 32 1024 bf16 recompute > $out/recompute.log 2>&1
+    verdict "1b 32 1024, recomputing" $? $out/recompute.log
     [ -z "$llmc" ] || part_llmc
 }
 

@@ -102,7 +102,7 @@ typedef struct {
     int norm, gpas, gate_act, gate_train, stop_grad;
     double gate_init;
     int vocab_size, layers, channels, hidden, heads, seq_len;
-    int preset, dtype, batch, total_batch, steps, warmup, seed;
+    int preset, dtype, batch, total_batch, recompute, steps, warmup, seed;
     double lr, weight_decay, grad_clip, gate_clip;
     int val_every, val_batches, sample_every, save_every, keep, print_every, length;
     double temperature, top_p;
@@ -153,6 +153,8 @@ static const OptionRow option_rows[] = {
     {"batch", "8", INT(batch), 1, 65536, RUN, "B, sequences computed at once"},
     {"total-batch", "0", INT(total_batch), 0, MOST_BATCH, RUN,
      "sequences in a step, a multiple of B; 0: B"},
+    {"recompute", "off", ONE_OF(recompute), RUN,
+     "off|on: compute branches again on the way back (less memory)"},
     {"steps", "800", INT(steps), 0, MOST_STEPS, RUN, "updates to make; 0: none, only tell a story"},
     {"lr", "0.001", NUMBER(lr), 0, 100, RUN, "peak learning rate"},
     {"warmup", "-1", INT(warmup), -1, 1e9, RUN, "steps to the peak; -1: a tenth of all"},
@@ -327,11 +329,13 @@ static void check_memory(const Options *o, const char *const given[NUM_ROWS]) {
     double C = o->channels, H = o->hidden, L = o->layers, V = o->vocab_size, GiB = 1 << 30;
     double tokens = (double)o->seq_len * (o->steps || evaluates(o) ? o->batch : 1);
     double parameters = (o->steps ? 16 : 4) * (2 * V * C + L * C * (4 * C + 3 * H));
-    double activations = 4 * tokens * (V + 8 * C + 2 * H + L * (12 * C + 3 * H + o->heads));
+    double inner = (o->recompute ? 1 : L) * (4 * C + 3 * H), kept = L * (8 * C + o->heads);
+    double activations = 4 * tokens * (V + 8 * C + 2 * H + inner + kept);
     double all = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
     if (parameters + activations > all)
         die("about %.1f GiB of memory are needed, of %.1f; lower --batch, --seq-len or the "
-            "network's size", (parameters + activations) / GiB, all / GiB);
+            "network's size%s", (parameters + activations) / GiB, all / GiB,
+            o->recompute ? "" : ", or try --recompute on");
     if (!*path || (is_given(given, "seq-len") && (*o->load || is_given(given, "batch")))) return;
     if (activations > GiB / 2 && stat(path, &info) == 0 && activations > 64.0 * info.st_size)
         die("%s asks for %.1f GiB by its --batch or --seq-len, a lot for a file so small; give "

@@ -7,6 +7,7 @@ larger of the two times is a floor; their sum over all kernels is the floor of a
     python3 dev/roofline.py 71m 256 256             # preset, B, T: one table, as in dev/roofline.md
     python3 dev/roofline.py                         # the floors of all presets
     python3 dev/roofline.py --tflops 600 --tbytes 3 350m 128 256
+    python3 dev/roofline.py --recompute 1b 32 1024          # with --recompute on
     python3 dev/roofline.py --measured FILE 71m 256 256     # beside what ./bench_cuda kernels wrote
 
 The rates default to what one H200 was seen to reach: 790 TFLOP/s in bf16 and 4.3 TB/s. bf16 is two
@@ -31,6 +32,10 @@ def matmul(N, C, OC):
 def matmul_backward(N, C, OC, parts=1):
     """dinp = dout weight, dweight += dout^T inp; dweight is fp32, read and written in each part."""
     return 4 * N * C * OC, 2 * (2 * N * OC + OC * C + 2 * N * C) + 8 * OC * C * parts
+
+
+AGAIN = ("matmul_forward qkv", "rope_forward", "attention_forward", "matmul_forward w13",
+         "swiglu_forward")  # with --recompute
 
 
 def kernels(C, H, L, NH, B, T):
@@ -66,6 +71,7 @@ def floors(o, shape):
     C, H, L, NH = PRESETS[preset]
     rows = []
     for name, calls, flops, moved in kernels(C, H, L, NH, B, T):
+        calls *= 2 if o.recompute and name in AGAIN else 1
         ms = 1e3 * max(flops / (o.tflops * 1e12), moved / (o.tbytes * 1e12))
         rows.append((name, calls, calls * flops / 1e9, calls * moved / 1e9, calls * ms))
     parameters = V * C + L * (4 * C * C + 3 * H * C)  # without the embedding
@@ -93,6 +99,7 @@ def main():
     parser.add_argument("shape", nargs="*", help="PRESET B T")
     parser.add_argument("--tflops", type=float, default=790)
     parser.add_argument("--tbytes", type=float, default=4.3)
+    parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--measured", metavar="FILE", help="name;calls;milliseconds of each kernel")
     o = parser.parse_args()
     if o.shape and (len(o.shape) != 3 or o.shape[0] not in PRESETS):
