@@ -956,7 +956,8 @@ static const float *model_logits(const Model *m, int n) {
 // What it runs on, for the eye: written to text (TEXT_SIZE).
 static void model_device(const Model *m, char *text) {
     (void)m;
-    snprintf(text, TEXT_SIZE, "%d threads", omp_get_max_threads());
+    int threads = omp_get_max_threads();
+    snprintf(text, TEXT_SIZE, "%d thread%s", threads, threads == 1 ? "" : "s");
 }
 
 static void model_free(Model *m) {
@@ -1502,7 +1503,11 @@ int main(int argc, char **argv) {
     if (evaluates(&options)) evaluate(&run);
     else if (*options.dump_grads) dump_gradients(&run);
     else if (options.steps > 0) train(&run);
-    else tell_story(&run.model, &run.tokenizer, &run.progress.random, stdout);
+    else {
+        if (!*options.load && !*options.resume)
+            fprintf(stderr, "%s: no --load: an untrained network tells this\n", program);
+        tell_story(&run.model, &run.tokenizer, &run.progress.random, stdout);
+    }
     close_run(&run);
     return stop_signal ? 128 + stop_signal : 0;
 }

@@ -355,7 +355,7 @@ static void parse_options(Options *o, int argc, char **argv) {
     memset(o, 0, sizeof *o);
     for (int i = 1; i < argc; i++) {
         int r = 0;
-        if (strcmp(argv[i], "--help") == 0) print_help(), exit(0);
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) print_help(), exit(0);
         while (r < NUM_ROWS && !(option_rows[r].name && strncmp(argv[i], "--", 2) == 0 &&
                                  strcmp(argv[i] + 2, option_rows[r].name) == 0)) r++;
         if (r == NUM_ROWS) die("unknown option %s; --help lists them all", argv[i]);
