@@ -4,8 +4,8 @@
 
 CC = gcc
 CFLAGS = -O3 -march=native
-# Always: contract a * b + c to one instruction; nobody reads errno or traps, so that sqrtf may be
-# vectorized, and both sides of a ?: computed.
+# Always: a * b + c may be one instruction. Nobody reads errno or catches floating-point traps: so
+# sqrtf may be vectorized, and both sides of a ?: computed.
 FLAGS = -std=c11 -Wall -Wextra -Wpedantic -fopenmp -ffp-contract=fast -fno-math-errno \
     -fno-trapping-math $(CFLAGS)
 PYTHON = python3
@@ -192,5 +192,5 @@ help:
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler (make clean first)"
 
-.PHONY: run figures test assignment grade sanitize fuzz soak bench reference clean help
+.PHONY: run figures test assignment grade sanitize fuzz soak bench dev/bench reference clean help
 .PHONY: test-cuda bench-cuda test-cuda-on-cpu

@@ -566,7 +566,8 @@ static void test_recompute(void) {
         }
         snprintf(name, sizeof name, "recompute: %s %s, with less memory", schemes[i / 2], gpas);
         check(!memcmp(gradients[0], gradients[1], n * sizeof(float)) && memory[1] < memory[0],
-              name, "other gradients, or memory %zu, not %zu", memory[1], memory[0]);
+              name, "other gradients, or not less memory: %zu, without it %zu", memory[1],
+              memory[0]);
         free(gradients[0]), free(gradients[1]);
     }
 }
@@ -1096,6 +1097,11 @@ static void test_program(void) {
     check(log_a == log_b && !memcmp(la, lb, log_a),
           "program: a resumed run continues layers.csv where it was", "%zu and %zu bytes", log_a,
           log_b);
+    status = run("--resume %s/run/ckpt_000010.safetensors --recompute on --check-finite on", errors);
+    free(b), b = whole_file("run/ckpt_000020.safetensors", &b_size);
+    check(status == 0 && a_size == b_size && !memcmp(a, b, a_size),
+          "program: with --recompute and --check-finite the same checkpoint", "status %d, %s", status,
+          errors);
     free(la), la = whole_file("run/log.csv", &log_a);
     int lines = 0;
     for (size_t i = 0; i < log_a; i++) lines += la[i] == '\n';
@@ -1850,7 +1856,8 @@ static int run_tests(const char *program) {
     for (int k = 0; k < 4; k++) test_fused(k / 2, k % 2);
     test_attention_tiles(), test_row_tiles(), test_crossentropy_tiles();
     test_long_attention();
-    test_networks(), test_recompute(), test_odd_networks(), test_initial_values(), test_training_rules();
+    test_networks(), test_recompute(), test_odd_networks(), test_initial_values();
+    test_training_rules();
     test_twice();
     if (!program) return failed;
     if (!mkdtemp(folder)) die("cannot make a folder in /tmp");

@@ -489,7 +489,7 @@ static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k,
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k0 = 0; k0 < K; k0 += depth) {
             int columns = imin(NC, N - j0), steps = imin(depth, K - k0);
-            int share = ((columns - 1) / threads / NR + 1) * NR;  // of B, for each thread
+            int share = ((columns - 1) / threads / NR + 1) * NR;  // columns of B for each thread
             float *pa = packing_space(0, (MC + MR) * KC);
             #pragma omp for
             for (int j = 0; j < columns; j += share)
@@ -744,7 +744,8 @@ typedef struct {
     float *gate;            // (1): with GPAS
 } LayerParameters;
 
-// What a sublayer's backward pass needs of its forward pass.
+// What a sublayer's backward pass needs of its forward pass. With --recompute there is one qkv, one
+// pre_act and one inner of each kind for all layers.
 typedef struct {
     float *inp;             // (B,T,C) x, the output of the sublayer before
     float *normed;          // (B,T,C) the branch's input N(x); x itself where the norm comes last
@@ -887,14 +888,15 @@ static float *take(Model *m, size_t n) {
 }
 
 // Memory for the activations of N = B T tokens. The branches whose values no backward pass needs
-// share one block, and a sum that nothing follows is itself the sublayer's output. With --recompute
-// all layers share the largest arrays, those of inner_forward().
-static void create_sublayers(Model *m, size_t N) {
+// share one block, and a sum that nothing follows is itself the sublayer's output. Without a
+// backward pass, or with --recompute, all layers share the largest arrays, inner_forward()'s.
+static void create_sublayers(Model *m, size_t N, int training) {
     const Options *o = m->o;
     size_t C = o->channels, H = o->hidden;
     float *x = m->embedded, *shared = take(m, N * C);
     for (int s = 0; s < 2 * o->layers; s++) {
-        Sublayer *a = &m->sublayers[s], *lender = o->recompute && s >= 2 ? a - 2 : NULL;
+        Sublayer *a = &m->sublayers[s];
+        Sublayer *lender = s >= 2 && (o->recompute || !training) ? a - 2 : NULL;
         int last = norm_comes_last(o, s / 2), attention = s % 2 == 0;
         a->inp = x;
         a->normed = last ? x : take(m, N * C);
@@ -921,7 +923,7 @@ static void model_create(Model *m, const Options *o, int B, int training) {
     add_tensors(m);
     m->parameters = take(m, m->num_parameters);
     m->embedded = take(m, N * C);
-    create_sublayers(m, N);
+    create_sublayers(m, N, training);
     m->final_normed = take(m, N * C), m->final_rstd = take(m, N);
     m->logits = take(m, N * V), m->logits_lse = take(m, N), m->losses = take(m, N);
     m->scratch = take(m, N * C);
@@ -993,11 +995,9 @@ static void branch_forward(const Model *m, const Sublayer *a, LayerParameters w,
 }
 
 // Given dout (B,T,C), the gradient of the branch's output, leaves that of its input in m->dinp.
-// With --recompute (arXiv 1604.06174) what inner_forward() wrote was not kept, and is made again.
 static void branch_backward(const Model *m, const float *dout, const Sublayer *a, LayerParameters w,
                             LayerParameters d, int s, int B, int T) {
     int C = m->o->channels, H = m->o->hidden, NH = m->o->heads, N = B * T;
-    if (m->o->recompute) inner_forward(m, a, w, s, B, T);
     if (m->o->check_finite) check_before_branch(m, a, dout, B, T);
     if (s == 0) {
         matmul_backward(m->dinner, d.wo, dout, a->inner, w.wo, N, C, C);
@@ -1053,6 +1053,7 @@ static void sublayer_forward(const Model *m, int l, int s, int B, int T) {
 
 // The same steps backwards. m->dx holds the gradient of the sublayer's output on entry, that of its
 // input on return. x went two ways, into the shortcut and into the branch: its gradients are added.
+// With --recompute (arXiv 1604.06174) what inner_forward() wrote is there for the last layer only.
 static void sublayer_backward(const Model *m, int l, int s, int B, int T) {
     const Options *o = m->o;
     LayerParameters w = layer_parameters(m, m->parameters, l);
@@ -1062,6 +1063,7 @@ static void sublayer_backward(const Model *m, int l, int s, int B, int T) {
     size_t n = (size_t)N * C;
     float *dgate = o->gate_train ? d.gate : NULL, *dx = m->dx, *scratch = m->scratch, *dbranch = dx;
 
+    if (o->recompute && l < o->layers - 1) inner_forward(m, a, w, s, B, T);
     if (!norm_comes_last(o, l)) {
         if (o->gpas) gpas_backward(dx, dgate, dx, a->sum, *w.gate, o->gate_act, o->stop_grad, n);
         if (has_branch_norm(o)) {
@@ -1505,7 +1507,7 @@ int main(int argc, char **argv) {
     else if (options.steps > 0) train(&run);
     else {
         if (!*options.load && !*options.resume)
-            fprintf(stderr, "%s: no --load: an untrained network tells this\n", program);
+            fprintf(stderr, "%s: without --load an untrained network tells it\n", program);
         tell_story(&run.model, &run.tokenizer, &run.progress.random, stdout);
     }
     close_run(&run);

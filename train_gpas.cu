@@ -1292,8 +1292,10 @@ static void lay_out(Model *m) {
     }
 }
 
-// The activations of N = B T tokens; with --recompute all layers share those of inner_forward().
-template <class real> static void create_sublayers(Model *m, Network<real> *net, size_t N) {
+// The activations of N = B T tokens. Without a backward pass, or with --recompute, all layers share
+// those of inner_forward().
+template <class real>
+static void create_sublayers(Model *m, Network<real> *net, size_t N, int training) {
     const Options *o = m->o;
     size_t C = o->channels, H = m->H;
     real *x = net->embedded;
@@ -1304,7 +1306,7 @@ template <class real> static void create_sublayers(Model *m, Network<real> *net,
         if (!last) take(m, &a->normed, N * C);
         take(m, &a->rstd, N);
         if (attention) take(m, &a->lse, N * o->heads);
-        if (o->recompute && s >= 2) {
+        if (s >= 2 && (o->recompute || !training)) {
             a->qkv = a[-2].qkv, a->pre_act = a[-2].pre_act, a->inner = a[-2].inner;
         } else {
             if (attention) take(m, &a->qkv, 3 * N * C);
@@ -1333,7 +1335,7 @@ static void create_network(Model *m, Network<real> *net, int B, int training) {
     net->weights = (real *)m->p;
     if (sizeof(real) < sizeof(float)) take(m, &net->weights, m->room);
     take(m, &net->embedded, N * C), take(m, &net->branches, N * C), take(m, &net->scratch, N * C);
-    create_sublayers(m, net, N);
+    create_sublayers(m, net, N, training);
     take(m, &net->final_normed, N * C), take(m, &m->final_rstd, N);
     take(m, &net->logits, (size_t)logit_rows(N) * m->V), take(m, &m->losses, N);
     take(m, &m->rope_table, T * (C / o->heads));
@@ -1401,7 +1403,7 @@ static void model_create(Model *m, const Options *o, int B, int training) {
     if (m->bytes > free_bytes)
         die("not enough GPU memory: %zu MiB needed, %zu of %zu MiB free; lower --batch or "
             "--seq-len%s", m->bytes >> 20, free_bytes >> 20, total_bytes >> 20,
-            o->recompute ? "" : ", or try --recompute on");
+            o->recompute || !training ? "" : ", or try --recompute on");
     m->planning = 0;
     create_memory(m, B, training);
     m->host_order = (int *)allocate(N + o->vocab_size + 1, sizeof(int));
@@ -1550,7 +1552,7 @@ static void branch_forward(const Model *m, const Network<real> *net, int s, int 
 }
 
 // Given dout (B,T,C), the gradient of the branch's output, leaves that of its input in net->dinp.
-// With --recompute what inner_forward() wrote was not kept, and is made again.
+// With --recompute what inner_forward() wrote is there for the last layer only.
 template <class real>
 static void branch_backward(const Model *m, const Network<real> *net, const real *dout, int s,
                             int B, int T) {
@@ -1558,7 +1560,7 @@ static void branch_backward(const Model *m, const Network<real> *net, const real
     const Sublayer<real> *a = &net->sublayers[s];
     Layer<real> w = layer_at(m, net->weights, s / 2);
     Layer<float> d = layer_at(m, m->d, s / 2);
-    if (m->o->recompute) inner_forward(m, net, s, B, T);
+    if (m->o->recompute && s < 2 * m->o->layers - 2) inner_forward(m, net, s, B, T);
     if (s % 2 == 0) {
         matmul_backward(net->dinner, d.wo, dout, a->inner, w.wo, N, C, C);
         attention_backward(net->dwide, m->delta, net->dinner, a->inner, a->lse, a->qkv, B, T, C,

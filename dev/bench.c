@@ -6,10 +6,10 @@ bench.c: how fast is a training step, beside what the machine can do?
     OMP_NUM_THREADS=1 dev/bench ...                           any number of threads
 
 For each shape a table: the whole step (forward, backward, update), then every kind of layer by
-itself, as often as the step has it, its numbers coming from memory, not from a cache; at the end
-one line of JSON per shape. Flops are 6 for each parameter and token, without the embedding (a table
-is only read), and 6 L C T a token for causal attention: what the mathematics needs, not what is
-computed again.
+itself, as often as the step has it (what --recompute does again is left out), its numbers coming
+from memory, not from a cache; at the end one line of JSON per shape. Flops are 6 for each parameter
+and token, without the embedding (a table is only read), and 6 L C T a token for causal attention:
+what the mathematics needs, not what is computed again.
 The yardstick is OpenBLAS's sgemm at 4096 x 512 x 4096 if libopenblas.so.0 is found, else gemm() of
 train_gpas.c. It and the step take turns, so that other programs disturb both alike; times are
 medians, and the share is the median of each turn's share.

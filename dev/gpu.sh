@@ -8,7 +8,7 @@
 #     train      300 steps of the toy preset beside the CPU's losses, and twice for the same bits
 #     kernels    the milliseconds of each kernel beside its floor (dev/roofline.py)
 #     speed256   tokens/s and memory of the presets at a sequence of 256, and the peer's
-#     speed1024  the same at 1024
+#     speed1024  the same at 1024, and 1b once more with --recompute and four times the batch
 #
 # All parts by default. FILE is a PyTorch program that takes --config --B --T --device cuda --dtype
 # bf16 --compile and prints a line of JSON with tokens_per_s and peak_GiB; each of its runs comes
@@ -168,8 +168,8 @@ part_speed1024() {
         speed $row
     done
     table
-    ./bench_cuda 1b 32 1024 bf16 recompute > $out/recompute.log 2>&1
-    verdict "1b 32 1024, recomputing" $? $out/recompute.log
+    ./bench_cuda 1b 64 1024 bf16 recompute > $out/recompute.log 2>&1
+    verdict "1b 64 1024, recomputing" $? $out/recompute.log
     [ -z "$llmc" ] || part_llmc
 }
 

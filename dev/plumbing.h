@@ -55,15 +55,19 @@ static void die(const char *format, ...) {
 }
 
 // count elements of size bytes, zeroed, aligned for vectors. Ends the program if there is no room.
-// Large ones ask for memory in pages of 2 MiB, whose addresses the processor finds faster.
+// Large ones ask for pages of 2 MiB: with fewer pages the processor looks up fewer addresses.
 static void *allocate(size_t count, size_t size) {
-    size_t bytes = count * size, page = bytes < 2 << 20 ? 64 : 2 << 20, whole = bytes / page * page;
-    void *p = count > SIZE_MAX / 2 / size ? NULL : aligned_alloc(page, whole + page);
+    size_t bytes = count * size, page = 64;
+#ifdef MADV_HUGEPAGE
+    if (bytes >= 2 << 20) page = 2 << 20;
+#endif
+    size_t room = bytes ? (bytes + page - 1) / page * page : page;
+    void *p = count > SIZE_MAX / 2 / size ? NULL : aligned_alloc(page, room);
     if (!p)
         die("not enough memory for %.0f MiB; lower --batch, --seq-len or the network's size",
             (double)count * size / (1 << 20));
 #ifdef MADV_HUGEPAGE
-    if (page > 64) madvise(p, whole, MADV_HUGEPAGE);
+    if (page > 64) madvise(p, bytes / page * page, MADV_HUGEPAGE);
 #endif
     return memset(p, 0, bytes);
 }
@@ -153,8 +157,8 @@ static const OptionRow option_rows[] = {
     {"batch", "8", INT(batch), 1, 65536, RUN, "B, sequences computed at once"},
     {"total-batch", "0", INT(total_batch), 0, MOST_BATCH, RUN,
      "sequences in a step, a multiple of B; 0: B"},
-    {"recompute", "off", ONE_OF(recompute), RUN,
-     "off|on: compute branches again on the way back (less memory)"},
+    {"recompute", "off", ONE_OF(recompute), NOT_STORED,
+     "off|on: keep less for the backward pass, compute it again there"},
     {"steps", "800", INT(steps), 0, MOST_STEPS, RUN, "updates to make; 0: none, only tell a story"},
     {"lr", "0.001", NUMBER(lr), 0, 100, RUN, "peak learning rate"},
     {"warmup", "-1", INT(warmup), -1, 1e9, RUN, "steps to the peak; -1: a tenth of all"},
@@ -329,13 +333,16 @@ static void check_memory(const Options *o, const char *const given[NUM_ROWS]) {
     double C = o->channels, H = o->hidden, L = o->layers, V = o->vocab_size, GiB = 1 << 30;
     double tokens = (double)o->seq_len * (o->steps || evaluates(o) ? o->batch : 1);
     double parameters = (o->steps ? 16 : 4) * (2 * V * C + L * C * (4 * C + 3 * H));
-    double inner = (o->recompute ? 1 : L) * (4 * C + 3 * H), kept = L * (8 * C + o->heads);
-    double activations = 4 * tokens * (V + 8 * C + 2 * H + inner + kept);
+    int last = o->norm == NORM_POST || o->norm == NORM_DEEPNORM, training = o->steps > 0;
+    double outs = 2 + (o->gpas && !last) + (o->norm == NORM_SANDWICH);  // of a sublayer, each C
+    double inner = (o->recompute || !training ? 1 : L) * (4 * C + 3 * H);
+    double shared = V + 6 * C + fmax(C, H) + fmax(3 * C, 2 * H);
+    double activations = 4 * tokens * (shared + inner + L * (2 * C * outs + o->heads));
     double all = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
     if (parameters + activations > all)
         die("about %.1f GiB of memory are needed, of %.1f; lower --batch, --seq-len or the "
             "network's size%s", (parameters + activations) / GiB, all / GiB,
-            o->recompute ? "" : ", or try --recompute on");
+            o->recompute || !training ? "" : ", or try --recompute on");
     if (!*path || (is_given(given, "seq-len") && (*o->load || is_given(given, "batch")))) return;
     if (activations > GiB / 2 && stat(path, &info) == 0 && activations > 64.0 * info.st_size)
         die("%s asks for %.1f GiB by its --batch or --seq-len, a lot for a file so small; give "

@@ -71,7 +71,7 @@ def floors(o, shape):
     C, H, L, NH = PRESETS[preset]
     rows = []
     for name, calls, flops, moved in kernels(C, H, L, NH, B, T):
-        calls *= 2 if o.recompute and name in AGAIN else 1
+        calls += L - 1 if o.recompute and name in AGAIN else 0
         ms = 1e3 * max(flops / (o.tflops * 1e12), moved / (o.tbytes * 1e12))
         rows.append((name, calls, calls * flops / 1e9, calls * moved / 1e9, calls * ms))
     parameters = V * C + L * (4 * C * C + 3 * H * C)  # without the embedding
@@ -102,6 +102,8 @@ def main():
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--measured", metavar="FILE", help="name;calls;milliseconds of each kernel")
     o = parser.parse_args()
+    if o.recompute and o.measured:
+        sys.exit("roofline.py: ./bench_cuda kernels measures a step without --recompute")
     if o.shape and (len(o.shape) != 3 or o.shape[0] not in PRESETS):
         sys.exit("roofline.py: give a preset (%s), B and T" % ", ".join(PRESETS))
     if o.shape:
