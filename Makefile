@@ -158,6 +158,7 @@ soak: train_gpas data/toy/tokenizer.bin
 	$(PYTHON) dev/soak.py --seconds $(SECONDS)
 
 # Nothing is linked: OpenBLAS, the yardstick, is looked for when the program runs.
+# Compiled each time (it is phony): what it measures depends on CFLAGS, which may have changed.
 dev/bench: dev/bench.c $(SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm -ldl
 

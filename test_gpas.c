@@ -534,7 +534,17 @@ static void test_networks(void) {
     test_network("sandwich", "tanh", "--gpas on --gate-act tanh");
 }
 
-// --recompute saves memory and changes no bit of any gradient.
+// The memory that a model holds, in arrays for the C program, in bytes for the CUDA program.
+static size_t memory_of(const Model *m) {
+#ifdef CUDA_REAL
+    return m->bytes;
+#else
+    return m->num_blocks;
+#endif
+}
+
+// --recompute saves memory and changes no bit of any gradient. A model without a backward pass has
+// nothing left to save.
 static void test_recompute(void) {
     enum { B = 2, T = 20 };
     int tokens[B * T + 1];
@@ -543,7 +553,7 @@ static void test_recompute(void) {
         const char *gpas = i % 2 ? "--gate-init 0.3" : "--gpas off";
         char line[512], name[100];
         float *gradients[2];
-        size_t memory[2], n = 0;
+        size_t memory[2], untrained[2], n = 0;
         for (int k = 0; k < 2; k++) {
             Options o;
             Model m;
@@ -557,17 +567,21 @@ static void test_recompute(void) {
             model_backward(&m, tokens, tokens + 1, B, T, 1.0 / (B * T));
             n = m.num_parameters;
             gradients[k] = copy(holdings(&m).gradients, n);
-#ifdef CUDA_REAL
-            memory[k] = m.bytes;
-#else
-            memory[k] = m.num_blocks;  // one for each array
-#endif
+            memory[k] = memory_of(&m);
+            model_free(&m);
+            model_create(&m, &o, B, 0);
+            untrained[k] = memory_of(&m);
             model_free(&m);
         }
         snprintf(name, sizeof name, "recompute: %s %s, with less memory", schemes[i / 2], gpas);
         check(!memcmp(gradients[0], gradients[1], n * sizeof(float)) && memory[1] < memory[0],
               name, "other gradients, or not less memory: %zu, without it %zu", memory[1],
               memory[0]);
+        snprintf(name, sizeof name, "recompute: %s %s, nothing kept without training",
+                 schemes[i / 2], gpas);
+        check(untrained[0] == untrained[1] && untrained[0] < memory[1], name,
+              "memory %zu, with --recompute %zu, trained %zu", untrained[0], untrained[1],
+              memory[1]);
         free(gradients[0]), free(gradients[1]);
     }
 }
@@ -1097,11 +1111,12 @@ static void test_program(void) {
     check(log_a == log_b && !memcmp(la, lb, log_a),
           "program: a resumed run continues layers.csv where it was", "%zu and %zu bytes", log_a,
           log_b);
-    status = run("--resume %s/run/ckpt_000010.safetensors --recompute on --check-finite on", errors);
+    status = run("--resume %s/run/ckpt_000010.safetensors --recompute on --check-finite on",
+                 errors);
     free(b), b = whole_file("run/ckpt_000020.safetensors", &b_size);
     check(status == 0 && a_size == b_size && !memcmp(a, b, a_size),
-          "program: with --recompute and --check-finite the same checkpoint", "status %d, %s", status,
-          errors);
+          "program: with --recompute and --check-finite the same checkpoint", "status %d, %s",
+          status, errors);
     free(la), la = whole_file("run/log.csv", &log_a);
     int lines = 0;
     for (size_t i = 0; i < log_a; i++) lines += la[i] == '\n';
@@ -1112,6 +1127,10 @@ static void test_program(void) {
     free(story), story = whole_file("output", &a_size);
     check(status == 0 && !strncmp(story, "Once upon", 9),
           "program: --steps 0 --load only tells a story", "status %d, %s%s", status, errors, story);
+    status = run(SMALL "--steps 0 --length 5", errors);
+    check(status == 0 && strstr(errors, "an untrained network tells the story"),
+          "program: says so when an untrained network tells a story", "status %d, %s", status,
+          errors);
     status = run(SMALL "--gate-train off --gate-init 0.3 --steps 3", errors);
     free(b), b = whole_file("run/layers.csv", &b_size);
     check(status == 0 && strstr(b, ",0.3,"), "program: --gate-train off keeps the gates",
@@ -1133,6 +1152,9 @@ static void test_program(void) {
     free(story), story = whole_file("output", &a_size);
     check(status == 0 && strstr(story, "--norm") && strstr(story, "--top-p"), "program: --help",
           "status %d", status);
+    status = run("-h", errors);
+    free(a), a = whole_file("output", &a_size);
+    check(status == 0 && !strcmp(a, story), "program: -h is --help", "status %d", status);
     free(a), free(b), free(la), free(lb), free(story);
 }
 
@@ -1270,7 +1292,8 @@ static const struct {
     {"--load %s/pipe", "not a file"},
     {"--load %s", "not a file"},
     {"--data %s/pipe_data --vocab-size 300", "not a file"},
-    {"--preset 1b --batch 512 --total-batch 512 --layers 1000", "GiB of memory"},
+    {"--preset 1b --batch 512 --total-batch 512 --layers 1000", "or try --recompute on"},
+    {"--preset 1b --batch 512 --total-batch 512 --layers 1000 --recompute on", "GiB of memory"},
     {"--resume %s/nan --steps 5 --check-finite on", "matmul_forward (w2) of layer 2, feed"},
     {"--load %s/key", "version"},
     {"--load %s/gradients", "metadata"},

@@ -646,7 +646,8 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
     for (int i = 0; i < queries; i++) {
         const float *oi = o + (size_t)i * C, *dyi = dy + (size_t)i * C;
         float sum = 0;
-        for (int c = 0; c < hs; c += 16) __builtin_prefetch(oi + (size_t)8 * C + c);
+        for (int c = 0; c < hs; c += 16)  // o alone was not touched by pack(): ask eight rows ahead
+            __builtin_prefetch(oi + (size_t)8 * C + c);
         #pragma omp simd reduction(+ : sum)
         for (int c = 0; c < hs; c++) sum += oi[c] * dyi[c];
         delta[i] = sum;
@@ -1507,7 +1508,7 @@ int main(int argc, char **argv) {
     else if (options.steps > 0) train(&run);
     else {
         if (!*options.load && !*options.resume)
-            fprintf(stderr, "%s: without --load an untrained network tells it\n", program);
+            fprintf(stderr, "%s: without --load an untrained network tells the story\n", program);
         tell_story(&run.model, &run.tokenizer, &run.progress.random, stdout);
     }
     close_run(&run);

@@ -161,10 +161,10 @@ static void time_layers(Model *m, const Network<bf16> *net, int B, int T) {
 }
 
 static void bench(const char *preset, const char *batch, const char *length, const char *dtype,
-                  int recompute, int kernels) {
+                  const char *recompute, int kernels) {
     const char *arguments[] = {"bench_cuda", "--preset", preset, "--batch", batch, "--total-batch",
                                batch, "--seq-len", length, "--vocab-size", "32000", "--dtype",
-                               dtype, "--recompute", recompute ? "on" : "off"};
+                               dtype, "--recompute", recompute};
     Options o;
     Model m;
     enum { STEPS = 5 };
@@ -197,7 +197,7 @@ static void bench(const char *preset, const char *batch, const char *length, con
 
 // In a process of its own: what does not fit ends that one with a line, and the table goes on.
 static int bench_apart(const char *preset, const char *batch, const char *length,
-                       const char *dtype, int recompute, int kernels) {
+                       const char *dtype, const char *recompute, int kernels) {
     int status = 0;
     fflush(stdout);
     pid_t child = fork();
@@ -221,11 +221,12 @@ int main(int argc, char **argv) {
     int recompute = argc == 6 && strcmp(argv[5], "recompute") == 0;
     if (argc != 1 && argc != 4 && argc != 5 && !recompute)
         die("usage: ./bench_cuda [[kernels] PRESET BATCH LENGTH [bf16|fp32 [recompute]]]");
-    if (kernels) return bench_apart(argv[2], argv[3], argv[4], "bf16", 0, 1);
+    if (kernels) return bench_apart(argv[2], argv[3], argv[4], "bf16", "off", 1);
     printf("%-6s %5s %5s %5s %10s %9s %8s %8s %7s %8s\n", "preset", "B", "T", "dtype", "tokens/s",
            "ms/step", "TFLOP/s", "matmul", "share", "GiB");
     if (argc > 1)
-        return bench_apart(argv[1], argv[2], argv[3], argc > 4 ? argv[4] : "bf16", recompute, 0);
-    for (auto &row : rows) failures += bench_apart(row[0], row[1], row[2], "bf16", 0, 0);
+        return bench_apart(argv[1], argv[2], argv[3], argc > 4 ? argv[4] : "bf16",
+                           recompute ? "on" : "off", 0);
+    for (auto &row : rows) failures += bench_apart(row[0], row[1], row[2], "bf16", "off", 0);
     return failures > 0;
 }
