@@ -7,9 +7,9 @@ bench.c: how fast is a training step, beside what the machine can do?
 
 For each shape a table: the whole step (forward, backward, update), then every kind of layer by
 itself, as often as the step has it (what --recompute does again is left out), its numbers coming
-from memory, not from a cache; at the end one line of JSON per shape. Flops are 6 for each parameter
-and token, without the embedding (a table is only read), and 6 L C T a token for causal attention:
-what the mathematics needs, not what is computed again.
+from memory, not from a cache, and the same products by OpenBLAS; at the end one line of JSON per
+shape. Flops are 6 for each parameter and token, without the embedding (a table is only read), and 6
+L C T a token for causal attention: what the mathematics needs, not what is computed again.
 The yardstick is OpenBLAS's sgemm at 4096 x 512 x 4096 if libopenblas.so.0 is found, else gemm() of
 train_gpas.c. It and the step take turns, so that other programs disturb both alike; times are
 medians, and the share is the median of each turn's share.
@@ -95,6 +95,25 @@ static void run_step(Bench *z) {
     model_update(m, 0, norm, gates);
 }
 
+// matmul_forward() and matmul_backward(), or the same products by OpenBLAS while `borrowed` is set.
+static Sgemm *borrowed;
+
+static void linear_forward(float *out, const float *inp, const float *weight, int N, int C,
+                           int OC) {
+    if (!borrowed) matmul_forward(out, inp, weight, N, C, OC);
+    else borrowed(101, 111, 112, N, OC, C, 1, inp, C, weight, C, 0, out, OC);
+}
+
+static void linear_backward(float *dinp, float *dweight, const float *dout, const float *inp,
+                            const float *weight, int N, int C, int OC) {
+    if (!borrowed) {
+        matmul_backward(dinp, dweight, dout, inp, weight, N, C, OC);
+    } else {
+        borrowed(101, 111, 111, N, C, OC, 1, dout, OC, weight, C, 0, dinp, C);
+        borrowed(101, 112, 111, OC, C, N, 1, dout, OC, inp, C, 1, dweight, C);
+    }
+}
+
 // Layer l's parts: weights w, their gradients d, attention a, feed-forward f.
 #define EACH_LAYER(z) \
     Model *m = &z->m; \
@@ -107,30 +126,30 @@ static void run_step(Bench *z) {
 
 static void matmuls_forward(Bench *z) {
     EACH_LAYER(z)
-        matmul_forward(a->qkv, a->normed, w.wqkv, z->N, z->C, 3 * z->C);
-        matmul_forward(a->branch, a->inner, w.wo, z->N, z->C, z->C);
-        matmul_forward(f->pre_act, f->normed, w.w13, z->N, z->C, 2 * z->H);
-        matmul_forward(f->branch, f->inner, w.w2, z->N, z->H, z->C);
+        linear_forward(a->qkv, a->normed, w.wqkv, z->N, z->C, 3 * z->C);
+        linear_forward(a->branch, a->inner, w.wo, z->N, z->C, z->C);
+        linear_forward(f->pre_act, f->normed, w.w13, z->N, z->C, 2 * z->H);
+        linear_forward(f->branch, f->inner, w.w2, z->N, z->H, z->C);
     END
 }
 
 static void matmuls_backward(Bench *z) {
     EACH_LAYER(z)
-        matmul_backward(m->dinner, d.wo, m->dx, a->inner, w.wo, z->N, z->C, z->C);
-        matmul_backward(m->dinp, d.wqkv, m->dwide, a->normed, w.wqkv, z->N, z->C, 3 * z->C);
-        matmul_backward(m->dinner, d.w2, m->dx, f->inner, w.w2, z->N, z->H, z->C);
-        matmul_backward(m->dinp, d.w13, m->dwide, f->normed, w.w13, z->N, z->C, 2 * z->H);
+        linear_backward(m->dinner, d.wo, m->dx, a->inner, w.wo, z->N, z->C, z->C);
+        linear_backward(m->dinp, d.wqkv, m->dwide, a->normed, w.wqkv, z->N, z->C, 3 * z->C);
+        linear_backward(m->dinner, d.w2, m->dx, f->inner, w.w2, z->N, z->H, z->C);
+        linear_backward(m->dinp, d.w13, m->dwide, f->normed, w.w13, z->N, z->C, 2 * z->H);
     END
 }
 
 static void output_forward(Bench *z) {
     Model *m = &z->m;
-    matmul_forward(m->logits, m->final_normed, m->parameters, z->N, z->C, z->V);
+    linear_forward(m->logits, m->final_normed, m->parameters, z->N, z->C, z->V);
 }
 
 static void output_backward(Bench *z) {
     Model *m = &z->m;
-    matmul_backward(m->dinp, m->gradients, m->logits, m->final_normed, m->parameters, z->N, z->C,
+    linear_backward(m->dinp, m->gradients, m->logits, m->final_normed, m->parameters, z->N, z->C,
                     z->V);
 }
 
@@ -256,13 +275,27 @@ static void print_layer(const char *name, void (*forward)(Bench *), void (*backw
     printf("\n");
 }
 
-static void print_layers(Bench *z, double step) {
+// The layers' products by train_gpas.c, and under them by OpenBLAS, which is no part of the sum.
+static void print_products(const char *name, void (*forward)(Bench *), void (*backward)(Bench *),
+                           Bench *z, const Yardstick *y, double flops, double step, double *sum) {
+    double apart = 0;
+    print_layer(name, forward, backward, z, flops, step, sum);
+    if (!y->sgemm) return;
+    borrowed = y->sgemm;
+    usleep(50000);
+    print_layer("  the same by OpenBLAS", forward, backward, z, flops, step, &apart);
+    borrowed = NULL;
+    usleep(50000);
+}
+
+static void print_layers(Bench *z, const Yardstick *y, double step) {
     double sum = 0, N = z->N, C = z->C;
     printf("  %-22s %9s %9s %9s %10s\n", "by itself, ms", "forward", "backward", "of step",
            "GFLOP/s");
-    print_layer("matmul, layers", matmuls_forward, matmuls_backward, z,
-                2 * N * z->L * (4 * C * C + 3 * C * z->H), step, &sum);
-    print_layer("matmul, output", output_forward, output_backward, z, 2 * N * C * z->V, step, &sum);
+    print_products("matmul, layers", matmuls_forward, matmuls_backward, z, y,
+                   2 * N * z->L * (4 * C * C + 3 * C * z->H), step, &sum);
+    print_products("matmul, output", output_forward, output_backward, z, y, 2 * N * C * z->V, step,
+                   &sum);
     print_layer("attention", attentions_forward, attentions_backward, z, 2 * N * z->L * C * z->T,
                 step, &sum);
     print_layer("rope", ropes_forward, ropes_backward, z, 0, step, &sum);
@@ -330,7 +363,7 @@ static void measure(const char *name, const Options *o, FILE *json) {
     printf("  a step  %.1f ms, %.0f tokens/s, %.1f GFLOP/s, peak memory %.0f MiB\n", 1e3 * step,
            z.N / step, gflops, mib);
     printf("  sgemm   %.1f GFLOP/s (%s); the step reaches %.2f of it\n", sgemm, y.name, share);
-    print_layers(&z, step);
+    print_layers(&z, &y, step);
     printf("\n");
     fprintf(json, "{\"shape\": \"%s\", \"threads\": %d, \"tokens_per_s\": %.0f, \"gflops\": %.1f, "
             "\"sgemm_gflops\": %.1f, \"share\": %.3f, \"peak_mib\": %.0f}\n", name, threads,
