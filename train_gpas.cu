@@ -532,6 +532,26 @@ static void free_plan(Plan *plan) {
     plan->operation = NULL;
 }
 
+// cuBLASLt's first choices among its kernels for a plan's product, at most `wanted`, the best by
+// its own estimate first. Returns how many there are.
+static int choices(const Plan *plan, cublasLtMatmulHeuristicResult_t *found, int wanted) {
+    cublasLtMatmulPreference_t preference;
+    size_t room = WORKSPACE;
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    int count = 0;
+    CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+        cublaslt, plan->operation, plan->a, plan->b, plan->d, plan->d, preference, wanted, found,
+        &count);
+    if (status != CUBLAS_STATUS_NOT_SUPPORTED) CUBLAS_CHECK(status);
+    CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(preference));
+    return count;
+}
+
 static Plan *plan_for(Product p) {
     for (int i = 0; i < imin(num_plans, PLANS); i++)
         if (memcmp(&plans[i].product, &p, sizeof p) == 0) return &plans[i];
@@ -539,10 +559,6 @@ static Plan *plan_for(Product p) {
     cublasOperation_t ops[] = {CUBLAS_OP_N, CUBLAS_OP_T};
     cudaDataType_t types[] = {CUDA_R_16BF, CUDA_R_32F};
     cudaDataType_t type = types[p.real_size == 4], result = types[p.result_size == 4];
-    cublasLtMatmulPreference_t preference;
-    size_t room = WORKSPACE;
-    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-    int count = 0;
     free_plan(plan);
     plan->product = p;
     CUBLAS_CHECK(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
@@ -554,19 +570,9 @@ static Plan *plan_for(Product p) {
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&plan->a, type, a_rows, p.trans_a ? p.m : p.k, a_rows));
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&plan->b, type, b_rows, p.trans_b ? p.k : p.n, b_rows));
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&plan->d, result, p.m, p.n, p.m));
-    CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
-    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(
-        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room));
-    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(
-        preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-        cublaslt, plan->operation, plan->a, plan->b, plan->d, plan->d, preference, 1, &plan->found,
-        &count);
-    if (status == CUBLAS_STATUS_NOT_SUPPORTED || count == 0)
+    if (choices(plan, &plan->found, 1) == 0)
         die("cuBLASLt has no kernel for a product of %d x %d x %d; make --channels a multiple of 8",
             p.m, p.n, p.k);
-    CUBLAS_CHECK(status);
-    CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(preference));
     return plan;
 }
 

@@ -6,6 +6,8 @@ the share of the GPU's matrix rate that the model's arithmetic comes to, and the
     ./bench_cuda PRESET B T [bf16|fp32 [recompute]]     one of them, perhaps with --recompute on
     ./bench_cuda kernels PRESET B T         of one, in bf16, the milliseconds of each kernel; what
                                             dev/roofline.py --measured FILE PRESET B T reads
+    ./bench_cuda choices PRESET B T         of its matrix products, in bf16, the time of cuBLASLt's
+                                            first choice and of the fastest of eight
 
 A step is forward, backward and AdamW update of B sequences of T random tokens, V 32000. Shown is
 the median of five after two that do not count. Arithmetic is counted as is usual: 6 for each
@@ -160,8 +162,53 @@ static void time_layers(Model *m, const Network<bf16> *net, int B, int T) {
     free(layers);
 }
 
+// For each product of the last steps, the milliseconds of the kernel that cuBLASLt takes for the
+// best and of the best in fact: what a table of choices could gain. Each is timed on arrays of its
+// own, ten calls in a row, the faster of two turns.
+static void time_choices(void) {
+    enum { CHOICES = 8, TIMES = 10 };
+    double first_sum = 0, best_sum = 0;
+    printf("%6s %6s %6s %5s %7s %9s %9s %7s\n", "m", "n", "k", "trans", "result", "first, ms",
+           "best, ms", "choice");
+    for (Plan *plan = plans; plan < plans + imin(num_plans, PLANS); plan++) {
+        cublasLtMatmulHeuristicResult_t found[CHOICES];
+        Product p = plan->product;
+        size_t bytes[] = {(size_t)p.m * p.k * p.real_size, (size_t)p.k * p.n * p.real_size,
+                          (size_t)p.m * p.n * p.result_size};
+        void *array[3];
+        float alpha = 1, beta = p.result_size > p.real_size;  // a gradient is added to
+        double ms[CHOICES] = {0};
+        int count = choices(plan, found, CHOICES), best = 0;
+        for (int i = 0; i < 3; i++) {
+            CUDA_CHECK(cudaMalloc(&array[i], bytes[i]));
+            CUDA_CHECK(cudaMemset(array[i], 0x3c, bytes[i]));  // 0.011 in both types
+        }
+        for (int i = 0; i < 2 * count; i++) {
+            double start = 0;
+            for (int k = -1; k < TIMES; k++) {
+                CUBLAS_CHECK(cublasLtMatmul(cublaslt, plan->operation, &alpha, array[0], plan->a,
+                                            array[1], plan->b, &beta, array[2], plan->d, array[2],
+                                            plan->d, &found[i / 2].algo, workspace, WORKSPACE, 0));
+                if (k < 0) CUDA_CHECK(cudaDeviceSynchronize()), start = omp_get_wtime();
+            }
+            CUDA_CHECK(cudaDeviceSynchronize());
+            double each = (omp_get_wtime() - start) / TIMES * 1e3;
+            ms[i / 2] = i % 2 ? fmin(ms[i / 2], each) : each;
+        }
+        for (int i = 1; i < count; i++) best = ms[i] < ms[best] ? i : best;
+        first_sum += ms[0], best_sum += ms[best];
+        printf("%6d %6d %6d %3s%2s %7s %9.4f %9.4f %4d/%d\n", p.m, p.n, p.k, p.trans_a ? "T" : "N",
+               p.trans_b ? "T" : "N", p.result_size == 4 ? "fp32" : "bf16", ms[0], ms[best],
+               best + 1, count);
+        for (int i = 0; i < 3; i++) CUDA_CHECK(cudaFree(array[i]));
+    }
+    printf("one of each: %.4f ms by the first choice, %.4f by the best\n", first_sum, best_sum);
+}
+
+enum Report { SPEED, KERNELS, CHOICES };
+
 static void bench(const char *preset, const char *batch, const char *length, const char *dtype,
-                  const char *recompute, int kernels) {
+                  const char *recompute, Report report) {
     const char *arguments[] = {"bench_cuda", "--preset", preset, "--batch", batch, "--total-batch",
                                batch, "--seq-len", length, "--vocab-size", "32000", "--dtype",
                                dtype, "--recompute", recompute};
@@ -173,7 +220,8 @@ static void bench(const char *preset, const char *batch, const char *length, con
     parse_options(&o, sizeof arguments / sizeof *arguments, (char **)arguments);
     open_device();
     int N = o.batch * o.seq_len;
-    double rate = kernels ? 1 : o.dtype == DTYPE_BF16 ? matrix_rate<bf16>() : matrix_rate<float>();
+    double rate = 1;  // before the model takes its memory
+    if (report == SPEED) rate = o.dtype == DTYPE_BF16 ? matrix_rate<bf16>() : matrix_rate<float>();
     model_create(&m, &o, o.batch, 1);
     int *tokens = (int *)allocate(N + 1, sizeof(int));
     for (int i = 0; i <= N; i++) tokens[i] = (int)(random_uniform(&state) * o.vocab_size);
@@ -181,10 +229,10 @@ static void bench(const char *preset, const char *batch, const char *length, con
         double s = step_time(&m, tokens, o.batch, o.seq_len, t);
         if (t >= 2) seconds[t - 2] = s;
     }
-    if (kernels) {
+    if (report == KERNELS)
         time_products(&m, &m.bf16_net, N), time_layers(&m, &m.bf16_net, o.batch, o.seq_len);
-        return;
-    }
+    if (report == CHOICES) time_choices();
+    if (report != SPEED) return;
     std::sort(seconds, seconds + STEPS);
     double step = seconds[STEPS / 2], C = o.channels;
     double flops = N * (6 * (m.num_parameters - o.vocab_size * C) + 6.0 * o.layers * C * o.seq_len);
@@ -197,12 +245,12 @@ static void bench(const char *preset, const char *batch, const char *length, con
 
 // In a process of its own: what does not fit ends that one with a line, and the table goes on.
 static int bench_apart(const char *preset, const char *batch, const char *length,
-                       const char *dtype, const char *recompute, int kernels) {
+                       const char *dtype, const char *recompute, Report report) {
     int status = 0;
     fflush(stdout);
     pid_t child = fork();
     if (child == 0) {
-        bench(preset, batch, length, dtype, recompute, kernels);
+        bench(preset, batch, length, dtype, recompute, report);
         fflush(stdout);
         _exit(0);
     }
@@ -217,16 +265,18 @@ int main(int argc, char **argv) {
         {"71m", "64", "1024"},  {"130m", "64", "1024"}, {"250m", "32", "1024"},
         {"350m", "32", "1024"}, {"1b", "16", "1024"}};
     int failures = 0;
-    int kernels = argc == 5 && strcmp(argv[1], "kernels") == 0;
+    Report report = SPEED;
+    if (argc == 5 && strcmp(argv[1], "kernels") == 0) report = KERNELS;
+    if (argc == 5 && strcmp(argv[1], "choices") == 0) report = CHOICES;
     int recompute = argc == 6 && strcmp(argv[5], "recompute") == 0;
     if (argc != 1 && argc != 4 && argc != 5 && !recompute)
-        die("usage: ./bench_cuda [[kernels] PRESET BATCH LENGTH [bf16|fp32 [recompute]]]");
-    if (kernels) return bench_apart(argv[2], argv[3], argv[4], "bf16", "off", 1);
+        die("usage: ./bench_cuda [[kernels|choices] PRESET BATCH LENGTH [bf16|fp32 [recompute]]]");
+    if (report != SPEED) return bench_apart(argv[2], argv[3], argv[4], "bf16", "off", report);
     printf("%-6s %5s %5s %5s %10s %9s %8s %8s %7s %8s\n", "preset", "B", "T", "dtype", "tokens/s",
            "ms/step", "TFLOP/s", "matmul", "share", "GiB");
     if (argc > 1)
         return bench_apart(argv[1], argv[2], argv[3], argc > 4 ? argv[4] : "bf16",
-                           recompute ? "on" : "off", 0);
-    for (auto &row : rows) failures += bench_apart(row[0], row[1], row[2], "bf16", "off", 0);
+                           recompute ? "on" : "off", SPEED);
+    for (auto &row : rows) failures += bench_apart(row[0], row[1], row[2], "bf16", "off", SPEED);
     return failures > 0;
 }

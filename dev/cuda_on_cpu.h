@@ -705,8 +705,14 @@ RUNTIME cublasStatus_t cublasLtMatmulDescSetAttribute(
 template <class... T> cublasStatus_t cublasLtMatmulPreferenceSetAttribute(T...) {
     return CUBLAS_STATUS_SUCCESS;
 }
-#define cublasLtMatmulAlgoGetHeuristic(handle, desc, a, b, c, d, preference, wanted, found, count) \
-    (*(count) = 1, CUBLAS_STATUS_SUCCESS)
+RUNTIME cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
+    cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+    cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int wanted,
+    cublasLtMatmulHeuristicResult_t *found, int *count) {
+    if (wanted < 1) return CUBLAS_STATUS_INVALID_VALUE;
+    found[0].algo = 0, *count = 1;
+    return CUBLAS_STATUS_SUCCESS;
+}
 
 RUNTIME cublasStatus_t cublasLtMatmul(
     cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha_pointer, const void *A,

@@ -6,7 +6,8 @@
 #     test       make test-cuda: all checks in fp32 and bf16
 #     sanitize   the same under compute-sanitizer: memcheck, racecheck, initcheck, all at once
 #     train      300 steps of the toy preset beside the CPU's losses, and twice for the same bits
-#     kernels    the milliseconds of each kernel beside its floor (dev/roofline.py)
+#     kernels    the milliseconds of each kernel beside its floor (dev/roofline.py), and for each
+#                matrix product those of cuBLASLt's first choice and of the fastest of eight
 #     speed256   tokens/s and memory of the presets at a sequence of 256, and the peer's
 #     speed1024  the same at 1024, and 1b once more with --recompute and four times the batch
 #
@@ -114,6 +115,9 @@ part_kernels() {
         echo && echo "$row"
         # shellcheck disable=SC2086
         python3 dev/roofline.py --measured "$log" $row | tee "$out/roofline $row.md"
+        echo
+        # shellcheck disable=SC2086
+        ./bench_cuda choices $row 2>&1 | tee "$out/choices $row.log"
     done
 }
 
