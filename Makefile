@@ -54,8 +54,9 @@ test: train_gpas test_gpas test_gpas_double $(CUDA_ON_CPU)
 
 # ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
 
+# -ftz=true: numbers below 1e-38 become 0. exp2f() is then one instruction instead of four.
 NVCC = nvcc
-NVCC_FLAGS = -std=c++17 -O3 -gencode arch=compute_80,code=sm_80 \
+NVCC_FLAGS = -std=c++17 -O3 -ftz=true -gencode arch=compute_80,code=sm_80 \
     -gencode arch=compute_90,code=[sm_90,compute_90] -Xcompiler -Wall,-Wextra,-fopenmp,-march=native
 CUDA_SOURCES = train_gpas.cu $(SOURCES)
 

@@ -664,9 +664,10 @@ __device__ inline void mma(float (&d)[4], const Pack<float, 2> (&a)[4],
     __syncwarp();
 }
 
-// Copies BYTES (4, 8 or 16, and aligned to that) from global to shared memory, zeros if not
-// `valid`. The thread neither waits nor needs a register for them. They are there for it after
-// copies_arrive(), and for the others after a __syncthreads() too.
+// Copies BYTES (4, 8 or 16, and aligned to that) from global to shared memory; if not `valid` it
+// writes zeros and reads nothing, wherever `from` is. The thread neither waits nor needs a register
+// for them. They are there for it after copies_arrive(), and for the others after a
+// __syncthreads() too.
 template <int BYTES> __device__ inline void copy_async(void *to, const void *from, int valid) {
 #ifdef __CUDA_ARCH__
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
@@ -706,22 +707,23 @@ __device__ inline void load_rows(Pack<real, 2> (&a)[HS / 16][4], const real *row
 template <class real, int HS> struct alignas(16) Tile { real x[HS + 16 / sizeof(real)]; };
 
 // Sends for a tile (COLS,HS): 16 bytes at once if rows begin at multiples of 16 bytes, else pairs.
+// A thread stays in its columns and goes down the rows: little arithmetic for each copy.
 template <class real, int HS, int COLS>
 __device__ inline void load_tile(Tile<real, HS> (&tile)[COLS], const real *rows, int stride,
                                  int valid, int hs) {
-    constexpr int W = 16 / sizeof(real);
-    for (int i = threadIdx.x; i < COLS * HS / W; i += 32 * WARPS) {
-        int row = i / (HS / W), column = i % (HS / W) * W;
-        const real *from = row < valid ? rows + row * stride : rows;
-        if (hs % W == 0) {
-            int there = row < valid && column < hs;
-            copy_async<16>(&tile[row].x[column], there ? from + column : rows, there);
-        } else
-            for (int c = column; c < column + W; c += 2) {
-                int there = row < valid && c < hs;
-                copy_async<2 * sizeof(real)>(&tile[row].x[c], there ? from + c : rows, there);
-            }
-    }
+    constexpr int W = 16 / sizeof(real), STEP = 32 * WARPS * W / HS;
+    int first = threadIdx.x / (HS / W), column = threadIdx.x % (HS / W) * W;
+    const real *from = rows + first * stride + column;
+    if (hs % W == 0)
+        for (int i = 0; i < COLS / STEP; i++, from += STEP * stride) {
+            int row = first + i * STEP;
+            copy_async<16>(&tile[row].x[column], from, row < valid && column < hs);
+        }
+    else
+        for (int row = first; row < COLS; row += STEP, from += STEP * stride)
+            for (int c = 0; c < W; c += 2)
+                copy_async<2 * sizeof(real)>(&tile[row].x[column + c], from + c,
+                                             row < valid && column + c < hs);
 }
 
 // Two B operands side by side, (16,16), out of a tile: B[k][n] = tile[row + k][column + n], or
@@ -962,6 +964,7 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
     __shared__ Tile<real, HS> queries[2][COLS];
     __shared__ Tile<real, HS> douts[2][COLS];
     __shared__ float sums[2][2][COLS];  // lse, delta
+    static_assert(2 * COLS <= 32 * WARPS, "each of them is fetched by a thread of its own");
     int tiles = (T + ROWS - 1) / ROWS, hs = C / NH, b = blockIdx.x / tiles / NH;
     int h = blockIdx.x / tiles % NH, first = blockIdx.x % tiles * ROWS, now = 0;
     int pair = threadIdx.x % 4, s0 = first + threadIdx.x / 32 * 16;
@@ -986,6 +989,7 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
         if (t0 + COLS < T) send(t0 + COLS, now ^ 1);
         if (s0 >= T || t0 + COLS <= s0) continue;
         for (int c = 0; c < COLS; c += 16) {  // few at once: dk and dv take half of the registers
+            if (t0 + c + 16 <= s0) continue;
             multiply_transposed<real, HS, 16>(p, k, queries[now] + c);
             multiply_transposed<real, HS, 16>(ds, v, douts[now] + c);
             mask_tile<1, 16>(p, s0, t0 + c);
@@ -1007,7 +1011,8 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
 enum { MAX_HEAD = 128 };  // channels of a head
 
 // For heads of at most HS channels. A block may have 48 KiB of shared memory without asking: room
-// for two tiles of 8 KiB, twice. Backwards there are more results in registers, and shorter tiles.
+// for two tiles of 8 KiB, twice. Backwards there are more results in registers, and shorter tiles;
+// but the kernel for dk and dv goes through its tile in parts.
 template <class real, int HS>
 static void attention_forward_sized(real *out, float *lse, const real *qkv, int B, int T, int C,
                                     int NH) {
@@ -1022,14 +1027,14 @@ template <class real, int HS>
 static void attention_backward_sized(real *dqkv, float *delta, const real *dout, const real *out,
                                      const float *lse, const real *qkv, int B, int T, int C,
                                      int NH) {
-    constexpr int COLS = HS == 128 ? 16 : 32;
+    constexpr int COLS = HS == 128 ? 16 : 32, COLS_KV = sizeof(real) == 2 && HS < 128 ? 64 : COLS;
     int blocks = B * NH * ((T + ROWS - 1) / ROWS), threads = 32 * WARPS;
     float scale = 1 / sqrtf((float)C / NH);
     attention_backward_q_kernel<real, HS, COLS><<<blocks, threads>>>(dqkv, delta, dout, out, lse,
                                                                      qkv, T, C, NH, scale);
     LAUNCH_CHECK();
-    attention_backward_kv_kernel<real, HS, COLS><<<blocks, threads>>>(dqkv, dout, lse, delta, qkv,
-                                                                      T, C, NH, scale);
+    attention_backward_kv_kernel<real, HS, COLS_KV><<<blocks, threads>>>(dqkv, dout, lse, delta,
+                                                                         qkv, T, C, NH, scale);
     LAUNCH_CHECK();
 }
 
@@ -1379,6 +1384,8 @@ static void open_device(void) {
     CUDA_CHECK(cudaMalloc(&workspace, WORKSPACE));
 }
 
+enum { SPARE = 1 << 30 };  // bytes left to CUDA and cuBLASLt, which load kernels at their first use
+
 // A network with fresh parameters, for B sequences of --seq-len tokens at once. Without `training`
 // it has no room for gradients. Ends the program when memory is short or a size is too large.
 static void model_create(Model *m, const Options *o, int B, int training) {
@@ -1406,9 +1413,10 @@ static void model_create(Model *m, const Options *o, int B, int training) {
     m->planning = 1;
     create_memory(m, B, training);
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
-    if (m->bytes > free_bytes)
+    size_t needed = m->bytes + SPARE;
+    if (needed > free_bytes)
         die("not enough GPU memory: %zu MiB needed, %zu of %zu MiB free; lower --batch or "
-            "--seq-len%s", m->bytes >> 20, free_bytes >> 20, total_bytes >> 20,
+            "--seq-len%s", needed >> 20, free_bytes >> 20, total_bytes >> 20,
             o->recompute || !training ? "" : ", or try --recompute on");
     m->planning = 0;
     create_memory(m, B, training);
