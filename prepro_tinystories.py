@@ -332,8 +332,8 @@ def write_files(args):
             progress.show()
         for split, writer in writers.items():
             if writer.stories == 0:
-                raise Error(f"too little text: no {split} story (stories are separated by lines "
-                            f"{SEPARATOR.decode()}; see also --val-fraction and --val-input)")
+                raise Error(f"too few stories: none for {split} (lines {SEPARATOR.decode()} "
+                            "separate them, long ones are cut); see --val-fraction, --val-input")
             writer.finish()
         write_tokenizer(folder, vocabulary)
         publish(folder, args.out)

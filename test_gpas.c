@@ -343,8 +343,6 @@ static void test_residual(void) {
     against_dump("residual", "residual", "out", got, FORWARD, 0);
     residual_backward(got, tensor("residual.dout", NULL, NULL), alpha, n);
     against_dump("residual", "residual", "dshortcut", got, BACKWARD, 0);
-    against_dump("residual", "residual", "dbranch", tensor("residual.dout", NULL, NULL), BACKWARD,
-                 0);
     free(got);
 }
 
@@ -648,8 +646,8 @@ static void test_initial_values(void) {
             double spread =
                 sqrt(dot(m.parameters + t->offset, m.parameters + t->offset, t->size) / t->size -
                      (t->cols ? 0 : mean * mean));
-            if (t->cols ? fabs(spread / want - 1) > 0.06
-                        : fabs(m.parameters[t->offset] - mean) > 1e-6) {
+            if (!(t->cols ? fabs(spread / want - 1) <= 0.06
+                          : fabs(m.parameters[t->offset] - mean) <= 1e-6)) {
                 good = 0;
                 snprintf(name, sizeof name, "initial values: %s, %s", schemes[i], t->name);
                 check(0, name, "spread %.4f, expected %.4f", spread, want);
@@ -835,7 +833,8 @@ static void test_exp(void) {
     for (int i = -86000; i <= 87000; i++) {
         float x = i * 1e-3f;
         double error = fabs(exp_fast(x) / exp((double)x) - 1);
-        if (error > worst) worst = error;
+        if (!(error <= worst)) worst = error;  // nan too
+        if (isnan(worst)) break;
     }
     check(worst < 3e-7, "exp_fast: relative error below 3e-7 from -86 to 87", "it is %.2e", worst);
     check(exp_fast(0) == 1 && exp_fast(-1e30f) < 1e-37f && isnan(exp_fast(NAN)),
@@ -1101,6 +1100,7 @@ static void test_program(void) {
     char *story = whole_file("run/samples.txt", &b_size);
     check(strstr(story, "--- step 10 ---\n") && strstr(story, "--- step 20 ---\n"),
           "program: tells a story every --sample-every steps", "%s", story);
+    unlink(in_folder("run/ckpt_000020.safetensors"));
     status = run("--resume %s/run/ckpt_000010.safetensors", errors);
     check(status == 0 && !*errors, "program: resumes at step 10", "status %d, %s", status, errors);
     char *b = whole_file("run/ckpt_000020.safetensors", &b_size),
@@ -1111,6 +1111,7 @@ static void test_program(void) {
     check(log_a == log_b && !memcmp(la, lb, log_a),
           "program: a resumed run continues layers.csv where it was", "%zu and %zu bytes", log_a,
           log_b);
+    unlink(in_folder("run/ckpt_000020.safetensors"));
     status = run("--resume %s/run/ckpt_000010.safetensors --recompute on --check-finite on",
                  errors);
     free(b), b = whole_file("run/ckpt_000020.safetensors", &b_size);
@@ -1133,8 +1134,9 @@ static void test_program(void) {
           errors);
     status = run(SMALL "--gate-train off --gate-init 0.3 --steps 3", errors);
     free(b), b = whole_file("run/layers.csv", &b_size);
-    check(status == 0 && strstr(b, ",0.3,"), "program: --gate-train off keeps the gates",
-          "status %d", status);
+    const char *last = strstr(b, "\n3,");  // of step 3
+    check(status == 0 && last && strstr(last, ",0.3,"), "program: --gate-train off keeps the gates",
+          "status %d, %s", status, last ? last : b);
     status = run(SMALL "--steps 3 --keep 1 --save-every 1", errors);
     check(status == 0 && access(in_folder("run/ckpt_000002.safetensors"), F_OK) != 0 &&
               access(in_folder("run/ckpt_000003.safetensors"), F_OK) == 0,
@@ -1762,8 +1764,9 @@ static void test_odd_networks(void) {
             double v[2], cpu_v[2], gate, cpu_gate;
             layer_state(&m, l, B, T, v, &gate), cpu::layer_state(&c, l, B, T, cpu_v, &cpu_gate);
             snprintf(name, sizeof name, "layer_state, %s, layer %d", schemes[i], l);
-            double worst = fmax(fabs(v[0] / cpu_v[0] - 1), fabs(v[1] / cpu_v[1] - 1));
-            check(worst < tolerances[BACKWARD] && gate == cpu_gate, name, "%g %g %g, not %g %g %g",
+            double error[2] = {fabs(v[0] / cpu_v[0] - 1), fabs(v[1] / cpu_v[1] - 1)};
+            check(error[0] < tolerances[BACKWARD] && error[1] < tolerances[BACKWARD] &&
+                      gate == cpu_gate, name, "%g %g %g, not %g %g %g",
                   v[0], v[1], gate, cpu_v[0], cpu_v[1], cpu_gate);
         }
         model_free(&m), cpu::model_free(&c);
@@ -1840,6 +1843,7 @@ static void test_gpu_program(const char *program) {
           "program: its losses are those of train_gpas", "%g %g, not %g %g", train, val, cpu_train,
           cpu_val);
     char *a = whole_file("run/ckpt_000020.safetensors", &a_size);
+    unlink(in_folder("run/ckpt_000020.safetensors"));
     status = run("--resume %s/run/ckpt_000010.safetensors", errors);
     char *b = whole_file("run/ckpt_000020.safetensors", &b_size);
     check(status == 0 && a_size == b_size && !memcmp(a, b, a_size),

@@ -6,7 +6,7 @@ GPAS (Gradient-Preserving Activation Scaling, arXiv 2506.22049) is one learnable
     y = x - a(g) * stop_gradient(x)         a = SiLU, g the layer's gate, 0 at the start
 
 In a Pre-LN Transformer every layer adds to the residual stream, whose variance therefore grows with
-depth until the last layers hardly change it. GPAS scales the stream down after each sum. The
+depth until the last layers hardly change it. GPAS scales the stream down at each sum. The
 stop-gradient lets the gradient through as if nothing had been scaled: the early layers lose none.
 
 The file is a lesson, to be read from top to bottom:
@@ -20,9 +20,10 @@ The file is a lesson, to be read from top to bottom:
     6  Sampling       telling a story
     7  Training       validation, the loop, main
 
-What teaches nothing about GPAS stands in dev/plumbing.h: options (o->batch is --batch), the
-tokenizer, checkpoint files; in dev/logs.h: what a run writes; in dev/evaluation.h: perplexity,
-multiple choice; in dev/finite.h: the search for the operation that made a number not finite.
+What teaches nothing about GPAS stands in dev/plumbing.h: options (o->batch is --batch), allocate()
+(memory set to 0), die(), imin(), the tokenizer, checkpoint files; in dev/logs.h: what a run writes;
+in dev/evaluation.h: perplexity, multiple choice; in dev/finite.h: the search for the operation that
+made a number not finite.
 
 Conventions. B batch, T sequence length, C channels, H feed-forward width, L layers, NH heads,
 hs = C/NH, V vocabulary. Matrices are row-major; a pointer's shape stands in its comment: (B,T,C).
@@ -62,8 +63,9 @@ static double random_uniform(uint64_t *state) { return (random_bits(state) >> 11
 2. Layers
 
 Four helpers (a sum that is the same for any number of threads, a maximum, a fast exp, sigmoid),
-then GPAS first. The layers are plain loops; whatever is a product of matrices goes to gemm(), the
-one place that is written for speed. In derivations dy is short for dout, x for inp, w for weight.
+then GPAS first. The layers are plain loops; whatever is a product of matrices goes to gemm(). That
+and attention, which is made of its parts, are what is written for speed. In derivations dy is short
+for dout, x for inp, w for weight.
 */
 #ifndef TRAIN_GPAS_CUDA  // train_gpas.cu has these layers as kernels
 
@@ -119,6 +121,7 @@ static inline float exp_fast(float x) {
 #endif
 }
 
+// Its slope is s (1 - s), with s = sigmoid(x).
 static inline float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
 
 // The gate's activation a(g). SiLU: a = g sigmoid(g), so a(0) = 0: a new gate does nothing.
@@ -131,6 +134,7 @@ static float gate_value(float g, int act) {
 
 // Given g, wanted the slope a'(g).
 //   SiLU: a = g s with s = sigmoid(g), so a' = s + g s (1 - s). a'(0) = 1/2: a new gate can learn.
+//   tanh: 1 - tanh(g)^2.
 static float gate_slope(float g, int act) {
     float s = 1 / (1 + expf(-g)), th = tanhf(g);
     if (act == GATE_SILU) return s + g * s * (1 - s);
@@ -150,8 +154,9 @@ static void gpas_forward(float *out, const float *inp, float gate, int act, size
 
 // Given dy, wanted dx and dg.
 //   dx: sg(x) is a constant to the derivative, so dy/dx = 1:    dx = dy
-//       The gradient passes unscaled. With a plain scale y = (1 - a) x it would be (1 - a) dy, and
-//       after L layers of shrinking little of it would be left: this is the whole idea.
+//       The gradient passes unscaled: this is the whole idea. It is on purpose not the derivative
+//       of what the forward pass computes. That, the gradient of a plain scale y = (1 - a) x, is
+//       (1 - a) dy, which over L layers comes to (1 - a)^(2L) of it in the first.
 //   dg: dy_i/dg = -a'(g) x_i for each element i, therefore      dg = -a'(g) sum_i x_i dy_i
 // dinp, dout, inp (n), dinp may be dout; dgate: one number, added to, or NULL if the gate is fixed.
 static void gpas_backward(float *dinp, float *dgate, const float *dout, const float *inp,
@@ -227,7 +232,7 @@ static void rmsnorm_forward(float *out, float *rstd, const float *inp, const flo
 //                                                                     = -r^3 x_c / C
 //   dx_c = u_c r + (sum_k u_k x_k) dr/dx_c = r (u_c - x_c r^2 mean_k(u_k x_k))
 //   dw_c = sum over rows of dy_c x_c r
-// dinp, dout, inp (N,C), dinp may be dout only if dweight is not wanted; weight (C); rstd (N);
+// dinp, dout, inp (N,C), dinp must not be dout, which is read again for dw; weight (C); rstd (N);
 // dweight (C), added to.
 static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, const float *inp,
                              const float *weight, const float *rstd, int N, int C) {
@@ -251,8 +256,9 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
 }
 
 // RoPE (arXiv 2104.09864), in place: turns the pairs (x0, x1) of adjacent channels of every query
-// and key by the angle of their position: (x0 cos - x1 sin, x0 sin + x1 cos). The product of a
-// query and a key then depends on how far apart they stand. Values are left alone. qkv (B,T,3C);
+// and key by the angle of their position: (x0 cos - x1 sin, x0 sin + x1 cos). Turning one by a and
+// the other by b changes their product as turning one by b - a does: it then depends on how far
+// apart query and key stand. Values are left alone. qkv (B,T,3C);
 // table (T,hs/2,2) from rope_angles(): the cosine and sine of each pair's angle at each position.
 
 // direction 1 turns forward, -1 back.
@@ -322,7 +328,7 @@ data serve many multiply-adds:
              Each step loads NR numbers of B and MR of A and does MR * NR multiply-adds.
   L1, L2     pack() copies A and B into panels that lie in memory in the very order in which the
              tile reads them, so every load is the next one. Depth is cut to KC: an MC x KC block of
-             A stays in the L2 cache while all panels of B pass by it.
+             A, 0.4 MB, stays in the L2 cache while all panels of B pass by it.
   L3         B is cut to NC columns, so that its packed copy stays in the L3 cache.
   memory     what will be needed next is asked for in advance (__builtin_prefetch, which reads
              nothing: an address beyond the matrix does no harm).
@@ -450,9 +456,10 @@ static inline __attribute__((always_inline)) void multiply_tile(
 
 // C (M,N) = or += A B from panels. A (i,k) is a[i / MR * a_panel + i % MR * a_row + k * a_step].
 // Packed, a_panel is MR * depth, a_row 1 and a_step MR; but a block of scores, NR wide, need not be
-// packed: its transpose has a_row 1 and a_step NR, it itself a_row NR and a_step 1. B (k,j) is
-// b[j / NR * b_panel + k * NR + j % NR]. The last rows may be a tile of one or two thirds.
-// Always inline: the compiler makes the code for a_row 1 and NR.
+// packed: its transpose has a_row 1 and a_step NR, it itself a_row NR and a_step 1. B (k,j) is b[j
+// / NR * b_panel + k * NR + j % NR]. The last rows may be a tile of one or two thirds: less is
+// computed in vain, and nothing is read beyond the NR rows of an unpacked block. Always inline: the
+// compiler makes the code for a_row 1 and NR.
 static inline __attribute__((always_inline)) void multiply_rows(
     float *c, size_t ldc, const float *a, size_t a_panel, int a_row, size_t a_step, const float *b,
     size_t b_panel, int M, int N, int depth, int add) {
@@ -478,8 +485,9 @@ static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_
 // C = A B, or C += A B with accumulate. C (M,N) with rows ldc apart; A (M,K): element (i,k) is
 // a[i * a_row + k * a_k]; B (K,N): element (k,j) is b[j * b_column + k * b_k]. So a transposed
 // matrix is only a change of strides. M, N and K at least 1.
-// For each block of NC columns and KC steps all threads pack B; then each takes some rows of A at a
-// time, packs them for itself and multiplies. The rows are cut into equal parts, as many for each.
+// For each block of NC columns and KC steps (fewer, so that all are alike) all threads pack B; then
+// each takes some rows of A at a time, packs them for itself and multiplies. The rows are cut into
+// equal parts, as many for each.
 static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k, const float *b,
                  size_t b_column, size_t b_k, int M, int N, int K, int accumulate) {
     int depth = (K - 1) / ((K + KC - 1) / KC) + 1, threads = omp_get_max_threads();
@@ -540,9 +548,10 @@ lie wholly after their queries are skipped.
 */
 enum { QUERIES = 256, KEYS = 256 };  // packed at once; multiples of NR
 
-// Key j against query i of a block: the scores (keys,NR), one column for each query, become P times
-// the queries' sums. m, sum (NR) are carried along; correction (NR) gets the factor for what has
-// been summed so far. Key j stands after query i where j > i + diagonal: there P is 0.
+// Key j against query i of a block: the scores S (keys,NR), without their scale, one column for
+// each query, become e^(scale (S - m)). m, the largest so far, and sum (NR) are carried along;
+// correction (NR) gets the factor for what has been summed so far. Key j stands after query i where
+// j > i + diagonal: there P is 0.
 static void softmax_block(float *score, float *m, float *sum, float *correction, int keys,
                           int diagonal, float scale) {
     float largest[NR], block[NR] = {0};
@@ -610,7 +619,8 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
 
 // Given the scores S of a block, without their scale, and the gradient dP of P, wanted P and dS.
 //   P_ts = e^(scale S_ts - lse_t), 0 for a key after the query
-//   dS_ts = scale P_ts (dP_ts - sum_r P_tr dP_tr)       (the derivative of softmax)
+//   dS_ts = scale P_ts (dP_ts - sum_r P_tr dP_tr), the sum over r of dP_tr times the derivative of
+//   P_tr by S_ts, which is scale P_tr ([r = s] - P_ts);
 //   and that last sum needs no row of P: dP_tr = do_t . v_r, so it is do_t . (sum_r P_tr v_r),
 //   that is do_t . o_t, called delta_t.
 // p: S in, P out; ds: dP in, dS out, both (queries,NR), a column for each key; lse, delta
@@ -674,7 +684,8 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
 }
 
 // Given do, wanted dq, dk, dv.
-//   The chain rule, backwards through o = P v and S = q k^T / sqrt(hs); every block of P again:
+//   The chain rule, backwards through o = P v and S = q k^T, with dS as above, which has the scale
+//   1 / sqrt(hs) in it already; every block of P again:
 //   dv_s = sum_t P_ts do_t      dP_ts = do_t . v_s      dS as above
 //   dq_t = sum_s dS_ts k_s      dk_s = sum_t dS_ts q_t
 // dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T).
@@ -740,8 +751,8 @@ holdings(), zero_gradients(), gradient_norms(), layer_state(). train_gpas.cu has
 typedef struct {
     float *wqkv, *wo;       // (3C,C): wq, wk, wv; (C,C)
     float *w13, *w2;        // (2H,C): w1, w3; (C,H)
-    float *norm[2];         // (C): N1, N2, or N1, N3 of sandwich
-    float *branch_norm[2];  // (C): N2, N4 of sandwich
+    float *norm[2];         // (C): N
+    float *branch_norm[2];  // (C): N' of sandwich
     float *gate;            // (1): with GPAS
 } LayerParameters;
 
@@ -770,8 +781,10 @@ typedef struct {
     Sublayer *sublayers;    // (2L): attention, feed-forward, attention, ...
     float *embedded, *final_normed, *final_rstd;  // (B,T,C), (B,T,C), (B,T)
     float *logits, *logits_lse, *losses;          // (B,T,V), (B,T), (B,T)
-    float *scratch, *dx, *dinp;                   // (B,T,C) each
-    float *dinner, *dwide;  // gradients of inner and of qkv or pre_act
+    float *dx, *dinp;       // (B,T,C) gradients of the residual stream, of a branch's input
+    float *dinner, *dwide;  // gradients of inner and of qkv or pre_act: (B,T,max(C,H)),
+                            // (B,T,max(3C,2H))
+    float *scratch;         // (B,T,C) for steps between
     float *rope_table;      // (T,hs/2,2)
 } Model;
 #endif
@@ -846,7 +859,8 @@ static void initialize(Model *m) {
         float *p = m->parameters + t->offset;
         #pragma omp parallel for
         for (size_t i = 0; i < t->size; i++) {
-            uint64_t state = key + 2 * i * RANDOM_STEP;  // Box and Muller turn two numbers into one
+            // Box and Muller: of uniform u and v, sqrt(-2 log u) cos(2 pi v) is normal
+            uint64_t state = key + 2 * i * RANDOM_STEP;
             double radius = sqrt(-2 * log(1 - random_uniform(&state)));
             double angle = 2 * 3.14159265358979323846 * random_uniform(&state);
             p[i] = t->mean + t->spread * (float)(radius * cos(angle));
@@ -1074,7 +1088,7 @@ static void sublayer_backward(const Model *m, int l, int s, int B, int T) {
         }
         branch_backward(m, dbranch, a, w, d, s, B, T);
         rmsnorm_backward(scratch, d.norm[s], m->dinp, a->inp, w.norm[s], a->rstd, N, C);
-        residual_backward(dx, dx, 1, n);
+        residual_backward(dx, dx, 1, n);          // nothing: alpha is 1
         residual_forward(dx, dx, scratch, 1, n);  // a plain sum, of two gradients
     } else {
         dbranch = scratch;
@@ -1186,7 +1200,7 @@ static double gradient_norms(const Model *m, double *layers, double *gates) {
     return sqrt(sum);
 }
 
-// One AdamW step, t = 0, 1, ...
+// One AdamW step, t = 0, 1, ... Only matrices decay, not norms and gates.
 static void model_update(Model *m, int t, double norm, double gate_norm) {
     const Options *o = m->o;
     double clip, gate_clip = clip_factors(o, norm, gate_norm, &clip), lr = learning_rate(o, t);
@@ -1235,7 +1249,8 @@ static void loader_add(Loader *loader, const char *path) {
         loader->windows[i] = (const uint16_t *)(header + 256) + (i - old) * stride;
 }
 
-// Opens DIR/SPLIT.bin, or DIR/SPLIT_000.bin and those that follow. random 0: no shuffling.
+// Opens DIR/SPLIT.bin and DIR/SPLIT_000.bin and those that follow, whichever are there. random 0:
+// no shuffling.
 static void loader_open(Loader *loader, const char *dir, const char *split, int T, int V,
                         uint64_t random) {
     char path[2048];
@@ -1354,7 +1369,7 @@ typedef struct {
     Tokenizer tokenizer;
     Loader train, val;
     Progress progress;
-    int *tokens, *targets;  // (B,T); tokens has room for one more
+    int *tokens, *targets;  // (B,T); tokens has room for one more, for dev/evaluation.h
     double *layer_norms;    // (L) of the last gradient
     FILE *log, *layers;
     int64_t val_windows;

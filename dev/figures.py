@@ -52,7 +52,7 @@ class Experiment:
 
 
 def read_table(path, out):
-    """The experiments and seeds. A run's own options come before those of the line `common`."""
+    """The experiments and seeds. A run's own options override those of the line `common`."""
     experiments, common, seeds = [], [], []
     try:
         with open(path, encoding="utf-8") as file:

@@ -273,7 +273,7 @@ def test_errors():
             (["--download", "--url", "ftp://x"], "http://"), (["--show", "0"], "--show"),
             (["--input", "mine.txt", "--val-input", "mine.txt", "--val-fraction", "0.1",
               "--out", "x"], "--val-fraction"),
-            (["--input", "other.txt", "--out", "x"], "too little text")):
+            (["--input", "other.txt", "--out", "x"], "too few stories")):
         check_error(" ".join(arguments), prepro(*arguments), words)
     status, text, _ = prepro("--help")
     check(status == 0 and "--download" in text, "--help", status)
