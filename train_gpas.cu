@@ -1463,12 +1463,12 @@ static void move_tensors(const Model *m, float *host, float *device, int to_devi
         size_t rows = t->cols ? t->rows : 1, width = (t->cols ? t->cols : t->rows) * sizeof(float);
         size_t pitch = strstr(t->name, ".w2.") ? m->H * sizeof(float) : width;
         float *here = host + t->offset, *there = device + m->offsets[i];
-        if (to_device)
-            CUDA_CHECK(cudaMemcpy2D(there, pitch, here, width, width, rows,
-                                    cudaMemcpyHostToDevice));
+        float *to = to_device ? there : here, *from = to_device ? here : there;
+        cudaMemcpyKind kind = to_device ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost;
+        if (pitch == width) CUDA_CHECK(cudaMemcpy(to, from, rows * width, kind));
         else
-            CUDA_CHECK(cudaMemcpy2D(here, width, there, pitch, width, rows,
-                                    cudaMemcpyDeviceToHost));
+            CUDA_CHECK(cudaMemcpy2D(to, to_device ? pitch : width, from, to_device ? width : pitch,
+                                    width, rows, kind));
     }
 }
 
