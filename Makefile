@@ -58,19 +58,20 @@ test: train_gpas test_gpas test_gpas_double $(CUDA_ON_CPU)
 NVCC = nvcc
 NVCC_FLAGS = -std=c++17 -O3 -ftz=true -gencode arch=compute_80,code=sm_80 \
     -gencode arch=compute_90,code=[sm_90,compute_90] -Xcompiler -Wall,-Wextra,-fopenmp,-march=native
+CUBLASLT = -lcublasLt
 CUDA_SOURCES = train_gpas.cu $(SOURCES)
 
 train_gpas_cuda: $(CUDA_SOURCES)
-	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublasLt
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUBLASLT)
 
 test_gpas_cuda_fp32: test_gpas.c dev/on_gpu.h $(CUDA_SOURCES)
-	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=float -x cu $< -o $@ -lcublasLt
+	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=float -x cu $< -o $@ $(CUBLASLT)
 
 test_gpas_cuda_bf16: test_gpas.c dev/on_gpu.h $(CUDA_SOURCES)
-	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=bf16 -x cu $< -o $@ -lcublasLt
+	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=bf16 -x cu $< -o $@ $(CUBLASLT)
 
 bench_cuda: dev/bench.cu $(CUDA_SOURCES)
-	$(NVCC) $(NVCC_FLAGS) -I. $< -o $@ -lcublasLt
+	$(NVCC) $(NVCC_FLAGS) -I. $< -o $@ $(CUBLASLT)
 
 test-cuda: train_gpas train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16
 	@sh dev/run_tests.sh "./test_gpas_cuda_fp32 ./train_gpas_cuda" \

@@ -51,9 +51,24 @@ sys.exit(len(a) != len(b) or not worst <= 1e-3)
 END
 }
 
+# What to link with. cuBLASLt may be there as a Python package only, without the name that -l wants.
+cublaslt() {
+    printf '#include <cublasLt.h>\nint main() { cublasLtHandle_t h; return cublasLtCreate(&h); }\n' \
+        > $out/probe.cu
+    package=
+    nvcc $out/probe.cu -o $out/probe -lcublasLt 2> /dev/null || package=$(python3 -c '
+import glob, nvidia
+for folder in nvidia.__path__:
+    for file in glob.glob(folder + "/*/lib/libcublasLt.so.*"):
+        lib = file.rsplit("/", 1)[0]
+        print("-I" + lib[:-3] + "include -Xlinker", file, "-Xlinker -rpath -Xlinker", lib)' \
+        2> /dev/null | head -n 1)
+    echo "${package:--lcublasLt}"
+}
+
 part_build() {
-    make -s -j 8 train_gpas train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16 bench_cuda \
-        data/toy/tokenizer.bin > $out/build.log 2>&1
+    make -s -j 8 CUBLASLT="$(cublaslt)" train_gpas train_gpas_cuda test_gpas_cuda_fp32 \
+        test_gpas_cuda_bf16 bench_cuda data/toy/tokenizer.bin > $out/build.log 2>&1
     status=$?
     grep -q warning $out/build.log || [ $status -ne 0 ] || echo "no warning" >> $out/build.log
     verdict build $status $out/build.log
