@@ -912,9 +912,9 @@ static void create_sublayers(Model *m, size_t N, int training) {
     for (int s = 0; s < 2 * o->layers; s++) {
         Sublayer *a = &m->sublayers[s];
         Sublayer *lender = s >= 2 && (o->recompute || !training) ? a - 2 : NULL;
-        int last = norm_comes_last(o, s / 2), attention = s % 2 == 0;
+        int norm_last = norm_comes_last(o, s / 2), attention = s % 2 == 0;
         a->inp = x;
-        a->normed = last ? x : take(m, N * C);
+        a->normed = norm_last ? x : take(m, N * C);
         a->rstd = take(m, N);
         if (attention) a->lse = take(m, N * o->heads);
         if (attention) a->qkv = lender ? lender->qkv : take(m, 3 * N * C);
@@ -923,7 +923,7 @@ static void create_sublayers(Model *m, size_t N, int training) {
         a->branch = has_branch_norm(o) ? take(m, N * C) : shared;
         if (has_branch_norm(o)) a->branch_rstd = take(m, N);
         a->sum = take(m, N * C);
-        a->out = x = last || o->gpas ? take(m, N * C) : a->sum;
+        a->out = x = norm_last || o->gpas ? take(m, N * C) : a->sum;
     }
 }
 
@@ -1321,7 +1321,7 @@ static int sample_token(const float *logits, int V, double temperature, double t
     double total = 0, sum = 0, all = 0;
     for (int v = 0; v < V; v++) {
         if (logits[v] > logits[likeliest]) likeliest = v;
-        all += logits[v];
+        all += logits[v];  // finite only if each of them is
     }
     if (!isfinite(all)) die("cannot tell a story: the network's logits are not finite");
     if (temperature == 0) return likeliest;

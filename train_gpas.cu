@@ -1312,9 +1312,9 @@ static void create_sublayers(Model *m, Network<real> *net, size_t N, int trainin
     real *x = net->embedded;
     for (int s = 0; s < 2 * o->layers; s++) {
         Sublayer<real> *a = &net->sublayers[s];
-        int last = norm_comes_last(o, s / 2), attention = s % 2 == 0;
+        int norm_last = norm_comes_last(o, s / 2), attention = s % 2 == 0;
         a->inp = a->normed = x;
-        if (!last) take(m, &a->normed, N * C);
+        if (!norm_last) take(m, &a->normed, N * C);
         take(m, &a->rstd, N);
         if (attention) take(m, &a->lse, N * o->heads);
         if (s >= 2 && (o->recompute || !training)) {
@@ -1328,7 +1328,7 @@ static void create_sublayers(Model *m, Network<real> *net, size_t N, int trainin
         if (has_branch_norm(o)) take(m, &a->branch, N * C), take(m, &a->branch_rstd, N);
         take(m, &a->out, N * C);
         a->sum = a->out;
-        if (last) take(m, &a->sum, N * C);
+        if (norm_last) take(m, &a->sum, N * C);
         x = a->out;
     }
 }
