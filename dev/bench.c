@@ -51,8 +51,8 @@ typedef void Sgemm(int, int, int, int, int, int, float, const float *, int, cons
                    float, float *, int);
 typedef struct { Sgemm *sgemm; char name[64]; float *a, *b, *c; } Yardstick;
 
-// An OpenBLAS older than the processor takes its AVX2 kernel: it is told that AVX-512 is there, or
-// the yardstick would be half as long. A choice in the environment stands.
+// An OpenBLAS older than the processor may take its AVX2 kernel: it is told that AVX-512 is there,
+// or the yardstick would be half as long. A choice in the environment stands.
 static void yardstick_open(Yardstick *y) {
 #ifdef __AVX512F__
     setenv("OPENBLAS_CORETYPE", "SkylakeX", 0);
