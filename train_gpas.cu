@@ -712,6 +712,7 @@ template <class real, int HS, int COLS>
 __device__ inline void load_tile(Tile<real, HS> (&tile)[COLS], const real *rows, int stride,
                                  int valid, int hs) {
     constexpr int W = 16 / sizeof(real), STEP = 32 * WARPS * W / HS;
+    static_assert(COLS % STEP == 0, "the threads go through the tile in whole steps");
     int first = threadIdx.x / (HS / W), column = threadIdx.x % (HS / W) * W;
     const real *from = rows + first * stride + column;
     if (hs % W == 0)
