@@ -1086,6 +1086,7 @@ static int run(const char *arguments, char *errors) {
     "--data %s --out %s/run --layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 "\
     "--val-every 5 "
 
+// 20 steps, and from the checkpoint at step 10 on again.
 static void test_program(void) {
     char errors[2000];
     size_t a_size, b_size, log_a, log_b;
@@ -1100,7 +1101,7 @@ static void test_program(void) {
     char *story = whole_file("run/samples.txt", &b_size);
     check(strstr(story, "--- step 10 ---\n") && strstr(story, "--- step 20 ---\n"),
           "program: tells a story every --sample-every steps", "%s", story);
-    unlink(in_folder("run/ckpt_000020.safetensors"));
+    write_file("run/ckpt_000020.safetensors", "old", 3);
     status = run("--resume %s/run/ckpt_000010.safetensors", errors);
     check(status == 0 && !*errors, "program: resumes at step 10", "status %d, %s", status, errors);
     char *b = whole_file("run/ckpt_000020.safetensors", &b_size),
@@ -1111,7 +1112,7 @@ static void test_program(void) {
     check(log_a == log_b && !memcmp(la, lb, log_a),
           "program: a resumed run continues layers.csv where it was", "%zu and %zu bytes", log_a,
           log_b);
-    unlink(in_folder("run/ckpt_000020.safetensors"));
+    write_file("run/ckpt_000020.safetensors", "old", 3);
     status = run("--resume %s/run/ckpt_000010.safetensors --recompute on --check-finite on",
                  errors);
     free(b), b = whole_file("run/ckpt_000020.safetensors", &b_size);
@@ -1122,21 +1123,42 @@ static void test_program(void) {
     int lines = 0;
     for (size_t i = 0; i < log_a; i++) lines += la[i] == '\n';
     check(lines == 22, "program: log.csv has a line for each step, once", "%d lines", lines);
-    status =
+    free(a), free(b), free(la), free(lb), free(story);
+}
+
+// What it tells without training: a story, and how it is used.
+static void test_telling(void) {
+    char errors[2000];
+    size_t size;
+    int status =
         run("--steps 0 --load %s/run/ckpt_000020.safetensors --prompt \"Once upon\" --length 20",
             errors);
-    free(story), story = whole_file("output", &a_size);
+    char *story = whole_file("output", &size);
     check(status == 0 && !strncmp(story, "Once upon", 9),
           "program: --steps 0 --load only tells a story", "status %d, %s%s", status, errors, story);
     status = run(SMALL "--steps 0 --length 5", errors);
     check(status == 0 && strstr(errors, "an untrained network tells the story"),
           "program: says so when an untrained network tells a story", "status %d, %s", status,
           errors);
-    status = run(SMALL "--gate-train off --gate-init 0.3 --steps 3", errors);
-    free(b), b = whole_file("run/layers.csv", &b_size);
-    const char *last = strstr(b, "\n3,");  // of step 3
+    status = run("--help", errors);
+    char *help = whole_file("output", &size);
+    check(status == 0 && strstr(help, "--norm") && strstr(help, "--top-p"), "program: --help",
+          "status %d", status);
+    status = run("-h", errors);
+    free(story), story = whole_file("output", &size);
+    check(status == 0 && !strcmp(story, help), "program: -h is --help", "status %d", status);
+    free(story), free(help);
+}
+
+static void test_gates_and_checkpoints_kept(void) {
+    char errors[2000];
+    size_t size;
+    int status = run(SMALL "--gate-train off --gate-init 0.3 --steps 3", errors);
+    char *layers = whole_file("run/layers.csv", &size);
+    const char *last = strstr(layers, "\n3,");  // of step 3
     check(status == 0 && last && strstr(last, ",0.3,"), "program: --gate-train off keeps the gates",
-          "status %d, %s", status, last ? last : b);
+          "status %d, %s", status, layers);
+    free(layers);
     status = run(SMALL "--steps 3 --keep 1 --save-every 1", errors);
     check(status == 0 && access(in_folder("run/ckpt_000002.safetensors"), F_OK) != 0 &&
               access(in_folder("run/ckpt_000003.safetensors"), F_OK) == 0,
@@ -1150,14 +1172,6 @@ static void test_program(void) {
               access(in_folder("run/ckpt_000002.safetensors"), F_OK) == 0 &&
               access(in_folder("run/ckpt_1.safetensors"), F_OK) == 0,
           "program: and those that a killed run left behind", "status %d", status);
-    status = run("--help", errors);
-    free(story), story = whole_file("output", &a_size);
-    check(status == 0 && strstr(story, "--norm") && strstr(story, "--top-p"), "program: --help",
-          "status %d", status);
-    status = run("-h", errors);
-    free(a), a = whole_file("output", &a_size);
-    check(status == 0 && !strcmp(a, story), "program: -h is --help", "status %d", status);
-    free(a), free(b), free(la), free(lb), free(story);
 }
 
 #define STOPPED \
@@ -1843,7 +1857,7 @@ static void test_gpu_program(const char *program) {
           "program: its losses are those of train_gpas", "%g %g, not %g %g", train, val, cpu_train,
           cpu_val);
     char *a = whole_file("run/ckpt_000020.safetensors", &a_size);
-    unlink(in_folder("run/ckpt_000020.safetensors"));
+    write_file("run/ckpt_000020.safetensors", "old", 3);
     status = run("--resume %s/run/ckpt_000010.safetensors", errors);
     char *b = whole_file("run/ckpt_000020.safetensors", &b_size);
     check(status == 0 && a_size == b_size && !memcmp(a, b, a_size),
@@ -1913,7 +1927,8 @@ int main(void) {
     if (!mkdtemp(folder)) die("cannot make a folder in /tmp");
     atexit(remove_folder);
     owner = getpid();
-    test_loader(), test_tokenizer(), test_program(), test_stop();
+    test_loader(), test_tokenizer(), test_program(), test_telling();
+    test_gates_and_checkpoints_kept(), test_stop();
     break_files(), test_errors(), test_no_room();
     test_check_finite(), test_large_sizes();
     printf("%d passed, %d failed\n", passed, failed);

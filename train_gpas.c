@@ -155,8 +155,8 @@ static void gpas_forward(float *out, const float *inp, float gate, int act, size
 // Given dy, wanted dx and dg.
 //   dx: sg(x) is a constant to the derivative, so dy/dx = 1:    dx = dy
 //       The gradient passes unscaled: this is the whole idea. It is on purpose not the derivative
-//       of what the forward pass computes. That, the gradient of a plain scale y = (1 - a) x, is
-//       (1 - a) dy, which over L layers comes to (1 - a)^(2L) of it in the first.
+//       of what the forward pass computes, the plain scale y = (1 - a) x. That is (1 - a) dy: of
+//       what reaches the first of L layers unscaled, about (1 - a)^(2L) would be left.
 //   dg: dy_i/dg = -a'(g) x_i for each element i, therefore      dg = -a'(g) sum_i x_i dy_i
 // dinp, dout, inp (n), dinp may be dout; dgate: one number, added to, or NULL if the gate is fixed.
 static void gpas_backward(float *dinp, float *dgate, const float *dout, const float *inp,
@@ -456,10 +456,10 @@ static inline __attribute__((always_inline)) void multiply_tile(
 
 // C (M,N) = or += A B from panels. A (i,k) is a[i / MR * a_panel + i % MR * a_row + k * a_step].
 // Packed, a_panel is MR * depth, a_row 1 and a_step MR; but a block of scores, NR wide, need not be
-// packed: its transpose has a_row 1 and a_step NR, it itself a_row NR and a_step 1. B (k,j) is b[j
-// / NR * b_panel + k * NR + j % NR]. The last rows may be a tile of one or two thirds: less is
-// computed in vain, and nothing is read beyond the NR rows of an unpacked block. Always inline: the
-// compiler makes the code for a_row 1 and NR.
+// packed: its transpose has a_row 1 and a_step NR, it itself a_row NR and a_step 1. B (k,j) is
+// b[j / NR * b_panel + k * NR + j % NR]. The last rows may be a tile of one or two thirds: less is
+// computed in vain, and nothing is read beyond the NR rows of a block's transpose.
+// Always inline: the compiler makes the code for a_row 1 and NR.
 static inline __attribute__((always_inline)) void multiply_rows(
     float *c, size_t ldc, const float *a, size_t a_panel, int a_row, size_t a_step, const float *b,
     size_t b_panel, int M, int N, int depth, int add) {
@@ -485,9 +485,9 @@ static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_
 // C = A B, or C += A B with accumulate. C (M,N) with rows ldc apart; A (M,K): element (i,k) is
 // a[i * a_row + k * a_k]; B (K,N): element (k,j) is b[j * b_column + k * b_k]. So a transposed
 // matrix is only a change of strides. M, N and K at least 1.
-// For each block of NC columns and KC steps (fewer, so that all are alike) all threads pack B; then
-// each takes some rows of A at a time, packs them for itself and multiplies. The rows are cut into
-// equal parts, as many for each.
+// For each block of NC columns and `depth` steps all threads pack B; then each takes some rows of A
+// at a time, packs them for itself and multiplies. K is cut into equal depths, at most KC, and the
+// rows into equal parts, as many for each thread.
 static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k, const float *b,
                  size_t b_column, size_t b_k, int M, int N, int K, int accumulate) {
     int depth = (K - 1) / ((K + KC - 1) / KC) + 1, threads = omp_get_max_threads();

@@ -7,9 +7,10 @@ bench.c: how fast is a training step, beside what the machine can do?
 
 For each shape a table: the whole step (forward, backward, update), then every kind of layer by
 itself, as often as the step has it (what --recompute does again is left out), its numbers coming
-from memory, not from a cache, and the same products by OpenBLAS; at the end one line of JSON per
-shape. Flops are 6 for each parameter and token, without the embedding (a table is only read), and 6
-L C T a token for causal attention: what the mathematics needs, not what is computed again.
+from memory, not from a cache; under the matrix products the same by OpenBLAS. At the end one line
+of JSON per shape. Flops are 6 for each parameter and token, without the embedding (a table is only
+read), and 6 L C T a token for causal attention: what the mathematics needs, not what is computed
+again.
 The yardstick is OpenBLAS's sgemm at 4096 x 512 x 4096 if libopenblas.so.0 is found, else gemm() of
 train_gpas.c. It and the step take turns, so that other programs disturb both alike; times are
 medians, and the share is the median of each turn's share.

@@ -166,19 +166,19 @@ static void time_layers(Model *m, const Network<bf16> *net, int B, int T) {
 // best and of the best in fact: what a table of choices could gain. Each is timed on arrays of its
 // own, ten calls in a row, the faster of two turns.
 static void time_choices(void) {
-    enum { CHOICES = 8, TIMES = 10 };
+    enum { WANTED = 8, TIMES = 10 };
     double first_sum = 0, best_sum = 0;
     printf("%6s %6s %6s %5s %7s %9s %9s %7s\n", "m", "n", "k", "trans", "result", "first, ms",
            "best, ms", "choice");
     for (Plan *plan = plans; plan < plans + imin(num_plans, PLANS); plan++) {
-        cublasLtMatmulHeuristicResult_t found[CHOICES];
+        cublasLtMatmulHeuristicResult_t found[WANTED];
         Product p = plan->product;
         size_t bytes[] = {(size_t)p.m * p.k * p.real_size, (size_t)p.k * p.n * p.real_size,
                           (size_t)p.m * p.n * p.result_size};
         void *array[3];
         float alpha = 1, beta = p.result_size > p.real_size;  // a gradient is added to
-        double ms[CHOICES] = {0};
-        int count = choices(plan, found, CHOICES), best = 0;
+        double ms[WANTED] = {0};
+        int count = choices(plan, found, WANTED), best = 0;
         for (int i = 0; i < 3; i++) {
             CUDA_CHECK(cudaMalloc(&array[i], bytes[i]));
             CUDA_CHECK(cudaMemset(array[i], 0x3c, bytes[i]));  // 0.011 in both types

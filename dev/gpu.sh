@@ -141,7 +141,9 @@ part_kernels() {
             tee "$out/roofline_$name.md"
         echo
         # shellcheck disable=SC2086
-        ./bench_cuda choices $row 2>&1 | tee "$out/choices_$name.log"
+        ./bench_cuda choices $row > "$out/choices_$name.log" 2>&1
+        verdict "choices of $row" $? "$out/choices_$name.log"
+        cat "$out/choices_$name.log"
     done
 }
 
