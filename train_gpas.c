@@ -62,10 +62,10 @@ static double random_uniform(uint64_t *state) { return (random_bits(state) >> 11
 /* ------------------------------------------------------------------------------------------------
 2. Layers
 
-Four helpers (a sum that is the same for any number of threads, a maximum, a fast exp, sigmoid),
-then GPAS first. The layers are plain loops; whatever is a product of matrices goes to gemm(). That
-and attention, which is made of its parts, are what is written for speed. In derivations dy is short
-for dout, x for inp, w for weight.
+Five helpers (a sum that is the same for any number of threads, a maximum, a fast exp, sigmoid,
+prefetch), then GPAS first. The layers are plain loops; whatever is a product of matrices goes to
+gemm(). That and attention, which is made of its parts, are what is written for speed. In
+derivations dy is short for dout, x for inp, w for weight.
 */
 #ifndef TRAIN_GPAS_CUDA  // train_gpas.cu has these layers as kernels
 
@@ -123,6 +123,13 @@ static inline float exp_fast(float x) {
 
 // Its slope is s (1 - s), with s = sigmoid(x).
 static inline float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
+
+// Asks memory for the n numbers from x on, to have them in a cache when they are needed. Processors
+// do so by themselves, but only within a page of 4 KiB. Nothing is read: an address beyond the
+// array does no harm.
+static inline void prefetch(const float *x, int n) {
+    for (int i = 0; i < n; i += 16) __builtin_prefetch(x + i);
+}
 
 // The gate's activation a(g). SiLU: a = g sigmoid(g), so a(0) = 0: a new gate does nothing.
 static float gate_value(float g, int act) {
@@ -251,6 +258,7 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
     for (int c0 = 0; c0 < C; c0 += BLOCK)  // as in embedding_backward
         for (int n = 0; n < N; n++) {
             const float *x = inp + (size_t)n * C, *dy = dout + (size_t)n * C;
+            prefetch(x + 16 * C + c0, BLOCK), prefetch(dy + 16 * C + c0, BLOCK);
             for (int c = c0; c < imin(C, c0 + BLOCK); c++) dweight[c] += dy[c] * x[c] * rstd[n];
         }
 }
@@ -267,6 +275,7 @@ static void rope_turn(float *qkv, const float *table, int B, int T, int C, int h
     for (int n = 0; n < B * T; n++) {
         const float *angles = table + (size_t)(n % T) * hs;
         float *row = qkv + (size_t)n * 3 * C;
+        prefetch(row + 3 * C, 2 * C);
         for (int head = 0; head < 2 * C; head += hs)  // all heads of the queries, then of the keys
             for (int j = 0; j < hs; j += 2) {
                 float cosine = angles[j], sine = direction * angles[j + 1];
@@ -295,6 +304,7 @@ static void swiglu_forward(float *out, const float *inp, int N, int H) {
     for (int n = 0; n < N; n++) {
         const float *a = inp + (size_t)n * 2 * H, *b = a + H;
         float *y = out + (size_t)n * H;
+        prefetch(a + 2 * H, 2 * H);
         #pragma omp simd
         for (int i = 0; i < H; i++) y[i] = a[i] * sigmoid(a[i]) * b[i];
     }
@@ -309,6 +319,7 @@ static void swiglu_backward(float *dinp, const float *dout, const float *inp, in
     for (int n = 0; n < N; n++) {
         const float *a = inp + (size_t)n * 2 * H, *b = a + H, *dy = dout + (size_t)n * H;
         float *da = dinp + (size_t)n * 2 * H, *db = da + H;
+        prefetch(a + 2 * H, 2 * H), prefetch(dy + H, H);
         #pragma omp simd
         for (int i = 0; i < H; i++) {
             float s = sigmoid(a[i]);
@@ -330,8 +341,7 @@ data serve many multiply-adds:
              tile reads them, so every load is the next one. Depth is cut to KC: an MC x KC block of
              A, 0.4 MB, stays in the L2 cache while all panels of B pass by it.
   L3         B is cut to NC columns, so that its packed copy stays in the L3 cache.
-  memory     what will be needed next is asked for in advance (__builtin_prefetch, which reads
-             nothing: an address beyond the matrix does no harm).
+  memory     while one part of A is multiplied, the next one is asked for, a line at a time.
   cores      B is packed once for all; then each core takes some rows of A at a time. Every result
              is summed by one thread, in the order of k: who computes it changes nothing.
 
@@ -403,7 +413,7 @@ static inline __attribute__((always_inline)) void pack(float *dst, const float *
     for (int k = 0; k < depth && copied; k++)
         for (int line = 0; line < copied; line += width) {
             const float *from = src + k * k_step + line;
-            for (int i = 0; i < width; i += 16) __builtin_prefetch(from + 8 * k_step + i);
+            prefetch(from + 8 * k_step, width);
             memcpy(dst + (size_t)line * depth + k * width, from, width * sizeof(float));
         }
     for (int line = copied; line < lines; line += width) {
@@ -411,24 +421,34 @@ static inline __attribute__((always_inline)) void pack(float *dst, const float *
         const float *from = src + line * line_step;
         int full = imin(width, lines - line);
         int turned = k_step == 1 ? full / 4 * 4 : 0, turned_depth = depth / 4 * 4;
-        for (int k = 0; k < turned_depth; k += 4) {
-            for (int i = 0; i < turned && k % 16 == 0; i++)
-                __builtin_prefetch(from + (i + width) * line_step + k);
+        for (int i = 0; i < turned; i++) prefetch(from + (i + width) * line_step, depth);
+        for (int k = 0; k < turned_depth; k += 4)
             for (int i = 0; i < turned; i += 4)
                 turn_square(panel + k * width + i, width, from + i * line_step + k, line_step);
-        }
-        for (int k = 0; k < depth; k++)
+        for (int k = turned == width ? turned_depth : 0; k < depth; k++)
             for (int i = k < turned_depth ? turned : 0; i < width; i++)
                 panel[k * width + i] = i < full ? from[i * line_step + k * k_step] : 0;
     }
 }
 
+// Memory that will be packed next: `rows` rows of `length` numbers, `stride` apart, from `row` on.
+typedef struct { const float *row; size_t stride; int rows, length, at; } Ahead;
+
+// Asks for the next 16 numbers of it: a line of the cache.
+static inline void prefetch_line(Ahead *f) {
+    if (f->rows == 0) return;
+    __builtin_prefetch(f->row + f->at);
+    f->at += 16;
+    if (f->at >= f->length) f->at = 0, f->row += f->stride, f->rows--;
+}
+
 // C (rows,columns), with rows <= height <= MR and columns <= NR, = or += a panel of A times one of
-// B, depth at least 1. A tile that reaches over C's edge goes to `edge` first. Always inline: the
-// compiler makes the code for each height, and keeps the tile in registers from first to last.
+// B, depth at least 1. ahead: what to ask memory for, or NULL. A tile that reaches over C's edge goes
+// to `edge` first. Always inline: the compiler makes the code for each height, and keeps the tile in
+// registers from first to last.
 static inline __attribute__((always_inline)) void multiply_tile(
     int height, float *c, size_t ldc, const float *a, int a_row, size_t a_step, const float *b,
-    int depth, int rows, int columns, int accumulate) {
+    int depth, int rows, int columns, int accumulate, Ahead *ahead) {
     int whole = rows == height && columns == NR;
     float edge[MR * NR], *out = whole ? c : edge;
     size_t out_row = whole ? ldc : (size_t)NR;
@@ -438,6 +458,7 @@ static inline __attribute__((always_inline)) void multiply_tile(
         __builtin_prefetch(c + i * ldc), __builtin_prefetch(c + i * ldc + LANES);
     }
     do {
+        if (ahead && depth % 8 == 0) prefetch_line(ahead);
         Vector b0 = *(const Vector *)b, b1 = *(const Vector *)(b + LANES);
         for (int i = 0; i < height; i++) {
             tile[i][0] += a[i * a_row] * b0;
@@ -462,7 +483,7 @@ static inline __attribute__((always_inline)) void multiply_tile(
 // Always inline: the compiler makes the code for a_row 1 and NR.
 static inline __attribute__((always_inline)) void multiply_rows(
     float *c, size_t ldc, const float *a, size_t a_panel, int a_row, size_t a_step, const float *b,
-    size_t b_panel, int M, int N, int depth, int add) {
+    size_t b_panel, int M, int N, int depth, int add, Ahead *f) {
     enum { LOW = MR / 3, HIGH = MR - LOW };
     for (int j = 0; j < N; j += NR, b += b_panel)
         for (int i = 0; i < M; i += MR) {
@@ -470,24 +491,26 @@ static inline __attribute__((always_inline)) void multiply_rows(
             float *to = c + i * ldc + j;
             int rows = imin(MR, M - i), columns = imin(NR, N - j);
             if (rows > HIGH)
-                multiply_tile(MR, to, ldc, from, a_row, a_step, b, depth, rows, columns, add);
+                multiply_tile(MR, to, ldc, from, a_row, a_step, b, depth, rows, columns, add, f);
             else if (rows > LOW)
-                multiply_tile(HIGH, to, ldc, from, a_row, a_step, b, depth, rows, columns, add);
-            else multiply_tile(LOW, to, ldc, from, a_row, a_step, b, depth, rows, columns, add);
+                multiply_tile(HIGH, to, ldc, from, a_row, a_step, b, depth, rows, columns, add, f);
+            else multiply_tile(LOW, to, ldc, from, a_row, a_step, b, depth, rows, columns, add, f);
         }
 }
 
 static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_t a_step,
-                     const float *b, size_t b_panel, int M, int N, int depth, int accumulate) {
-    multiply_rows(c, ldc, a, a_panel, 1, a_step, b, b_panel, M, N, depth, accumulate);
+                     const float *b, size_t b_panel, int M, int N, int depth, int accumulate,
+                     Ahead *ahead) {
+    multiply_rows(c, ldc, a, a_panel, 1, a_step, b, b_panel, M, N, depth, accumulate, ahead);
 }
 
 // C = A B, or C += A B with accumulate. C (M,N) with rows ldc apart; A (M,K): element (i,k) is
 // a[i * a_row + k * a_k]; B (K,N): element (k,j) is b[j * b_column + k * b_k]. So a transposed
 // matrix is only a change of strides. M, N and K at least 1.
 // For each block of NC columns and `depth` steps all threads pack B; then each takes some rows of A
-// at a time, packs them for itself and multiplies. K is cut into equal depths, at most KC, and the
-// rows into equal parts, as many for each thread.
+// at a time, packs them for itself and multiplies; meanwhile memory is asked for those that it will
+// take next if the threads go on in turn. K is cut into equal depths, at most KC, and the rows into
+// equal parts, as many for each thread.
 static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k, const float *b,
                  size_t b_column, size_t b_k, int M, int N, int K, int accumulate) {
     int depth = (K - 1) / ((K + KC - 1) / KC) + 1, threads = omp_get_max_threads();
@@ -508,8 +531,12 @@ static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k,
                 int i = (int)((int64_t)panels * part / parts) * MR;
                 int rows = imin(M, (int)((int64_t)panels * (part + 1) / parts) * MR) - i;
                 pack(pa, a + i * a_row + k0 * a_k, a_row, a_k, rows, MR, steps);
+                int next = i + rows * threads, in_rows = a_k == 1;  // or in columns
+                Ahead ahead = {a + next * a_row + k0 * a_k, in_rows ? a_row : a_k,
+                               in_rows ? rows : steps, in_rows ? steps : rows, 0};
+                if (next >= M) ahead.rows = 0;
                 multiply(c + i * ldc + j0, ldc, pa, (size_t)MR * steps, MR, pb, (size_t)NR * steps,
-                         rows, columns, steps, accumulate || k0 > 0);
+                         rows, columns, steps, accumulate || k0 > 0, &ahead);
             }
         }
 }
@@ -602,12 +629,12 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
             pack(pv, v, 1, row, hs, NR, keys);
             for (int i = 0; i < queries; i += NR) {
                 int rows = imin(NR, queries - i), seen = imin(keys, t0 + i + rows - s0);
-                multiply(score, NR, pk, MR * hs, MR, pq + i * hs, 0, seen, NR, hs, 0);
+                multiply(score, NR, pk, MR * hs, MR, pq + i * hs, 0, seen, NR, hs, 0, NULL);
                 softmax_block(score, m + i, sum + i, correction, seen, t0 + i - s0, scale);
                 for (int r = 0; r < rows && s0 > 0; r++)
                     for (int c = 0; c < hs; c++) o[(size_t)(i + r) * C + c] *= correction[r];
                 multiply(o + (size_t)i * C, C, score, MR, NR, pv, (size_t)NR * keys, rows, hs,
-                         seen, s0 > 0);
+                         seen, s0 > 0, NULL);
             }
         }
         for (int i = 0; i < queries; i++) {
@@ -656,8 +683,7 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
     for (int i = 0; i < queries; i++) {
         const float *oi = o + (size_t)i * C, *dyi = dy + (size_t)i * C;
         float sum = 0;
-        for (int c = 0; c < hs; c += 16)  // o alone was not touched by pack(): ask eight rows ahead
-            __builtin_prefetch(oi + (size_t)8 * C + c);
+        prefetch(oi + (size_t)8 * C, hs);  // o alone was not touched by pack()
         #pragma omp simd reduction(+ : sum)
         for (int c = 0; c < hs; c++) sum += oi[c] * dyi[c];
         delta[i] = sum;
@@ -671,15 +697,15 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
         float *dk = dq + (size_t)s0 * row + C, *dv = dk + C;
         pack(pk, k, row, 1, keys, NR, hs), pack(pv, v, row, 1, keys, NR, hs);
         pack(columns_k, k, 1, row, hs, NR, keys);
-        multiply(p, NR, rows_q + first * hs, MR * hs, MR, pk, 0, n, NR, hs, 0);
-        multiply(ds, NR, rows_dy + first * hs, MR * hs, MR, pv, 0, n, NR, hs, 0);
+        multiply(p, NR, rows_q + first * hs, MR * hs, MR, pk, 0, n, NR, hs, 0, NULL);
+        multiply(ds, NR, rows_dy + first * hs, MR * hs, MR, pv, 0, n, NR, hs, 0, NULL);
         softmax_block_backward(p, ds, lse + first, delta + first, n, t0 + first - s0, scale);
         multiply(dv, row, p, MR, NR, columns_dy + first * NR, NR * queries, keys, hs, n,
-                 s0 < t0);
+                 s0 < t0, NULL);
         multiply(dk, row, ds, MR, NR, columns_q + first * NR, NR * queries, keys, hs, n,
-                 s0 < t0);
+                 s0 < t0, NULL);
         multiply_rows(dq + (size_t)(t0 + first) * row, row, ds, MR * NR, NR, 1, columns_k,
-                      NR * keys, n, hs, keys, s0 > 0);
+                      NR * keys, n, hs, keys, s0 > 0, NULL);
     }
 }
 
