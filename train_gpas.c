@@ -443,9 +443,9 @@ static inline void prefetch_line(Ahead *f) {
 }
 
 // C (rows,columns), with rows <= height <= MR and columns <= NR, = or += a panel of A times one of
-// B, depth at least 1. ahead: what to ask memory for, or NULL. A tile that reaches over C's edge goes
-// to `edge` first. Always inline: the compiler makes the code for each height, and keeps the tile in
-// registers from first to last.
+// B, depth at least 1. ahead: what to ask memory for, or NULL. A tile that reaches over C's edge
+// goes to `edge` first. Always inline: the compiler makes the code for each height, and keeps the
+// tile in registers from first to last.
 static inline __attribute__((always_inline)) void multiply_tile(
     int height, float *c, size_t ldc, const float *a, int a_row, size_t a_step, const float *b,
     int depth, int rows, int columns, int accumulate, Ahead *ahead) {
