@@ -125,8 +125,8 @@ static inline float exp_fast(float x) {
 static inline float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
 
 // Asks memory for the n numbers from x on, to have them in a cache when they are needed. Processors
-// do so by themselves, but only within a page of 4 KiB. Nothing is read: an address beyond the
-// array does no harm.
+// do so by themselves, but as a rule only within a page of 4 KiB. Nothing is read: an address beyond
+// the array does no harm.
 static inline void prefetch(const float *x, int n) {
     for (int i = 0; i < n; i += 16) __builtin_prefetch(x + i);
 }
@@ -275,7 +275,7 @@ static void rope_turn(float *qkv, const float *table, int B, int T, int C, int h
     for (int n = 0; n < B * T; n++) {
         const float *angles = table + (size_t)(n % T) * hs;
         float *row = qkv + (size_t)n * 3 * C;
-        prefetch(row + 3 * C, 2 * C);
+        prefetch(row + 3 * C, 2 * C);  // the next row
         for (int head = 0; head < 2 * C; head += hs)  // all heads of the queries, then of the keys
             for (int j = 0; j < hs; j += 2) {
                 float cosine = angles[j], sine = direction * angles[j + 1];
@@ -304,7 +304,7 @@ static void swiglu_forward(float *out, const float *inp, int N, int H) {
     for (int n = 0; n < N; n++) {
         const float *a = inp + (size_t)n * 2 * H, *b = a + H;
         float *y = out + (size_t)n * H;
-        prefetch(a + 2 * H, 2 * H);
+        prefetch(a + 2 * H, 2 * H);  // the next row
         #pragma omp simd
         for (int i = 0; i < H; i++) y[i] = a[i] * sigmoid(a[i]) * b[i];
     }
@@ -319,7 +319,7 @@ static void swiglu_backward(float *dinp, const float *dout, const float *inp, in
     for (int n = 0; n < N; n++) {
         const float *a = inp + (size_t)n * 2 * H, *b = a + H, *dy = dout + (size_t)n * H;
         float *da = dinp + (size_t)n * 2 * H, *db = da + H;
-        prefetch(a + 2 * H, 2 * H), prefetch(dy + H, H);
+        prefetch(a + 2 * H, 2 * H), prefetch(dy + H, H);  // the next rows
         #pragma omp simd
         for (int i = 0; i < H; i++) {
             float s = sigmoid(a[i]);
