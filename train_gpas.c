@@ -125,8 +125,8 @@ static inline float exp_fast(float x) {
 static inline float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
 
 // Asks memory for the n numbers from x on, to have them in a cache when they are needed. Processors
-// do so by themselves, but as a rule only within a page of 4 KiB. Nothing is read: an address beyond
-// the array does no harm.
+// do so by themselves, but as a rule only within a page of 4 KiB. Nothing is read: an address
+// beyond the array does no harm.
 static inline void prefetch(const float *x, int n) {
     for (int i = 0; i < n; i += 16) __builtin_prefetch(x + i);
 }
