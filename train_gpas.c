@@ -421,7 +421,8 @@ static inline __attribute__((always_inline)) void pack(float *dst, const float *
         const float *from = src + line * line_step;
         int full = imin(width, lines - line);
         int turned = k_step == 1 ? full / 4 * 4 : 0, turned_depth = depth / 4 * 4;
-        for (int i = 0; i < turned; i++) prefetch(from + (i + width) * line_step, depth);
+        for (int i = 0; i < turned; i++)  // the next panel's lines
+            prefetch(from + (i + width) * line_step, depth);
         for (int k = 0; k < turned_depth; k += 4)
             for (int i = 0; i < turned; i += 4)
                 turn_square(panel + k * width + i, width, from + i * line_step + k, line_step);
@@ -434,7 +435,8 @@ static inline __attribute__((always_inline)) void pack(float *dst, const float *
 // Memory that will be packed next: `rows` rows of `length` numbers, `stride` apart, from `row` on.
 typedef struct { const float *row; size_t stride; int rows, length, at; } Ahead;
 
-// Asks for the next 16 numbers of it: a line of the cache.
+// Asks for the next 16 numbers of it: a line of the cache. A line in every eighth step of a tile
+// does not hold the tile up, and adds up to all lines where B has six panels or more.
 static inline void prefetch_line(Ahead *f) {
     if (f->rows == 0) return;
     __builtin_prefetch(f->row + f->at);
@@ -479,7 +481,7 @@ static inline __attribute__((always_inline)) void multiply_tile(
 // Packed, a_panel is MR * depth, a_row 1 and a_step MR; but a block of scores, NR wide, need not be
 // packed: its transpose has a_row 1 and a_step NR, it itself a_row NR and a_step 1. B (k,j) is
 // b[j / NR * b_panel + k * NR + j % NR]. The last rows may be a tile of one or two thirds: less is
-// computed in vain, and nothing is read beyond the NR rows of a block's transpose.
+// computed in vain, and nothing is read beyond the NR rows of a block's transpose. f: as `ahead`.
 // Always inline: the compiler makes the code for a_row 1 and NR.
 static inline __attribute__((always_inline)) void multiply_rows(
     float *c, size_t ldc, const float *a, size_t a_panel, int a_row, size_t a_step, const float *b,
@@ -498,10 +500,10 @@ static inline __attribute__((always_inline)) void multiply_rows(
         }
 }
 
+// The same for a_row 1, with nothing to ask memory for: attention's products are small.
 static void multiply(float *c, size_t ldc, const float *a, size_t a_panel, size_t a_step,
-                     const float *b, size_t b_panel, int M, int N, int depth, int accumulate,
-                     Ahead *ahead) {
-    multiply_rows(c, ldc, a, a_panel, 1, a_step, b, b_panel, M, N, depth, accumulate, ahead);
+                     const float *b, size_t b_panel, int M, int N, int depth, int accumulate) {
+    multiply_rows(c, ldc, a, a_panel, 1, a_step, b, b_panel, M, N, depth, accumulate, NULL);
 }
 
 // C = A B, or C += A B with accumulate. C (M,N) with rows ldc apart; A (M,K): element (i,k) is
@@ -535,8 +537,9 @@ static void gemm(float *c, size_t ldc, const float *a, size_t a_row, size_t a_k,
                 Ahead ahead = {a + next * a_row + k0 * a_k, in_rows ? a_row : a_k,
                                in_rows ? rows : steps, in_rows ? steps : rows, 0};
                 if (next >= M) ahead.rows = 0;
-                multiply(c + i * ldc + j0, ldc, pa, (size_t)MR * steps, MR, pb, (size_t)NR * steps,
-                         rows, columns, steps, accumulate || k0 > 0, &ahead);
+                multiply_rows(c + i * ldc + j0, ldc, pa, (size_t)MR * steps, 1, MR, pb,
+                              (size_t)NR * steps, rows, columns, steps, accumulate || k0 > 0,
+                              &ahead);
             }
         }
 }
@@ -569,9 +572,9 @@ knows the largest score so far, m, and the sum of e^(S - m). When a larger score
 been summed is corrected by e^(m_old - m_new). At the end only lse_t = m + log(sum) is kept, one
 number per row, from which the backward pass gets any P_ts = e^(S_ts - lse_t) again.
 
-The products are gemm's own pack() and multiply(), so that each head's rows are packed once for many
-blocks. A block of P, being NR wide, is already a panel and need not be packed at all. Blocks that
-lie wholly after their queries are skipped.
+The products are made of gemm's parts, pack() and multiply_rows(), so that each head's rows are
+packed once for many blocks. A block of P, being NR wide, is already a panel and need not be packed
+at all. Blocks that lie wholly after their queries are skipped.
 */
 enum { QUERIES = 256, KEYS = 256 };  // packed at once; multiples of NR
 
@@ -629,12 +632,12 @@ static void attention_forward(float *out, float *lse, const float *qkv, int B, i
             pack(pv, v, 1, row, hs, NR, keys);
             for (int i = 0; i < queries; i += NR) {
                 int rows = imin(NR, queries - i), seen = imin(keys, t0 + i + rows - s0);
-                multiply(score, NR, pk, MR * hs, MR, pq + i * hs, 0, seen, NR, hs, 0, NULL);
+                multiply(score, NR, pk, MR * hs, MR, pq + i * hs, 0, seen, NR, hs, 0);
                 softmax_block(score, m + i, sum + i, correction, seen, t0 + i - s0, scale);
                 for (int r = 0; r < rows && s0 > 0; r++)
                     for (int c = 0; c < hs; c++) o[(size_t)(i + r) * C + c] *= correction[r];
                 multiply(o + (size_t)i * C, C, score, MR, NR, pv, (size_t)NR * keys, rows, hs,
-                         seen, s0 > 0, NULL);
+                         seen, s0 > 0);
             }
         }
         for (int i = 0; i < queries; i++) {
@@ -697,13 +700,13 @@ static void attention_backward_block(float *dq, const float *q, const float *dy,
         float *dk = dq + (size_t)s0 * row + C, *dv = dk + C;
         pack(pk, k, row, 1, keys, NR, hs), pack(pv, v, row, 1, keys, NR, hs);
         pack(columns_k, k, 1, row, hs, NR, keys);
-        multiply(p, NR, rows_q + first * hs, MR * hs, MR, pk, 0, n, NR, hs, 0, NULL);
-        multiply(ds, NR, rows_dy + first * hs, MR * hs, MR, pv, 0, n, NR, hs, 0, NULL);
+        multiply(p, NR, rows_q + first * hs, MR * hs, MR, pk, 0, n, NR, hs, 0);
+        multiply(ds, NR, rows_dy + first * hs, MR * hs, MR, pv, 0, n, NR, hs, 0);
         softmax_block_backward(p, ds, lse + first, delta + first, n, t0 + first - s0, scale);
         multiply(dv, row, p, MR, NR, columns_dy + first * NR, NR * queries, keys, hs, n,
-                 s0 < t0, NULL);
+                 s0 < t0);
         multiply(dk, row, ds, MR, NR, columns_q + first * NR, NR * queries, keys, hs, n,
-                 s0 < t0, NULL);
+                 s0 < t0);
         multiply_rows(dq + (size_t)(t0 + first) * row, row, ds, MR * NR, NR, 1, columns_k,
                       NR * keys, n, hs, keys, s0 > 0, NULL);
     }
