@@ -23,12 +23,12 @@ run: export GOMP_SPINCOUNT = 1000
 run: train_gpas data/toy/tokenizer.bin
 	./train_gpas --norm pre --gpas off --out out/pre
 	./train_gpas --norm pre --gpas on --out out/pre_gpas
-	@$(PYTHON) dev/compare.py out/pre out/pre_gpas
+	@$(PYTHON) dev/tools/compare.py out/pre out/pre_gpas
 
 # What GPAS does, in pictures: docs/figures.md. Needs matplotlib. Interrupted, it goes on.
 figures: export GOMP_SPINCOUNT = 1000
 figures: train_gpas data/toy/tokenizer.bin
-	$(PYTHON) dev/figures.py
+	$(PYTHON) dev/tools/figures.py
 
 test_gpas: test_gpas.c $(SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm
@@ -43,14 +43,14 @@ CUDA_ON_CPU = train_gpas_cuda_on_cpu build/test_cuda_on_cpu build/test_cuda_on_c
     build/test_fp32 build/test_bf16
 CUDA_ON_CPU_TESTS = ./build/test_cuda_on_cpu ./build/test_cuda_on_cpu_unchecked \
     "./build/test_fp32 ./train_gpas_cuda_on_cpu" "./build/test_bf16 ./train_gpas_cuda_on_cpu" \
-    "$(PYTHON) dev/test_export.py ./train_gpas_cuda_on_cpu"
+    "$(PYTHON) dev/test/test_export.py ./train_gpas_cuda_on_cpu"
 endif
 
 test: train_gpas test_gpas test_gpas_double $(CUDA_ON_CPU)
-	@sh dev/run_tests.sh ./test_gpas ./test_gpas_double "$(PYTHON) dev/test_prepro.py" \
-	    "$(PYTHON) dev/test_export.py" "$(PYTHON) dev/reference.py --check" \
-	    "$(PYTHON) dev/test_assignment.py" "$(PYTHON) dev/test_figures.py" \
-	    "$(PYTHON) dev/test_mutations.py" "$(PYTHON) dev/soak.py --kills 20" $(CUDA_ON_CPU_TESTS)
+	@sh dev/test/run_tests.sh ./test_gpas ./test_gpas_double "$(PYTHON) dev/test/test_prepro.py" \
+	    "$(PYTHON) dev/test/test_export.py" "$(PYTHON) dev/test/reference.py --check" \
+	    "$(PYTHON) dev/test/test_assignment.py" "$(PYTHON) dev/test/test_figures.py" \
+	    "$(PYTHON) dev/test/test_mutations.py" "$(PYTHON) dev/test/soak.py --kills 20" $(CUDA_ON_CPU_TESTS)
 
 # ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
 
@@ -64,23 +64,23 @@ CUDA_SOURCES = train_gpas.cu $(SOURCES)
 train_gpas_cuda: $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUBLASLT)
 
-test_gpas_cuda_fp32: test_gpas.c dev/on_gpu.h $(CUDA_SOURCES)
+test_gpas_cuda_fp32: test_gpas.c dev/test/on_gpu.h $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=float -x cu $< -o $@ $(CUBLASLT)
 
-test_gpas_cuda_bf16: test_gpas.c dev/on_gpu.h $(CUDA_SOURCES)
+test_gpas_cuda_bf16: test_gpas.c dev/test/on_gpu.h $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=bf16 -x cu $< -o $@ $(CUBLASLT)
 
-bench_cuda: dev/bench.cu $(CUDA_SOURCES)
+bench_cuda: dev/gpu/bench.cu $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) -I. $< -o $@ $(CUBLASLT)
 
 test-cuda: train_gpas train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16
-	@sh dev/run_tests.sh "./test_gpas_cuda_fp32 ./train_gpas_cuda" \
-	    "./test_gpas_cuda_bf16 ./train_gpas_cuda" "$(PYTHON) dev/test_export.py ./train_gpas_cuda"
+	@sh dev/test/run_tests.sh "./test_gpas_cuda_fp32 ./train_gpas_cuda" \
+	    "./test_gpas_cuda_bf16 ./train_gpas_cuda" "$(PYTHON) dev/test/test_export.py ./train_gpas_cuda"
 
 bench-cuda: bench_cuda
 	./bench_cuda
 
-# ---- The same source without GPU and Toolkit, by dev/cuda_on_cpu.h. C++ lacks three pieces of
+# ---- The same source without GPU and Toolkit, by dev/gpu/cuda_on_cpu.h. C++ lacks three pieces of
 # CUDA's syntax: launches and the two kinds of shared memory. sed writes them as calls.
 
 CXX = g++
@@ -90,7 +90,7 @@ ON_CPU = $(CXX) -std=c++17 -g -Wall -Wextra -fno-strict-aliasing -fopenmp -U_FOR
 # Checked: the compiler calls the header before each access to memory. Compiled with
 # -fsanitize=thread, linked without it. No optimization that splits or joins accesses.
 CHECKED = -O1 -fno-tree-sra -fno-ipa-sra -fsanitize=thread -DTRAIN_GPAS_CU='"build/train_gpas.cu"'
-ON_CPU_SOURCES = build/train_gpas.cu dev/cuda_on_cpu.h $(SOURCES)
+ON_CPU_SOURCES = build/train_gpas.cu dev/gpu/cuda_on_cpu.h $(SOURCES)
 
 build/%.cu: %.cu Makefile
 	@mkdir -p $(@D)
@@ -103,31 +103,31 @@ build/%.cu: %.cu Makefile
 train_gpas_cuda_on_cpu: $(ON_CPU_SOURCES)
 	$(ON_CPU) $< -o $@
 
-build/test_fp32: test_gpas.c dev/on_gpu.h $(ON_CPU_SOURCES)
+build/test_fp32: test_gpas.c dev/test/on_gpu.h $(ON_CPU_SOURCES)
 	$(ON_CPU) $(CHECKED) -DCUDA_REAL=float -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@
 
-build/test_bf16: test_gpas.c dev/on_gpu.h $(ON_CPU_SOURCES)
+build/test_bf16: test_gpas.c dev/test/on_gpu.h $(ON_CPU_SOURCES)
 	$(ON_CPU) $(CHECKED) -DCUDA_REAL=bf16 -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@
 
-build/test_cuda_on_cpu: build/dev/test_cuda_on_cpu.cu dev/cuda_on_cpu.h
+build/test_cuda_on_cpu: build/dev/gpu/test_cuda_on_cpu.cu dev/gpu/cuda_on_cpu.h
 	$(ON_CPU) $(CHECKED) -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@
 
-build/test_cuda_on_cpu_unchecked: build/dev/test_cuda_on_cpu.cu dev/cuda_on_cpu.h
+build/test_cuda_on_cpu_unchecked: build/dev/gpu/test_cuda_on_cpu.cu dev/gpu/cuda_on_cpu.h
 	$(ON_CPU) $< -o $@
 
 test-cuda-on-cpu: train_gpas $(CUDA_ON_CPU)
-	@sh dev/run_tests.sh $(CUDA_ON_CPU_TESTS)
+	@sh dev/test/run_tests.sh $(CUDA_ON_CPU_TESTS)
 
 # ---- The classroom: docs/syllabus.md.
 
 # LAYERS="gpas attention": what is left to write, all by default. CUDA=1: train_gpas.cu too.
 OUT = assignment
 assignment:
-	@$(PYTHON) dev/assignment.py $(if $(CUDA),--cuda) --out "$(OUT)" $(LAYERS)
+	@$(PYTHON) dev/class/assignment.py $(if $(CUDA),--cuda) --out "$(OUT)" $(LAYERS)
 
 # In the hand-out; here it grades the solution. JSON=1: for a gradebook.
 grade:
-	@$(PYTHON) dev/grade.py --cc "$(CC)" --cxx "$(CXX)" --make "$(MAKE)" \
+	@$(PYTHON) dev/class/grade.py --cc "$(CC)" --cxx "$(CXX)" --make "$(MAKE)" \
 	    --on-cpu "$(if $(ON_CPU),$(ON_CPU) $(filter-out -DTRAIN%,$(CHECKED)))" \
 	    $(if $(JSON),--json) $(if $(SEED),--seed $(SEED)) $(ASSIGNED)
 
@@ -139,10 +139,10 @@ sanitize:
 	$(MAKE) test KERNELS=none CFLAGS="-O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all"
 	$(MAKE) clean
 
-# The readers against files and options that nobody would write: dev/fuzz/fuzz.c. Needs clang.
+# The readers against files and options that nobody would write: dev/test/fuzz/fuzz.c. Needs clang.
 # SECONDS=60: a minute for each instead of ten.
 FUZZED = checkpoint tokens tokenizer options
-build/fuzz_%: dev/fuzz/fuzz.c $(SOURCES)
+build/fuzz_%: dev/test/fuzz/fuzz.c $(SOURCES)
 	@mkdir -p build/corpus_$*
 	clang -std=c11 -Wall -Wextra -Wpedantic -Wno-pass-failed -fopenmp -fno-math-errno -g -O2 \
 	    -march=native -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
@@ -152,33 +152,33 @@ fuzz: SECONDS = 600
 fuzz: $(FUZZED:%=build/fuzz_%)
 	for name in $(FUZZED); do ASAN_OPTIONS=detect_leaks=0 build/fuzz_$$name -close_fd_mask=3 \
 	    -rss_limit_mb=1024 -timeout=10 -use_value_profile=1 -max_total_time=$(SECONDS) \
-	    build/corpus_$$name dev/fuzz/$$name || exit 1; done
+	    build/corpus_$$name dev/test/fuzz/$$name || exit 1; done
 
 # Trains for an hour, is killed now and then, goes on. SECONDS=600: for ten minutes.
 soak: SECONDS = 3600
 soak: train_gpas data/toy/tokenizer.bin
-	$(PYTHON) dev/soak.py --seconds $(SECONDS)
+	$(PYTHON) dev/test/soak.py --seconds $(SECONDS)
 
 # Nothing is linked: OpenBLAS, the yardstick, is looked for when the program runs.
 # Compiled each time (it is phony): what it measures depends on CFLAGS, which may have changed.
-dev/bench: dev/bench.c $(SOURCES)
+dev/tools/bench: dev/tools/bench.c $(SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm -ldl
 
-bench: dev/bench
-	dev/bench
+bench: dev/tools/bench
+	dev/tools/bench
 
 reference:
-	$(PYTHON) dev/reference.py
+	$(PYTHON) dev/test/reference.py
 
 clean:
 	rm -rf build
 	rm -f train_gpas test_gpas test_gpas_double train_gpas_cuda_on_cpu
-	rm -f train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16 bench_cuda dev/bench
+	rm -f train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16 bench_cuda dev/tools/bench
 
 help:
 	@echo "make              builds train_gpas; then: ./train_gpas --help"
 	@echo "make run          trains without and with GPAS and compares"
-	@echo "make figures      runs dev/experiments.tsv and draws docs/figures; needs matplotlib"
+	@echo "make figures      runs dev/tools/experiments.tsv and draws docs/figures; needs matplotlib"
 	@echo "make test         all checks, kernels on the CPU included; needs gcc, g++, make, python3"
 	@echo "make train_gpas_cuda    the same training on a GPU; needs the CUDA Toolkit"
 	@echo "make test-cuda          its checks on a GPU"
@@ -191,9 +191,9 @@ help:
 	@echo "make fuzz         looks for input that the readers cannot stand, 40 minutes; needs clang"
 	@echo "make soak         trains for an hour, is killed now and then, and must end the same"
 	@echo "make bench        times a training step beside the machine's matrix rate"
-	@echo "make reference    computes dev/reference.safetensors again, byte for byte the same"
+	@echo "make reference    computes dev/test/reference.safetensors again, byte for byte the same"
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler (make clean first)"
 
-.PHONY: run figures test assignment grade sanitize fuzz soak bench dev/bench reference clean help
+.PHONY: run figures test assignment grade sanitize fuzz soak bench dev/tools/bench reference clean help
 .PHONY: test-cuda bench-cuda test-cuda-on-cpu

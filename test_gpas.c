@@ -1,8 +1,8 @@
 /*
 test_gpas.c: is train_gpas.c right? One line per check, `N passed, N failed` at the end.
 
-    ./test_gpas           every layer and all twelve networks against dev/reference.safetensors,
-                          which dev/reference.py computed without knowing any derivative; then
+    ./test_gpas           every layer and all twelve networks against the reference dump in
+                          dev/test, which reference.py computed without knowing any derivative; then
                           threads, data, tokenizer, sampling; then the program ./train_gpas itself:
                           training, resuming, and what it says to broken files and options
     ./test_gpas_double    (compiled with -DDOUBLE) the same layers with every float a double, where
@@ -128,7 +128,7 @@ static void options_from(Options *o, const char *line) {
 }
 
 #ifdef CUDA_REAL
-#include "dev/on_gpu.h"
+#include "dev/test/on_gpu.h"
 #endif
 
 static const char *const schemes[] = {"pre", "lns", "sandwich", "post", "deepnorm", "mix"};
@@ -1891,7 +1891,7 @@ static void test_gpu_program(const char *program) {
 
 static int run_tests(const char *program) {
     open_device();
-    open_dump("dev/reference.safetensors");
+    open_dump("dev/test/reference.safetensors");
     test_gpas(), test_residual(), test_embedding(), test_rmsnorm(), test_rope(), test_swiglu();
     test_matmul(), test_attention(), test_crossentropy(), test_adamw();
     for (int k = 0; k < 4; k++) test_fused(k / 2, k % 2);
@@ -1917,7 +1917,7 @@ int main(int argc, char **argv) {
 
 #else
 int main(void) {
-    open_dump("dev/reference.safetensors");
+    open_dump("dev/test/reference.safetensors");
     test_gpas(), test_residual(), test_embedding(), test_rmsnorm(), test_rope(), test_swiglu();
     test_matmul(), test_attention(), test_crossentropy(), test_adamw();
     test_gemm(), test_long_attention(), test_exp();

@@ -22,12 +22,12 @@ Two runs with the same options give the same bits: no sum is taken by atomics, w
 from run to run. A sum over rows is taken in two stages instead: each block sums its share, then the
 shares are added in order.
 
-Without a GPU the same source runs on the CPU, slowly, through dev/cuda_on_cpu.h.
+Without a GPU the same source runs on the CPU, slowly, through dev/gpu/cuda_on_cpu.h.
 */
 #define TRAIN_GPAS_CUDA
 #include "dev/plumbing.h"
 #ifdef CUDA_ON_CPU
-#include "dev/cuda_on_cpu.h"
+#include "dev/gpu/cuda_on_cpu.h"
 #else
 #include <cublasLt.h>
 #include <cuda_bf16.h>

@@ -4,12 +4,12 @@ Does an exported network say the same? Compares train_gpas, llama2.c, transforme
 llama.cpp on checkpoints of trained networks:
 
     pip install torch transformers                  # for --converter also: gguf llama-cpp-python
-    python3 dev/check_export.py --llama2c ../llama2.c out/*/ckpt_000800.safetensors
+    python3 dev/tools/check_export.py --llama2c ../llama2.c out/*/ckpt_000800.safetensors
 
 Each of ten prompts is continued by the likeliest token, at most 64 times. The tokens must be equal,
 and the logits at every position differ by at most 1e-3. What llama2.c's run, unchanged, and
 train_gpas print must be equal too. It is not part of `make test`, which needs no library; that is
-dev/test_export.py. Run it in the project's folder, with karpathy's llama2.c in another.
+dev/test/test_export.py. Run it in the project's folder, with karpathy's llama2.c in another.
 """
 import argparse
 import os
@@ -120,7 +120,7 @@ def compare(checkpoint, folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     name, hf, l2 = os.path.relpath(checkpoint), f"{folder}/hf", f"{folder}/llama2c"
     for target, out in (("hf", hf), ("llama2c", l2)):
-        call(sys.executable, "dev/export.py", checkpoint, "--to", target, "--out", out)
+        call(sys.executable, "dev/tools/export.py", checkpoint, "--to", target, "--out", out)
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(hf)
     ours = [f"{folder}/ours", "--steps", "0", "--load", checkpoint, "--prompt"]

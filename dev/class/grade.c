@@ -4,7 +4,7 @@ grade.c: is a layer right, and if not, what is wrong with it?
     grade LAYER forward|backward SEED
 
 writes a line per case, `case NAME`, and after it for each wrong result `wrong WHAT HINT`, with tabs
-between. dev/grade.py runs it, and may have to kill it: a submission may do anything in here.
+between. grade.py runs it, and may have to kill it: a submission may do anything in here.
 
     1  Reference       each layer as its plain definition, over complex numbers
     2  Explaining      from a wrong result to what a tutor would say about it
@@ -2651,7 +2651,7 @@ static const struct { const char *layer, *pass; void (*check)(void); } checks[] 
     {"fused", "forward", check_fused_forward}, {"fused", "backward", check_fused_backward}};
 
 // So much may be allocated from now on: addresses that a program reserves at its start, as
-// dev/cuda_on_cpu.h does by the terabyte, do not count. Linux counts in pages in this file.
+// dev/gpu/cuda_on_cpu.h does by the terabyte, do not count. Linux counts in pages in this file.
 static void limit_memory(void) {
     unsigned long pages = 0;
     FILE *file = fopen("/proc/self/statm", "r");

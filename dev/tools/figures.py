@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """
-The experiments of dev/experiments.tsv: runs what is missing, then draws what they show.
+The experiments of dev/tools/experiments.tsv: runs what is missing, then draws what they show.
 
     make figures                          # everything; needs matplotlib
-    python3 dev/figures.py --run-only     # train, draw nothing
-    python3 dev/figures.py --draw-only    # draw from the logs that are there
+    python3 dev/tools/figures.py --run-only     # train, draw nothing
+    python3 dev/tools/figures.py --draw-only    # draw from the logs that are there
 
 A line of the table is one configuration, trained once for each seed into OUT/NAME/seed-S. A run
 that was interrupted goes on from its last checkpoint; one that is complete is not repeated, so that
@@ -444,8 +444,8 @@ def draw_all(matplotlib, results, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Runs dev/experiments.tsv and draws the figures.")
-    parser.add_argument("--table", default="dev/experiments.tsv")
+    parser = argparse.ArgumentParser(description="Runs experiments.tsv and draws figures.")
+    parser.add_argument("--table", default="dev/tools/experiments.tsv")
     parser.add_argument("--out", default="out/figures", help="folder of the runs")
     parser.add_argument("--figures", default="docs/figures", help="folder of the figures")
     parser.add_argument("--program", default="./train_gpas")

@@ -1,4 +1,4 @@
-// submission.c: the submission's layers for the grader, in the table of dev/grade.h. Compiled with
+// submission.c: the submission's layers for the grader, in the table of grade.h. Compiled with
 // -DSUBMISSION='"train_gpas.c"' as C, or with -DCUDA and the .cu file as C++.
 #pragma GCC diagnostic ignored "-Wunused-function"  // the grader does not call all of the program
 #define TRAIN_GPAS_NO_MAIN
@@ -8,7 +8,7 @@
 #include <algorithm>
 typedef float real;
 namespace on_gpu {
-#include "on_gpu.h"
+#include "../test/on_gpu.h"
 
 // adamw_update(), but the copy of p that it writes too must be p.
 static void adamw_and_copy(float *p, const float *grad, float *m, float *v, size_t n, float lr,

@@ -2,7 +2,7 @@
  * planted fault must be reported in one line that names the kernel. Each case runs in a child
  * process. Built twice: checked, with every memory access of a kernel watched, and plain, which
  * leaves out the faults that only the checked build can see. */
-#include "dev/cuda_on_cpu.h"
+#include "dev/gpu/cuda_on_cpu.h"
 #include <sys/wait.h>
 
 typedef __nv_bfloat16 bf16;

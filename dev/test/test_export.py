@@ -1,13 +1,13 @@
 """
-Checks dev/export.py, --eval, --eval-choice and prepro_tinystories.py --multiple-choice, one line a
+Checks export.py, --eval, --eval-choice and prepro_tinystories.py --multiple-choice, one line a
 check, as test_gpas.c does.
 
-    python3 dev/test_export.py                       from the project's folder, after make
-    python3 dev/test_export.py ./train_gpas_cuda     only the evaluations, by that program
+    python3 dev/test/test_export.py                       from the project's folder, after make
+    python3 dev/test/test_export.py ./train_gpas_cuda     only the evaluations, by that program
 
 Exported networks are computed by a LLaMA in plain Python, in double, that knows no gates, once with
 llama2.c's conventions and once with Hugging Face's; train_gpas has to report the same losses for
-the checkpoint. dev/check_export.py compares with those programs themselves.
+the checkpoint. dev/tools/check_export.py compares with those programs themselves.
 """
 import json
 import math
@@ -20,7 +20,7 @@ import sys
 import tempfile
 
 HERE = os.path.abspath(".")
-EXPORT, PREPRO = f"{HERE}/dev/export.py", f"{HERE}/prepro_tinystories.py"
+EXPORT, PREPRO = f"{HERE}/dev/tools/export.py", f"{HERE}/prepro_tinystories.py"
 TRAIN = f"{HERE}/train_gpas"
 C, H, L, NH, T, V = 16, 24, 3, 2, 20, 259
 SIZES = ["--channels", str(C), "--hidden", str(H), "--heads", str(NH),

@@ -9,7 +9,7 @@ libFuzzer. `make fuzz` builds it four times and runs each for ten minutes (SECON
 
 The first byte of the first two chooses which. Right is: to read it, or to say what is wrong and end
 with status 1. So exit() jumps back here, and what was allocated, opened or mapped is given back.
-dev/fuzz/checkpoint and so on hold inputs to begin with; what was found is a test in test_gpas.c.
+The folders beside this file hold inputs to begin with; what was found is a test in test_gpas.c.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -103,7 +103,7 @@ __attribute__((noreturn)) static void leave(int status) { longjmp(back, status +
     hold((mmap)(at, size, protection, flags, file, offset), MAPPED, size)
 #pragma GCC diagnostic ignored "-Wunused-function"
 #define TRAIN_GPAS_NO_MAIN
-#include "../../train_gpas.c"
+#include "../../../train_gpas.c"
 
 static char folder[100], path[200];
 

@@ -2,8 +2,8 @@
 bench.c: how fast is a training step, beside what the machine can do?
 
     make bench                                                the three shapes below
-    dev/bench --vocab-size 259 --seq-len 8192 --batch 1 ...   any other: options of train_gpas
-    OMP_NUM_THREADS=1 dev/bench ...                           any number of threads
+    dev/tools/bench --vocab-size 259 --seq-len 8192 --batch 1 ...   any other: options of train_gpas
+    OMP_NUM_THREADS=1 dev/tools/bench ...                           any number of threads
 
 For each shape a table: the whole step (forward, backward, update), then every kind of layer by
 itself, as often as the step has it (what --recompute does again is left out), its numbers coming
@@ -23,7 +23,7 @@ medians, and the share is the median of each turn's share.
 #include <sys/wait.h>
 #pragma GCC diagnostic ignored "-Wunused-function"  // the bench does not call all of the program
 #define TRAIN_GPAS_NO_MAIN
-#include "../train_gpas.c"
+#include "../../train_gpas.c"
 
 enum { ROUNDS = 7, M_SIZE = 4096, K_SIZE = 512, N_SIZE = 4096 };
 #define GEMM_FLOPS (2.0 * M_SIZE * K_SIZE * N_SIZE)

@@ -3,8 +3,8 @@
 A trained network for other programs. Its gates are folded into its weights; what is left is a plain
 LLaMA with the same logits. Python's standard library is all it takes.
 
-    python3 dev/export.py out/gpas/ckpt_000800.safetensors --to llama2c --out out/llama2c
-    python3 dev/export.py out/gpas/ckpt_000800.safetensors --to hf --out out/hf
+    python3 dev/tools/export.py out/gpas/ckpt_000800.safetensors --to llama2c --out out/llama2c
+    python3 dev/tools/export.py out/gpas/ckpt_000800.safetensors --to hf --out out/hf
 
 llama2c  model.bin and tokenizer.bin, for llama2.c's run:
              ./run out/llama2c/model.bin -z out/llama2c/tokenizer.bin -t 0 -i "Lily"

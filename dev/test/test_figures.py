@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
 """
-Checks dev/figures.py on a table of tiny runs: what is missing is run, an interrupted set goes on
+Checks figures.py on a table of tiny runs: what is missing is run, an interrupted set goes on
 and ends with the same numbers, a wrong table ends with one line. Drawing is checked where
 matplotlib is there.
 
-    python3 dev/test_figures.py
+    python3 dev/test/test_figures.py
 """
 import os
 import subprocess
 import sys
 import tempfile
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path.insert(0, os.path.join(ROOT, "dev"))
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../..")
+sys.path.insert(0, os.path.join(ROOT, "dev/tools"))
 import figures  # noqa: E402
 
 SIZES = "--layers 2 --channels 8 --hidden 16 --heads 2 --seq-len 8 --batch 2"
@@ -52,7 +52,8 @@ def test_runs(folder):
     table, out = write(os.path.join(folder, "table.tsv"), TABLE), os.path.join(folder, "out")
     data = os.path.join(folder, "data")
     run(sys.executable, "prepro_tinystories.py", "--out", data)
-    figures_py = [sys.executable, "dev/figures.py", "--table", table, "--out", out, "--toy", data,
+    figures_py = [sys.executable, "dev/tools/figures.py", "--table", table, "--out", out,
+                  "--toy", data,
                   "--real", os.path.join(folder, "none"), "--figures", os.path.join(folder, "fig")]
     done = run(*figures_py, "--run-only")
     check(done.returncode == 0 and "0 of 6 runs are there, 6 to go" in done.stdout, "runs", done)
@@ -99,7 +100,7 @@ def test_tables(folder):
                         ("no --steps", "seeds\t1\na.b.toy.1\t--norm pre\n"),
                         ("other data", "seeds\t1\na.b.elsewhere.1\t--steps 4\n")):
         path = write(os.path.join(folder, "wrong.tsv"), table)
-        done = run(sys.executable, "dev/figures.py", "--run-only", "--table", path,
+        done = run(sys.executable, "dev/tools/figures.py", "--run-only", "--table", path,
                    "--out", os.path.join(folder, "none"))
         check(done.returncode == 1 and done.stderr.count("\n") == 1
               and done.stderr.startswith("figures.py: "), "a table with " + name, done)

@@ -8,8 +8,8 @@ float64, and its gradients follow mechanically. GPAS too is its definition, word
 
     y = x - a(g) * stop_gradient(x)
 
-    python3 dev/reference.py             writes reference.safetensors beside this file
-    python3 dev/reference.py --check     computes it again and compares the bytes
+    python3 dev/test/reference.py             writes reference.safetensors beside this file
+    python3 dev/test/reference.py --check     computes it again and compares the bytes
 
 The dump holds, for each layer alone, inputs, output `out`, a random `dout`, and d<input>, the
 gradient of sum(out * dout); then for each network (net.<scheme>.<base|gpas>, and a few with
@@ -568,8 +568,8 @@ def main():
         if options.check:
             with open(options.out, "rb") as file:
                 if file.read() != dump.bytes():
-                    sys.exit("%s differs from what dev/reference.py computes" % options.out)
-            print("%s is what dev/reference.py computes" % options.out)
+                    sys.exit("%s differs from what dev/test/reference.py computes" % options.out)
+            print("%s is what dev/test/reference.py computes" % options.out)
         else:
             with open(options.out + ".tmp", "wb") as file:
                 file.write(dump.bytes())

@@ -2,7 +2,7 @@
 """
 What did GPAS do? Two trainings of the same network, compared on one page:
 
-    python3 dev/compare.py out/pre out/pre_gpas
+    python3 dev/tools/compare.py out/pre out/pre_gpas
 
 The first folder is the training without GPAS (the baseline), the second the one with it. Three
 files of each are read: log.csv (losses), layers.csv (variances and gates) and samples.txt

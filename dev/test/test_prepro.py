@@ -1,7 +1,7 @@
 """
-Checks prepro_tinystories.py and dev/compare.py, one line a check, as test_gpas.c does.
+Checks prepro_tinystories.py and dev/tools/compare.py, one line a check, as test_gpas.c does.
 
-    python3 dev/test_prepro.py          from the project's folder; needs the standard library only
+    python3 dev/test/test_prepro.py     from the project's folder; needs the standard library only
 
 The downloads come from a small server on this machine, which breaks them in every way it can. What
 needs sentencepiece is left out where that is not installed.
@@ -18,7 +18,7 @@ import threading
 from array import array
 
 PREPRO = os.path.abspath("prepro_tinystories.py")
-COMPARE, FIGURES = os.path.abspath("dev/compare.py"), os.path.abspath("dev/figures.py")
+COMPARE, FIGURES = os.path.abspath("dev/tools/compare.py"), os.path.abspath("dev/tools/figures.py")
 # The toy stories of --seed 1. Where the grammar changes on purpose, so do these.
 TOY_SHA256 = {"train.bin": "83b65c29044864b03c9598d428ca76fa321c25ac5928df43120975db5138d1b6",
               "val.bin": "26f0ca2e03d20323b9ba128220fbf2be403786cf21fd30ad3304c706729556a3"}

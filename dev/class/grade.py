@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """
-grade.py: compiles train_gpas.c (and train_gpas.cu where there is one), has dev/grade.c check each
+grade.py: compiles train_gpas.c (and train_gpas.cu where there is one), has grade.c check each
 layer's forward and backward pass in a process of its own, and prints a table, or JSON.
 
     make grade               make grade JSON=1               make grade SEED=7
@@ -81,9 +81,9 @@ def compile_submission(file, options, folder):
     grader, layers = os.path.join(folder, "grade.o"), os.path.join(folder, file + ".o")
     program = os.path.join(folder, file + ".grade")
     if not os.path.exists(grader):
-        good, text = run([options.cc, "-std=gnu11", "-O2", "-c", "dev/grade.c", "-o", grader])
+        good, text = run([options.cc, "-std=gnu11", "-O2", "-c", "dev/class/grade.c", "-o", grader])
         if not good:
-            fail("dev/grade.c does not compile:\n" + text)
+            fail("dev/class/grade.c does not compile:\n" + text)
     if file.endswith(".c"):
         command = shlex.split(options.cc) + (
             "-std=c11 -O1 -g -march=native -fno-math-errno -fopenmp -Wall -Wextra -Wpedantic "
@@ -95,7 +95,7 @@ def compile_submission(file, options, folder):
             fail("cannot make build/%s:\n%s" % (file, text))
         command = shlex.split(options.on_cpu) + ["-DCUDA=1", "-DSUBMISSION=\"build/%s\"" % file]
         link = shlex.split(options.cxx)
-    good, text = run(command + ["-c", "dev/submission.c", "-o", layers])
+    good, text = run(command + ["-c", "dev/class/submission.c", "-o", layers])
     said = about_submission(text, file)
     if said and not options.json:
         print(said + "\n", file=sys.stderr)
@@ -110,7 +110,7 @@ def compile_submission(file, options, folder):
 
 
 def limits(seconds):
-    """That of memory sets dev/grade.c."""
+    """That of memory sets grade.c."""
     def set_them():
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -259,7 +259,7 @@ def main():
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "little"))
     parser.add_argument("layers", nargs="*", help="those that count; default: all")
     options = parser.parse_args()
-    os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+    os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../.."))
     for layer in options.layers:
         if layer not in LAYERS:
             fail("there is no layer %s; choose from: %s" % (layer, " ".join(LAYERS)))

@@ -2,7 +2,7 @@
 """
 assignment.py: cuts the hand-out from the one source.
 
-    python3 dev/assignment.py [--cuda] [--out FOLDER] [LAYER ...]
+    python3 dev/class/assignment.py [--cuda] [--out FOLDER] [LAYER ...]
 
 writes a folder with train_gpas.c (with --cuda also train_gpas.cu) in which the chosen layers, by
 default all of them, are left to write, and with what is needed to build, to run and to grade it.
@@ -56,9 +56,9 @@ TOOLS = set("dot largest_of exp_fast sigmoid gate_value gemm load_gradients bloc
             "group_max copy_async copies_arrive load_b fast_sigmoid".split())
 
 COPIED = ["LICENSE", "dev/plumbing.h", "dev/finite.h", "dev/logs.h", "dev/evaluation.h",
-          "dev/grade.py", "dev/grade.c", "dev/grade.h", "dev/submission.c", "dev/compare.py",
-          "prepro_tinystories.py"]
-COPIED_CUDA = ["dev/cuda_on_cpu.h", "dev/on_gpu.h"]
+          "dev/class/grade.py", "dev/class/grade.c", "dev/class/grade.h",
+          "dev/class/submission.c", "dev/tools/compare.py", "prepro_tinystories.py"]
+COPIED_CUDA = ["dev/gpu/cuda_on_cpu.h", "dev/test/on_gpu.h"]
 RULES = ["train_gpas", "data/toy/tokenizer.bin", "run", "grade", "build/%.cu",
          "train_gpas_cuda_on_cpu"]
 CUDA_RULES = ["build/%.cu", "train_gpas_cuda_on_cpu"]
@@ -186,7 +186,7 @@ def cut(file, source, layers):
     written = chosen_functions(file, layers)
     for name in written:
         if name not in by_name:
-            fail("%s has no function %s; dev/assignment.py names it" % (file, name))
+            fail("%s has no function %s; dev/class/assignment.py names it" % (file, name))
     gone = helpers_of(lines, functions, written)
     every = {n for key in FUNCTIONS[file] for n in chosen_functions(file, key.split())}
     result, at = [], 0
@@ -286,7 +286,7 @@ def main():
     layers = [layer for layer in LAYERS if layer in layers]
     if os.path.lexists(options.out):
         fail("%s exists already; remove it, or choose another folder with OUT=" % options.out)
-    root = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+    root = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../..")
     files = ["train_gpas.c"] + ["train_gpas.cu"] * options.cuda
 
     def read(name):

@@ -4,11 +4,11 @@ What a training step of train_gpas.cu must cost: for every kernel the floating-p
 the fewest bytes it moves through the GPU's memory, and the time that takes at the given rates. The
 larger of the two times is a floor; their sum over all kernels is the floor of a step.
 
-    python3 dev/roofline.py 71m 256 256             # preset, B, T: one table, as in dev/roofline.md
-    python3 dev/roofline.py                         # the floors of all presets
-    python3 dev/roofline.py --tflops 600 --tbytes 3 350m 128 256
-    python3 dev/roofline.py --recompute 1b 32 1024          # with --recompute on
-    python3 dev/roofline.py --measured FILE 71m 256 256     # beside what ./bench_cuda kernels wrote
+    python3 dev/gpu/roofline.py 71m 256 256     # preset, B, T: one table, as in roofline.md
+    python3 dev/gpu/roofline.py                         # the floors of all presets
+    python3 dev/gpu/roofline.py --tflops 600 --tbytes 3 350m 128 256
+    python3 dev/gpu/roofline.py --recompute 1b 32 1024          # with --recompute on
+    python3 dev/gpu/roofline.py --measured FILE 71m 256 256     # beside ./bench_cuda kernels
 
 The rates default to what one H200 was seen to reach: 790 TFLOP/s in bf16 and 4.3 TB/s. bf16 is two
 bytes. A network that puts its norms first, with GPAS; V 32000.

@@ -1,11 +1,11 @@
 # What only a GPU can tell, in one run meant to take less than eight minutes, or part by part:
 #
-#     sh dev/gpu.sh [--peer FILE] [--llmc FOLDER] [PART ...]
+#     sh dev/gpu/gpu.sh [--peer FILE] [--llmc FOLDER] [PART ...]
 #
 #     build      everything, and the time it takes
 #     test       make test-cuda: all checks in fp32 and bf16
 #     train      300 steps of the toy preset beside the CPU's losses, and twice for the same bits
-#     kernels    the milliseconds of each kernel beside its floor (dev/roofline.py), and for each
+#     kernels    the milliseconds of each kernel beside its floor (roofline.py), and for each
 #                matrix product those of cuBLASLt's first choice and of the fastest of eight
 #     speed256   tokens/s and memory of the presets at a sequence of 256, and the peer's
 #     speed1024  the same at 1024, and 1b once more with --recompute and four times the batch
@@ -53,7 +53,7 @@ END
 
 # What to link with. cuBLASLt may be there as a Python package only, without the name that -l wants.
 cublaslt() {
-    printf '#include <cublasLt.h>\nint main() { cublasLtHandle_t h; return cublasLtCreate(&h); }\n' \
+    printf '#include <cublasLt.h>\nint main() { cublasLtHandle_t h; return cublasLtCreate(&h); }' \
         > $out/probe.cu
     package=
     nvcc $out/probe.cu -o $out/probe -lcublasLt 2> /dev/null || package=$(python3 -c '
@@ -137,7 +137,7 @@ part_kernels() {
         [ $status -eq 0 ] || continue
         echo && echo "$row"
         # shellcheck disable=SC2086
-        python3 dev/roofline.py --tbytes $tbytes --measured "$log" $row |
+        python3 dev/gpu/roofline.py --tbytes $tbytes --measured "$log" $row |
             tee "$out/roofline_$name.md"
         echo
         # shellcheck disable=SC2086

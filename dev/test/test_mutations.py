@@ -1,8 +1,8 @@
 """
 Damaged files: train_gpas must read them, or end with status 1 and one line. One line a check.
 
-    python3 dev/test_mutations.py           from the project's folder, after make
-    python3 dev/test_mutations.py 10000 7   more of them, others with another seed
+    python3 dev/test/test_mutations.py           from the project's folder, after make
+    python3 dev/test/test_mutations.py 10000 7   more of them, others with another seed
 
 Checkpoints, token files and tokenizers are changed in every way that is cheap to think of: bits,
 lengths, numbers of the header, fields swapped or given twice, deep nesting, NaN. The program must

@@ -5,7 +5,7 @@ the share of the GPU's matrix rate that the model's arithmetic comes to, and the
     ./bench_cuda                            all presets, in bf16, sequences of 256 and 1024 tokens
     ./bench_cuda PRESET B T [bf16|fp32 [recompute]]     one of them, perhaps with --recompute on
     ./bench_cuda kernels PRESET B T         of one, in bf16, the milliseconds of each kernel; what
-                                            dev/roofline.py --measured FILE PRESET B T reads
+                                            dev/gpu/roofline.py --measured FILE PRESET B T reads
     ./bench_cuda choices PRESET B T         of its matrix products, in bf16, the time of cuBLASLt's
                                             first choice and of the fastest of eight
 
@@ -80,7 +80,7 @@ static void time_kernel(const char *name, int calls, const std::function<void()>
     printf("%s;%d;%.4f\n", name, calls, (omp_get_wtime() - start) / TIMES * calls * 1e3);
 }
 
-// The kernels of a step, under the names of dev/roofline.py, on the arrays of a model that has made
+// The kernels of a step, under the names of roofline.py, on the arrays of a model that has made
 // one: those of the first layer stand for all. First the matrix products.
 static void time_products(Model *m, const Network<bf16> *net, int N) {
     int C = m->o->channels, H = m->H, L = m->o->layers, V = m->V;

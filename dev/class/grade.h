@@ -1,6 +1,6 @@
 /*
-grade.h: what stands between the grader and a submission. dev/submission.c compiles the submission
-(train_gpas.c as C, or train_gpas.cu as C++) and puts its layers in this table; dev/grade.c calls
+grade.h: what stands between the grader and a submission. submission.c compiles the submission
+(train_gpas.c as C, or train_gpas.cu as C++) and puts its layers in this table; grade.c calls
 them by it and knows nothing else of them. So nothing that a submission defines can get in the
 grader's way, and a layer whose parameters were changed is an error of the compiler.
 */

@@ -3,9 +3,9 @@
 Kills training runs at random moments, lets them go on, and compares their files with those of a run
 that nobody disturbed.
 
-    python3 dev/soak.py                     toy stories for an hour, killed about every minute
-    python3 dev/soak.py --seconds 600       for ten minutes
-    python3 dev/soak.py --kills 500         500 runs of a tiny network, each killed once
+    python3 dev/test/soak.py                     toy stories for an hour, killed about every minute
+    python3 dev/test/soak.py --seconds 600       for ten minutes
+    python3 dev/test/soak.py --kills 500         500 runs of a tiny network, each killed once
 
 A kill is SIGKILL: no program can prepare for it. What is killed goes on from the newest checkpoint
 in its folder, or from the beginning where there is none. In the end every file of the folder must

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path.insert(0, os.path.join(ROOT, "dev"))
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../..")
+sys.path.insert(0, os.path.join(ROOT, "dev/class"))
 from assignment import LAYERS  # noqa: E402
 
 counts = {True: 0, False: 0}
@@ -62,7 +62,8 @@ def run(*command, **more):
 
 
 def hand_out(folder, *arguments):
-    return run(sys.executable, os.path.join(ROOT, "dev/assignment.py"), "--out", folder, *arguments)
+    program = os.path.join(ROOT, "dev/class/assignment.py")
+    return run(sys.executable, program, "--out", folder, *arguments)
 
 
 def grade(folder):
