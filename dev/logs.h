@@ -1,11 +1,82 @@
-/*
-logs.h: what a run tells and writes, for train_gpas.c, which includes it before the training loop:
-OUT/log.csv, OUT/layers.csv, OUT/samples.txt, checkpoints, gradients, the lines on the terminal.
+// logs.h: defines open_logs, log_step, log_layers, save, sample, dump_gradients, stop_not_finite,
+// print_configuration, report: what a run prints and writes to OUT.
+#ifndef LOGS_H
+#define LOGS_H
+#include "utils.h"
+#include <dirent.h>
+#include "run.h"
+#include "sampler.h"
+
+/* ------------------------------------------------------------------------------------------------
+OUT/log.csv and OUT/layers.csv
 */
 
-// A line of log.csv. Before the first step there is a validation loss only; later it may be absent.
-static void log_step(Run *run, double loss, double val, double lr, double norm, double ms) {
-    const Options *o = run->model.o;
+// Opens OUT/name. A run that resumes at start_step keeps the lines up to that step; a new one
+// starts with the header.
+static inline FILE *open_log(const Options *o, const char *name, int start_step,
+                             const char *header) {
+    char path[2048], line[1024];
+    long keep = 0;
+    snprintf(path, sizeof path, "%s/%s", o->out, name);
+    FILE *file = *o->resume ? fopen(path, "r+") : NULL;
+    while (file && fgets(line, sizeof line, file) && strchr(line, '\n') &&
+           atoi(line) <= start_step)
+        keep = ftell(file);
+    if (!file) file = fopen(path, "w");
+    if (!file || fseek(file, keep, SEEK_SET) != 0 || ftruncate(fileno(file), keep) != 0)
+        die("cannot write %s: %s", path, strerror(errno));
+    if (keep == 0) fprintf(file, "%s\n", header);
+    if (fflush(file) != 0) {
+        int error = errno;
+        unlink(path);
+        close(fileno(file));  // or exit() would try to write once more
+        die("cannot write %s: %s", path, strerror(error));
+    }
+    return file;
+}
+
+// Removes the stories that were told after start_step from OUT/samples.txt.
+static inline void cut_samples(const Options *o, int start_step) {
+    char path[2048], line[1024];
+    long keep = 0;
+    int step = 0;
+    snprintf(path, sizeof path, "%s/samples.txt", o->out);
+    FILE *file = fopen(path, "r+");
+    if (!file && errno == ENOENT) return;
+    if (!file) die("cannot write %s: %s", path, strerror(errno));
+    while (fgets(line, sizeof line, file)) {
+        sscanf(line, "--- step %d ---", &step);
+        if (step > start_step) break;
+        keep = ftell(file);
+    }
+    if (ftruncate(fileno(file), keep) != 0 || fclose(file) != 0)
+        die("cannot write %s: %s", path, strerror(errno));
+}
+
+static inline void open_logs(Run *run) {
+    const Options *o = run->o;
+    make_folder(o->out);
+    cut_samples(o, *o->resume ? run->start_step : -1);
+    run->log = open_log(o, "log.csv", run->start_step,
+                        "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s");
+    run->layers = open_log(o, "layers.csv", run->start_step,
+                           "step,layer,attention_variance,mlp_variance,gate,grad_norm");
+}
+
+// Ends the line of OUT/name that began at `begin`. Either the whole line gets into the file, or the
+// program exits and the file ends with the line before.
+static inline void end_line(const Options *o, FILE *file, long begin, const char *name) {
+    if (fflush(file) == 0) return;
+    int error = errno, cut = ftruncate(fileno(file), begin);
+    close(fileno(file));  // or exit() would try to write once more
+    die("cannot write %s/%s: %s%s", o->out, name, strerror(error),
+        cut ? "; its last line is incomplete" : "");
+}
+
+// Writes a line of log.csv. Arguments that are NAN leave their columns empty: before the first step
+// there is only a validation loss, and later not every step has one.
+static inline void log_step(Run *run, double loss, double val, double lr, double norm, double ms) {
+    const Options *o = run->o;
     FILE *file = run->log;
     long begin = ftell(file);
     fprintf(file, "%d,", run->progress.step);
@@ -18,71 +89,97 @@ static void log_step(Run *run, double loss, double val, double lr, double norm, 
     end_line(o, file, begin, "log.csv");
 }
 
-// A line of layers.csv per layer, after validate(): the activations are those of its last batch.
-static void log_layers(Run *run) {
-    Model *m = &run->model;
-    int B = (int)((run->val_windows - 1) % m->o->batch) + 1, step = run->progress.step;
+// Writes a line of layers.csv for each layer. Called after validate(), whose last batch is still in
+// the activations.
+static inline void log_layers(Run *run) {
+    const Options *o = run->o;
+    int B = (int)((run->val_windows - 1) % o->batch) + 1, step = run->progress.step;
     long begin = ftell(run->layers);
-    for (int l = 0; l < m->o->layers; l++) {
+    for (int l = 0; l < o->layers; l++) {
         double variances[2], gate;
-        layer_state(m, l, B, m->o->seq_len, variances, &gate);
+        layer_state(run->model, l, B, o->seq_len, variances, &gate);
         fprintf(run->layers, "%d,%d,%.6g,%.6g,", step, l + 1, variances[0], variances[1]);
         if (!isnan(gate)) fprintf(run->layers, "%.6g", gate);
         if (step > run->start_step) fprintf(run->layers, ",%.6g\n", run->layer_norms[l]);
         else fprintf(run->layers, ",\n");
     }
-    end_line(m->o, run->layers, begin, "layers.csv");
+    end_line(o, run->layers, begin, "layers.csv");
 }
 
-// Saves OUT/ckpt_STEP.safetensors; of those from --save-every the last --keep stay. The logs' lines
-// up to this step are on the disk before it.
-static void save(Run *run) {
-    const Options *o = run->model.o;
+/* ------------------------------------------------------------------------------------------------
+Checkpoints, stories, gradients
+*/
+
+// Removes from OUT the checkpoints of --save-every, except the newest --keep up to `step`, and what
+// a killed run left half-written.
+static inline void remove_old_checkpoints(const Options *o, int step) {
+    char path[2048], name[64];
+    int every = imax(1, o->save_every);
+    int64_t oldest = step - step % every - (o->keep - 1) * (int64_t)every;
+    DIR *folder = opendir(o->out);
+    for (struct dirent *entry; folder && (entry = readdir(folder));) {
+        int number = 0, half = 0;
+        if (sscanf(entry->d_name, "ckpt_%9d.safetensors.tmp%n", &number, &half) != 1) continue;
+        snprintf(name, sizeof name, "ckpt_%06d.safetensors%s", number, half ? ".tmp" : "");
+        if (strcmp(name, entry->d_name) != 0 || number > step) continue;
+        if (!half && (!o->save_every || number % every || number >= oldest)) continue;
+        snprintf(path, sizeof path, "%s/%s", o->out, name);
+        unlink(path);
+    }
+    if (folder) closedir(folder);
+}
+
+// Saves OUT/ckpt_STEP.safetensors, after making sure that the logs are on the disk up to this step.
+static inline void save(Run *run) {
+    const Options *o = run->o;
     char path[2048];
-    Holdings h = holdings(&run->model);
+    Snapshot snapshot = model_snapshot(run->model);
     if (fsync(fileno(run->log)) != 0 || fsync(fileno(run->layers)) != 0)
         die("cannot write the logs in %s: %s", o->out, strerror(errno));
     snprintf(path, sizeof path, "%s/ckpt_%06d.safetensors", o->out, run->progress.step);
-    checkpoint_write(path, &h, &run->progress);
+    checkpoint_write(path, &snapshot, &run->progress);
     remove_old_checkpoints(o, run->progress.step);
 }
 
-// Adds a story to OUT/samples.txt, if there is a tokenizer to spell it.
-static void sample(Run *run) {
+// Adds a story to OUT/samples.txt if there is a tokenizer.
+static inline void sample(Run *run) {
     char path[2048];
-    snprintf(path, sizeof path, "%s/samples.txt", run->model.o->out);
-    FILE *file = run->tokenizer.V ? fopen(path, "a") : NULL;
     if (!run->tokenizer.V) return;
+    snprintf(path, sizeof path, "%s/samples.txt", run->o->out);
+    FILE *file = fopen(path, "a");
     if (!file) die("cannot write %s: %s", path, strerror(errno));
     fprintf(file, "--- step %d ---\n", run->progress.step);
-    tell_story(&run->model, &run->tokenizer, &run->progress.random, file);
+    tell_story(run->model, run->o, &run->tokenizer, &run->progress.rng_state, file);
     int good = fflush(file) == 0 && fsync(fileno(file)) == 0;
     if (fclose(file) != 0 || !good) die("cannot write %s: %s", path, strerror(errno));
 }
 
-// Writes the first batch, its loss and gradients before any clipping, and the weights they are of.
-static void dump_gradients(Run *run) {
-    Model *m = &run->model;
-    int B = m->o->batch, T = m->o->seq_len, *tokens = run->tokens, *targets = run->targets;
-    loader_batch(&run->train, 0, B, tokens, targets);
+// Writes the first batch, its loss, its gradients before any clipping, and the weights.
+static inline void dump_gradients(Run *run) {
+    const Options *o = run->o;
+    Model *m = run->model;
+    int B = o->batch, T = o->seq_len, *tokens = run->tokens, *targets = run->targets;
+    dataloader_batch(&run->train, 0, B, tokens, targets);
     float loss = (float)model_forward(m, tokens, targets, B, T);
     model_backward(m, tokens, targets, B, T, 1.0 / ((double)B * T));
-    Holdings h = holdings(m);
-    gradients_write(m->o->dump_grads, &h, &run->progress, tokens, targets, loss);
-    printf("loss %.6f; wrote %s\n", loss, m->o->dump_grads);
+    Snapshot snapshot = model_snapshot(m);
+    gradients_write(o->dump_grads, &snapshot, &run->progress, tokens, targets, loss);
+    printf("loss %.6f; wrote %s\n", loss, o->dump_grads);
 }
 
-// Ends the program before numbers that are not finite get into the parameters or a checkpoint.
-// Names the first layer whose output is not finite, or else the last whose gradient is not: the
-// first on the way back.
-static void stop_not_finite(Run *run, double loss) {
-    Model *m = &run->model;
-    const Options *o = m->o;
+/* ------------------------------------------------------------------------------------------------
+Messages
+*/
+
+// Exits before NaN or infinity gets into the parameters or a checkpoint. Names the first layer
+// whose output is bad, or else the last one whose gradient is bad: the first on the way back.
+static inline void stop_not_finite(Run *run, double loss) {
+    const Options *o = run->o;
     char where[64] = "the logits";
     double variances[2] = {0, 0}, gate;
     int l = 0;
     for (; l < o->layers && isfinite(variances[0] + variances[1]); l++)
-        layer_state(m, l, o->batch, o->seq_len, variances, &gate);
+        layer_state(run->model, l, o->batch, o->seq_len, variances, &gate);
     if (!isfinite(variances[0] + variances[1]))
         snprintf(where, sizeof where, "layer %d, %s", l,
                  isfinite(variances[0]) ? "feed-forward" : "attention");
@@ -90,24 +187,29 @@ static void stop_not_finite(Run *run, double loss) {
         for (l = o->layers; l > 0 && isfinite(run->layer_norms[l - 1]);) l--;
         snprintf(where, sizeof where, l ? "the gradient of layer %d" : "the gradient", l);
     }
-    die("step %d: not finite (loss %g), first in %s; no checkpoint has it. Lower --lr or set "
-        "--grad-clip 1, and go on from an earlier checkpoint; --check-finite on finds the "
-        "operation", step_now, loss, where);
+    die("step %d: NaN or infinity (loss %g), first in %s; no checkpoint contains it. Lower --lr or "
+        "set --grad-clip 1, and resume from an earlier checkpoint; --check-finite on finds the "
+        "operation", current_step, loss, where);
 }
 
-// Once: what is trained, on what, how.
-static void print_configuration(const Run *run) {
+// Prints once what is trained, on what, and how.
+static inline void print_configuration(const Run *run) {
     char device[TEXT_SIZE];
-    model_device(&run->model, device);
-    print_options(run->model.o);
-    printf("\n%zu parameters, %zu training and %zu validation sequences, %s\n",
-           run->model.num_parameters, run->train.num_windows, run->val.num_windows, device);
+    Config config = config_of(run->o);
+    TensorList list = tensor_list(&config);
+    model_device(run->model, device);
+    print_options(run->o);
+    printf("\n%zu parameters, %zu training and %zu validation sequences, %s\n", list.size,
+           run->train.num_windows, run->val.num_windows, device);
     fflush(stdout);
+    free(list.tensors);
 }
 
-// A step's line. On a terminal the next one overwrites it; in a pipe one comes every --print-every.
-static void report(const Run *run, double loss, double val, double lr, double norm, double ms) {
-    const Options *o = run->model.o;
+// Prints the line of a step. On a terminal the next line overwrites it; in a pipe only every
+// --print-every-th step gets one.
+static inline void report(const Run *run, double loss, double val, double lr, double norm,
+                          double ms) {
+    const Options *o = run->o;
     int step = run->progress.step;
     double elapsed = omp_get_wtime() - run->start_time;
     double left = floor(elapsed / (step - run->start_step) * (o->steps - step) + 0.5);
@@ -119,3 +221,4 @@ static void report(const Run *run, double loss, double val, double lr, double no
     if (!run->on_terminal || !isnan(val)) printf("\n");
     fflush(stdout);
 }
+#endif

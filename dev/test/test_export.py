@@ -429,7 +429,7 @@ def test_evaluation(program, model, path):
     status, page, errors = run(program, "--dtype", "fp32", "--load", path, "--eval-choice",
                                "data/choice.bin", "--seq-len", "12")
     expected = (f"12 questions: accuracy {right[0] / 12:.4f}, with losses per token "
-                f"{right[1] / 12:.4f}\nof {cut} questions the beginning was cut off")
+                f"{right[1] / 12:.4f}\nthe beginning of {cut} questions was cut off")
     check(status == 0 and expected in page, "--eval-choice: accuracies, contexts cut to fit",
           f"{expected} in Python, {page}{errors}")
     check(0 < cut < 12 and right[0] != right[1], "--eval-choice: the test can tell them apart",

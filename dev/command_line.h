@@ -1,0 +1,132 @@
+// command_line.h: defines parse_options.
+#ifndef COMMAND_LINE_H
+#define COMMAND_LINE_H
+#include "utils.h"
+#include "checkpoint.h"
+
+static inline void print_help(void) {
+    printf("Trains a small LLaMA with GPAS (arXiv 2506.22049) and tells stories with it.\n"
+           "usage: ./%s [--option value]...       in brackets: the default\n", program);
+    for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++)
+        if (!row->name) printf("\n%s\n", row->value);
+        else if (!*row->value) printf("  --%-13s %s\n", row->name, row->help);
+        else printf("  --%-13s %s [%s]\n", row->name, row->help, row->value);
+    printf("\nExamples\n"
+           "  ./%s --norm pre --gpas on --out out/gpas\n"
+           "  ./%s --resume out/gpas/ckpt_000800.safetensors --steps 1600\n"
+           "  ./%s --steps 0 --load out/gpas/ckpt_000800.safetensors --prompt \"Lily\"\n"
+           "  ./%s --load out/gpas/ckpt_000800.safetensors --eval data/toy/val.bin\n"
+           "OMP_NUM_THREADS sets the number of threads.\n", program, program, program, program);
+}
+
+// Was this option given on the command line?
+static inline int is_given(const char *const given[NUM_ROWS], const char *name) {
+    for (int r = 0; r < NUM_ROWS; r++)
+        if (option_rows[r].name && strcmp(option_rows[r].name, name) == 0) return given[r] != NULL;
+    return 0;
+}
+
+// Exits if options that are each allowed make no sense together.
+static inline void check_options(const Options *o, const char *const given[NUM_ROWS]) {
+    for (int r = 0; r < NUM_ROWS; r++) {
+        const char *name = option_rows[r].name;
+        if (given[r] && !o->gpas && (!strncmp(name, "gate-", 5) || !strcmp(name, "stop-grad")))
+            die("--%s needs --gpas on", name);
+    }
+    if (o->channels % o->heads || o->channels / o->heads % 2)
+        die("--channels %d divided by --heads %d must be an even whole number", o->channels,
+            o->heads);
+    if ((double)o->batch * o->seq_len > 1 << 24)
+        die("--batch %d times --seq-len %d is over 16777216 tokens", o->batch, o->seq_len);
+    if (o->total_batch % o->batch)
+        die("--total-batch %d is not a multiple of --batch %d", o->total_batch, o->batch);
+    if (o->warmup > o->steps && o->steps > 0)
+        die("--warmup %d is more than --steps %d", o->warmup, o->steps);
+    if (o->gpas && o->gate_train && o->gate_activation == GATE_RELU && o->gate_init <= 0)
+        die("a relu gate that starts at %g never moves; give a positive --gate-init", o->gate_init);
+    if (!o->gate_train && o->gate_clip > 0) die("--gate-clip needs --gate-train on");
+    if (evaluates(o) && !*o->load) die("--eval and --eval-choice need --load, a checkpoint");
+    if (evaluates(o) && *o->dump_grads) die("--dump-grads excludes --eval and --eval-choice");
+    if (*o->dump_grads && (*o->resume || o->total_batch != o->batch || o->steps == 0))
+        die("--dump-grads takes one batch; it excludes --resume, --total-batch and --steps 0");
+}
+
+// Exits if the network needs about as much memory as there is, before the system kills the program.
+// A small checkpoint, which may be damaged, must not fill the memory either because of the --batch
+// and --seq-len that it stores, unless the command line gives the same.
+static inline void check_memory(const Options *o, const char *const given[NUM_ROWS]) {
+    const char *path = *o->resume ? o->resume : o->load;
+    struct stat info;
+    int training = o->steps > 0, last = o->norm == NORM_POST || o->norm == NORM_DEEPNORM;
+    double C = o->channels, H = o->hidden, L = o->layers, V = o->vocab_size, GiB = 1 << 30;
+    double batch = training || evaluates(o) ? o->batch : 1, tokens = o->seq_len * batch;
+    double parameters = (training ? 16 : 4) * (2 * V * C + L * C * (4 * C + 3 * H));
+    double outputs = 2 + (o->gpas && !last) + (o->norm == NORM_SANDWICH);  // of a sublayer, each C
+    double inside = (o->recompute || !training ? 1 : L) * (4 * C + 3 * H);
+    if (!training && batch == 1) inside += (L - 1) * 3 * C;  // queries, keys and values
+    double shared = V + 7 * C + C + H + 3 * C + 2 * H;
+    double activations = 4 * tokens * (shared + inside + L * (2 * C * outputs + o->heads));
+    double all = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+    if (parameters + activations > all)
+        die("about %.1f GiB of memory are needed, of %.1f; lower --batch, --seq-len or the "
+            "network's size%s", (parameters + activations) / GiB, all / GiB,
+            o->recompute || !training ? "" : ", or try --recompute on");
+    if (!*path || (is_given(given, "seq-len") && (*o->load || is_given(given, "batch")))) return;
+    if (activations > GiB / 2 && stat(path, &info) == 0 && activations > 64.0 * info.st_size)
+        die("%s asks for %.1f GiB by its --batch or --seq-len, a lot for a file so small; give "
+            "both options if that is meant", path, activations / GiB);
+}
+
+// Finds the options on the command line: given[r] becomes the text given for option r.
+static inline void find_options(const char *given[NUM_ROWS], int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        int r = 0;
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
+            print_help();
+            exit(0);
+        }
+        while (r < NUM_ROWS && !(option_rows[r].name && strncmp(argv[i], "--", 2) == 0 &&
+                                 strcmp(argv[i] + 2, option_rows[r].name) == 0)) r++;
+        if (r == NUM_ROWS) die("unknown option %s; --help lists them all", argv[i]);
+        if (i + 1 == argc) die("%s needs a value", argv[i]);
+        if (given[r]) die("%s is given twice", argv[i]);
+        given[r] = argv[++i];
+    }
+}
+
+// Fills o from the command line: the defaults, overridden by a preset or a checkpoint, overridden
+// by the options that are given.
+static inline void parse_options(Options *o, int argc, char **argv) {
+    const char *given[NUM_ROWS] = {NULL};
+    int preset = 0;
+    memset(o, 0, sizeof *o);
+    find_options(given, argc, argv);
+    for (int pass = 0; pass < 3; pass++) {  // the defaults; the given; the given once more
+        for (int r = 0; r < NUM_ROWS; r++) {
+            const OptionRow *row = &option_rows[r];
+            const char *text = pass ? given[r] : row->value, *problem;
+            if (!row->name || !text) continue;
+            if ((problem = set_option(o, row, text))) die("--%s %s: %s", row->name, text, problem);
+            if (pass == 1 && row->offset == offsetof(Options, preset)) {
+                apply_preset(o, o->preset);
+                preset = 1;
+            }
+        }
+        if (pass != 1) continue;
+        if (*o->load && *o->resume) die("--load and --resume exclude each other");
+        if (preset && (*o->load || *o->resume)) die("--preset: the checkpoint has its own sizes");
+        if (*o->load) checkpoint_options(o->load, o, 0, given);
+        if (*o->resume) checkpoint_options(o->resume, o, 1, given);
+    }
+    if (on_gpu && o->check_finite)
+        die("--check-finite is an option of ./train_gpas, which resumes from the same checkpoint");
+    if (!on_gpu && is_given(given, "dtype") && o->dtype != DTYPE_FP32)
+        die("--dtype bf16 needs a GPU and train_gpas_cuda; the CPU computes in fp32");
+    if (!on_gpu) o->dtype = DTYPE_FP32;  // even if the checkpoint was written on a GPU in bf16
+    if (evaluates(o)) o->steps = 0;
+    if (o->total_batch == 0) o->total_batch = o->batch;
+    if (o->warmup < 0) o->warmup = o->steps / 10;
+    check_options(o, given);
+    if (!on_gpu) check_memory(o, given);
+}
+#endif

@@ -1,0 +1,111 @@
+// run.h: defines Run, open_run, close_run, validate.
+#ifndef RUN_H
+#define RUN_H
+#include "checkpoint.h"
+#include "dataloader.h"
+#include "tokenizer.h"
+
+// A training run, or whatever else the options ask for.
+typedef struct {
+    Model *model;
+    const Options *o;
+    Tokenizer tokenizer;
+    DataLoader train, val;
+    Progress progress;
+    int *tokens, *targets;  // (B,T); tokens has room for one more
+    double *layer_norms;    // (L) of the last gradient
+    FILE *log, *layers;     // log.csv, layers.csv; opened by open_logs()
+    int64_t val_windows;    // how many windows a validation uses
+    int start_step;         // the step at which this process began
+    int on_terminal;
+    double start_time;
+} Run;
+
+// Exits if the checkpoint does not match the options. This comes before any large allocation, so
+// that a damaged header cannot make us allocate absurd sizes.
+static inline void check_checkpoint(const char *path, const Options *o) {
+    Config config = config_of(o);
+    Snapshot expected = {o, tensor_list(&config), NULL, NULL, NULL, NULL};
+    checkpoint_read(path, &expected, NULL, 0);
+    free(expected.list.tensors);
+}
+
+// Opens the tokenizer, which decides the size of the vocabulary.
+static inline void open_tokenizer(Run *run, Options *o) {
+    int needed = o->steps == 0 && !evaluates(o);
+    if (tokenizer_open(&run->tokenizer, o->data)) {
+        if (o->vocab_size && o->vocab_size != run->tokenizer.V)
+            die("--vocab-size is %d, but %s/tokenizer.bin has %d pieces", o->vocab_size, o->data,
+                run->tokenizer.V);
+        o->vocab_size = run->tokenizer.V;
+    } else if (needed || !o->vocab_size) {
+        die("%s/tokenizer.bin is missing; prepro_tinystories.py --out %s writes it", o->data,
+            o->data);
+    }
+}
+
+// Opens the data for training and validation.
+static inline void open_data(Run *run, const Options *o) {
+    uint64_t rng_state = (uint64_t)o->seed + 1;
+    dataloader_open(&run->train, o->data, "train", o->seq_len, o->vocab_size, rng_state);
+    dataloader_open(&run->val, o->data, "val", o->seq_len, o->vocab_size, 0);
+    if (o->total_batch / 16 > (int64_t)run->train.num_windows)
+        die("--total-batch %d would use each of the %zu sequences in %s over 16 times a step",
+            o->total_batch, run->train.num_windows, o->data);
+    int64_t windows = run->val.num_windows, limit = (int64_t)o->val_batches * o->batch;
+    run->val_windows = limit && windows > limit ? limit : windows;
+}
+
+// Prepares everything that the options ask for: tokenizer, data, network, checkpoint. Sets
+// --vocab-size from the tokenizer.
+static inline void open_run(Run *run, Model *model, Options *o) {
+    int training = o->steps > 0;
+    size_t N = (size_t)o->batch * o->seq_len;
+    const char *checkpoint = *o->load ? o->load : o->resume;
+    memset(run, 0, sizeof *run);
+    run->model = model;
+    run->o = o;
+    signal(SIGXFSZ, SIG_IGN);  // a file that may not grow any further is an error like a full disk
+    open_tokenizer(run, o);
+    if (training) open_data(run, o);
+    if (*checkpoint) check_checkpoint(checkpoint, o);
+    model_create(model, o, training || *o->eval ? o->batch : 1, training);
+    run->progress.rng_state = o->seed;
+    if (*checkpoint) {
+        Snapshot snapshot = model_snapshot(model);
+        checkpoint_read(checkpoint, &snapshot, &run->progress, *o->resume && training);
+        model_restore(model);
+    }
+    if (training && run->progress.step >= o->steps)
+        die("%s is at step %d; give more --steps to continue", o->resume, run->progress.step);
+    run->start_step = run->progress.step;
+    run->tokens = (int *)allocate(N + 1, sizeof(int));
+    run->targets = (int *)allocate(N, sizeof(int));
+    run->layer_norms = (double *)allocate(o->layers, sizeof(double));
+    run->on_terminal = isatty(1);
+}
+
+static inline void close_run(Run *run) {
+    model_free(run->model);
+    tokenizer_close(&run->tokenizer);
+    if (run->log) fclose(run->log);
+    if (run->layers) fclose(run->layers);
+    dataloader_close(&run->train);
+    dataloader_close(&run->val);
+    free(run->tokens);
+    free(run->targets);
+    free(run->layer_norms);
+}
+
+// Returns the mean loss over the first val_windows windows of run->val.
+static inline double validate(Run *run) {
+    int B = run->o->batch, T = run->o->seq_len;
+    double sum = 0;
+    for (int64_t w = 0; w < run->val_windows; w += B) {
+        int b = run->val_windows - w < B ? (int)(run->val_windows - w) : B;
+        dataloader_batch(&run->val, w, b, run->tokens, run->targets);
+        sum += b * model_forward(run->model, run->tokens, run->targets, b, T);
+    }
+    return sum / run->val_windows;
+}
+#endif
