@@ -9,7 +9,7 @@ CFLAGS = -O3 -march=native
 FLAGS = -std=c11 -Wall -Wextra -Wpedantic -fopenmp -ffp-contract=fast -fno-math-errno \
     -fno-trapping-math $(CFLAGS)
 PYTHON = python3
-SOURCES = train_gpas.c dev/plumbing.h dev/finite.h dev/logs.h dev/evaluation.h
+SOURCES = train_gpas.c $(wildcard dev/*.h)
 
 train_gpas: $(SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm

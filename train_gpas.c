@@ -609,9 +609,9 @@ static void create_gradients(Model *m, size_t N) {
     m->d = all_parameters(m, m->gradients);
     m->dfinp = new_array(r, HEAD_BACKWARD, "matmul_backward (output)", N * C, NULL);
     m->dx = new_array(r, HEAD_BACKWARD, "rmsnorm_backward (final)", N * C, NULL);
+    m->dsum = new_array(r, LAYER_BACKWARD, "rmsnorm_backward", N * C, NULL);
     for (int l = 0; l < c->L && c->gpas; l++)
         new_array(r, LAYER_BACKWARD, "gpas_backward", 1, m->d.layers[l].gate);
-    m->dsum = new_array(r, LAYER_BACKWARD, "rmsnorm_backward", N * C, NULL);
     m->dbranch = new_array(r, LAYER_BACKWARD, "rmsnorm_backward (N')", N * C, NULL);
     m->dhidden = new_array(r, LAYER_BACKWARD, "matmul_backward (wo or w2)", N * (C > H ? C : H),
                            NULL);
