@@ -36,6 +36,10 @@ test_gpas: test_gpas.c $(SOURCES)
 test_gpas_double: test_gpas.c $(SOURCES)
 	$(CC) $(FLAGS) -DDOUBLE $< -o $@ -lm
 
+build/test_headers: dev/test/test_headers.c dev/test/check.h $(wildcard dev/*.h)
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) $< -o $@ -lm
+
 # The kernels' tests on the CPU need Linux, and have a checker of their own.
 KERNELS = $(shell uname)
 ifeq ($(KERNELS),Linux)
@@ -46,8 +50,9 @@ CUDA_ON_CPU_TESTS = ./build/test_cuda_on_cpu ./build/test_cuda_on_cpu_unchecked 
     "$(PYTHON) dev/test/test_export.py ./train_gpas_cuda_on_cpu"
 endif
 
-test: train_gpas test_gpas test_gpas_double $(CUDA_ON_CPU)
-	@sh dev/test/run_tests.sh ./test_gpas ./test_gpas_double "$(PYTHON) dev/test/test_prepro.py" \
+test: train_gpas test_gpas test_gpas_double build/test_headers $(CUDA_ON_CPU)
+	@sh dev/test/run_tests.sh ./test_gpas ./test_gpas_double build/test_headers \
+	    "$(PYTHON) dev/test/test_prepro.py" \
 	    "$(PYTHON) dev/test/test_export.py" "$(PYTHON) dev/test/reference.py --check" \
 	    "$(PYTHON) dev/test/test_assignment.py" "$(PYTHON) dev/test/test_figures.py" \
 	    "$(PYTHON) dev/test/test_mutations.py" "$(PYTHON) dev/test/soak.py --kills 20" $(CUDA_ON_CPU_TESTS)
