@@ -164,7 +164,7 @@ soak: SECONDS = 3600
 soak: train_gpas data/toy/tokenizer.bin
 	$(PYTHON) dev/test/soak.py --seconds $(SECONDS)
 
-# Nothing is linked: OpenBLAS, the yardstick, is looked for when the program runs.
+# No BLAS is linked: the program looks for OpenBLAS and MKL, its yardsticks, when it runs.
 # Compiled each time (it is phony): what it measures depends on CFLAGS, which may have changed.
 dev/tools/bench: dev/tools/bench.c $(SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm -ldl

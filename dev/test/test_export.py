@@ -348,7 +348,7 @@ def test_refusals():
     check_error("a weight too large", export("huge", "--to", "hf", "--out", "x"), "too large")
     change(good, "nan", {"layers.1.feed_forward.w3.weight": [math.nan] + [0.0] * (H * C - 1)})
     check_error("a weight that is not a number", export("nan", "--to", "hf", "--out", "x"),
-                "layers.1.feed_forward.w3.weight holds numbers that are not finite")
+                "layers.1.feed_forward.w3.weight holds NaN or infinity")
     end = 8 + length
     for what, bad, words in (
             ("an empty file", b"", "safetensors header"), ("7 bytes", data[:7], "safetensors"),
@@ -408,11 +408,10 @@ def test_evaluation(program, model, path):
           and all(abs(a / b - 1) < 1e-5 for a, b in zip(numbers, expected)),
           "--eval: loss, perplexity, loss per byte", f"{expected} in Python, {line}{errors}")
     draw, lines, right, cut = random.Random(3), [], [0, 0], 0
-    for _ in range(12):
+    for question in range(12):
         words = ["".join(draw.choices("abcde", k=draw.randint(1, 6))) for _ in range(5)]
-        label = draw.randrange(4)
-        lines.append({"ctx": words[4] * draw.randint(1, 2), "endings": words[:4], "label": label})
-        context = [1] + [3 + b for b in (" " + lines[-1]["ctx"]).encode()]
+        text = words[4] * draw.randint(1, 2)
+        context = [1] + [3 + b for b in (" " + text).encode()]
         sums, means, shortened = [], [], False
         for word in words[:4]:
             ending = [3 + b for b in (" " + word).encode()]
@@ -421,6 +420,8 @@ def test_evaluation(program, model, path):
             sums.append(sum(model.losses(kept + ending)[len(kept) - 1:]))
             means.append(sums[-1] / len(ending))
         cut += shortened
+        label = (sums if question % 2 else means).index(min(sums if question % 2 else means))
+        lines.append({"ctx": text, "endings": words[:4], "label": label})
         right[0] += sums.index(min(sums)) == label
         right[1] += means.index(min(means)) == label
     write("choice.jsonl", "\n".join(map(json.dumps, lines)).encode() + b"\n\n")
@@ -467,7 +468,7 @@ def test_evaluation_errors(path):
     for arguments, words in (
             (["--eval", "text.bin"], "need --load"), (["--eval-choice", "x"], "need --load"),
             (["--load", path, "--eval", "none"], "cannot open none"),
-            (["--load", path, "--eval", "data/good.bin"], "no token file"),
+            (["--load", path, "--eval", "data/good.bin"], "is not a token file"),
             (["--load", path, "--eval", "text.bin", "--seq-len", "99"], "fewer than 100 tokens"),
             (["--load", path, "--eval-choice", "data/good.bin", "--seq-len", "4"], "--seq-len"),
             (["--load", path, "--eval", "text.bin", "--dump-grads", "x"], "--dump-grads")):

@@ -32,21 +32,24 @@ OURS = r"""
 #include "train_gpas.c"
 int main(int argc, char **argv) {
     static Options o;
+    static Model model;
     static Run run;
     parse_options(&o, argc, argv);
-    open_run(&run, &o);
+    open_run(&run, &model, &o);
     int length = atoi(getenv("LENGTH")), tokens[1000];
     int prompt = tokenizer_encode(&run.tokenizer, o.prompt, tokens), n = prompt;
     for (int ended = 0; n < prompt + length && !ended; n++) {
-        model_forward(&run.model, tokens, NULL, 1, n);
-        const float *logits = model_logits(&run.model, n - 1);
+        model_forward(&model, tokens, NULL, 1, n);
+        const float *logits = model_logits(&model, n - 1);
         tokens[n] = sample_token(logits, o.vocab_size, 0, 1, NULL, NULL);
         ended = tokens[n] == TOKEN_BOS || tokens[n] == TOKEN_EOS;
     }
-    fwrite(&prompt, 4, 1, stdout), fwrite(&n, 4, 1, stdout), fwrite(tokens, 4, n, stdout);
-    if (length) model_forward(&run.model, tokens, NULL, 1, n);
+    fwrite(&prompt, 4, 1, stdout);
+    fwrite(&n, 4, 1, stdout);
+    fwrite(tokens, 4, n, stdout);
+    if (length) model_forward(&model, tokens, NULL, 1, n);
     for (int i = 0; i < n && length; i++)
-        fwrite(model_logits(&run.model, i), 4, o.vocab_size, stdout);
+        fwrite(model_logits(&model, i), 4, o.vocab_size, stdout);
     return 0;
 }
 """

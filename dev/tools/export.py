@@ -45,7 +45,8 @@ class Checkpoint:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                raise Error(f"{path} is no checkpoint: it does not begin with a safetensors header")
+                raise Error(f"{path} is not a checkpoint: it does not begin with a safetensors "
+                            "header")
             text = file.read(length)
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + length:]
         try:
@@ -55,7 +56,7 @@ class Checkpoint:
                 raise KeyError
             self.norm, self.gpas = self.options["norm"], self.options["gpas"] == "on"
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise Error(f"{path} is no checkpoint of train_gpas: it lacks the metadata of one")
+            raise Error(f"{path} is not a checkpoint of train_gpas: it lacks the metadata of one")
         self.path = path
         self.C, self.H, self.L, self.NH, self.T, self.V = map(
             self.number, ("channels", "hidden", "layers", "heads", "seq-len", "vocab-size"))
@@ -103,7 +104,7 @@ class Checkpoint:
             raise Error(f"{self.path} is damaged: {len(data)} bytes of numbers, not {expected}")
         for name, view in self.tensors.items():
             if not math.isfinite(sum(floats(view))):
-                raise Error(f"{self.path}: {name} holds numbers that are not finite; "
+                raise Error(f"{self.path}: {name} holds NaN or infinity; "
                             "did the training diverge?")
 
 
@@ -132,7 +133,7 @@ def floats(view):
 # factors 1 - a(g) of all sites before: the README derives it.
 
 def gate_value(g, activation):
-    """a(g), as gate_value() of train_gpas.c."""
+    """a(g), as gate_value() in dev/gate.h."""
     if activation == "silu":
         return g / (1 + math.exp(-g)) if g > -700 else 0.0
     if activation == "tanh":

@@ -1,15 +1,16 @@
 /*
-fuzz.c: the readers of train_gpas.c against files and options that nobody would write, by clang's
-libFuzzer. `make fuzz` builds it four times and runs each for ten minutes (SECONDS=60: for one).
+fuzz.c: gives the readers in dev/ files and options that nobody would write, by clang's libFuzzer.
+`make fuzz` builds it four times and runs each for ten minutes (SECONDS=60: for one).
 
     -DFUZZ_checkpoint   a checkpoint, for --load and --resume
     -DFUZZ_tokens       a token file, or one of multiple-choice questions
     -DFUZZ_tokenizer    a tokenizer.bin
     -DFUZZ_options      a command line, an argument in each line
 
-The first byte of the first two chooses which. Right is: to read it, or to say what is wrong and end
-with status 1. So exit() jumps back here, and what was allocated, opened or mapped is given back.
-The folders beside this file hold inputs to begin with; what was found is a test in test_gpas.c.
+The first byte of the first two chooses which. A reader must either accept its input, or say what is
+wrong with it and exit with status 1. So exit() jumps back here, and what was allocated, opened or
+mapped is released. The folders beside this file hold the first inputs. Whatever is found becomes a
+test in test_gpas.c.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -44,7 +45,7 @@ static void *hold(void *p, int kind, size_t size) {
     return p;
 }
 
-// What was given back by the program itself.
+// The program itself has released p.
 static void forget(const void *p) {
     int i = num_held - 1;
     while (i >= 0 && held[i].p != p) i--;
@@ -122,40 +123,45 @@ static void parse(Options *o, int argc, const char *const *words) {
 #if defined(FUZZ_checkpoint)
 static void read_input(const uint8_t *data, size_t size) {
     static Options o;
-    static Run run;
-    memset(&run, 0, sizeof run);
+    static Model m;
+    Progress progress;
     write_input("checkpoint", data + 1, size - 1);
     const char *words[] = {"", data[0] % 2 ? "--resume" : "--load", path, "--data", folder};
     parse(&o, 5, words);
     check_checkpoint(path, &o);
-    model_create(&run.model, &o, *o.resume && o.steps ? o.batch : 1, *o.resume && o.steps > 0);
-    Holdings h = holdings(&run.model);
-    checkpoint_read(path, &h, &run.progress, *o.resume && o.steps > 0);
-    model_free(&run.model);
+    int training = *o.resume && o.steps > 0;
+    model_create(&m, &o, training ? o.batch : 1, training);
+    Snapshot snapshot = model_snapshot(&m);
+    checkpoint_read(path, &snapshot, &progress, training);
+    model_free(&m);
 }
 
 #elif defined(FUZZ_tokens)
 static void read_input(const uint8_t *data, size_t size) {
     static Options o;
+    static Model m;
     static Run run;
     int T = 1 + data[0] / 2 % 16, tokens[17 * 3], targets[17 * 3];
     write_input("train.bin", data + 1, size - 1);
     memset(&run, 0, sizeof run);
     if (data[0] % 2) {
-        loader_open(&run.train, folder, "train", T, 300, 7);
+        dataloader_open(&run.train, folder, "train", T, 300, 7);
         for (int i = 0; i < 9; i++)
-            loader_batch(&run.train, i * (int64_t)data[0] * 1000003, 3, tokens, targets);
-        loader_close(&run.train);
+            dataloader_batch(&run.train, i * (int64_t)data[0] * 1000003, 3, tokens, targets);
+        dataloader_close(&run.train);
         return;
     }
     const char *words[] = {"", "--layers", "1", "--channels", "2", "--hidden", "1", "--heads", "1",
                            "--vocab-size", "300", "--batch", "1", "--seq-len", "24"};
     parse(&o, 15, words);
     snprintf(o.eval_choice, sizeof o.eval_choice, "%s", path);
-    model_create(&run.model, &o, 1, 0);
+    model_create(&m, &o, 1, 0);
+    run.model = &m;
+    run.o = &o;
     run.tokens = (int *)allocate(o.seq_len + 1, sizeof(int));
     evaluate_choices(&run);
-    free(run.tokens), model_free(&run.model);
+    free(run.tokens);
+    model_free(&m);
 }
 
 #elif defined(FUZZ_tokenizer)
