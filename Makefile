@@ -7,12 +7,19 @@ CFLAGS = -O3 -march=native
 # Always: a * b + c may be one instruction. Nobody reads errno or catches floating-point traps: so
 # sqrtf may be vectorized, and both sides of a ?: computed.
 FLAGS = -std=c11 -Wall -Wextra -Wpedantic -fopenmp -ffp-contract=fast -fno-math-errno \
-    -fno-trapping-math $(CFLAGS)
+    -fno-trapping-math $(if $(PLAIN),-DPLAIN) $(CFLAGS)
 PYTHON = python3
 SOURCES = train_gpas.c $(wildcard dev/*.h)
 
-train_gpas: $(SOURCES)
+# PLAIN=1: with the matrix multiplication of train_gpas.c itself, ten lines, instead of dev/gemm.h's.
+train_gpas: $(SOURCES) build/flags
 	$(CC) $(FLAGS) $< -o $@ -lm
+
+# When the compiler or its flags change, this file does, and what depends on it is built again.
+build/flags: FORCE
+	@mkdir -p $(@D)
+	@echo '$(CC) $(FLAGS)' | cmp -s - $@ || echo '$(CC) $(FLAGS)' > $@
+FORCE:
 
 data/toy/tokenizer.bin:
 	$(PYTHON) prepro_tinystories.py --out data/toy
@@ -30,14 +37,20 @@ figures: export GOMP_SPINCOUNT = 1000
 figures: train_gpas data/toy/tokenizer.bin
 	$(PYTHON) dev/tools/figures.py
 
-test_gpas: test_gpas.c $(SOURCES)
+TEST_SOURCES = $(SOURCES) $(wildcard dev/test/*.h) build/flags
+test_gpas: test_gpas.c $(TEST_SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm
 
-test_gpas_double: test_gpas.c $(SOURCES)
+test_gpas_double: test_gpas.c $(TEST_SOURCES)
 	$(CC) $(FLAGS) -DDOUBLE $< -o $@ -lm
 
-build/test_headers: dev/test/test_headers.c dev/test/check.h $(wildcard dev/*.h)
-	@mkdir -p $(@D)
+build/test_gpas_plain: test_gpas.c $(TEST_SOURCES)
+	$(CC) $(FLAGS) -DPLAIN $< -o $@ -lm
+
+build/train_gpas_plain: $(SOURCES) build/flags
+	$(CC) $(FLAGS) -DPLAIN $< -o $@ -lm
+
+build/test_headers: dev/test/test_headers.c $(TEST_SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm
 
 # The kernels' tests on the CPU need Linux, and have a checker of their own.
@@ -50,9 +63,12 @@ CUDA_ON_CPU_TESTS = ./build/test_cuda_on_cpu ./build/test_cuda_on_cpu_unchecked 
     "$(PYTHON) dev/test/test_export.py ./train_gpas_cuda_on_cpu"
 endif
 
-test: train_gpas test_gpas test_gpas_double build/test_headers $(CUDA_ON_CPU)
-	@sh dev/test/run_tests.sh ./test_gpas ./test_gpas_double build/test_headers \
-	    "$(PYTHON) dev/test/test_prepro.py" \
+C_PROGRAMS = train_gpas test_gpas test_gpas_double build/test_gpas_plain build/train_gpas_plain \
+    build/test_headers
+C_TESTS = ./test_gpas ./test_gpas_double build/test_gpas_plain build/test_headers \
+    "$(PYTHON) dev/test/test_plain.py ./train_gpas build/train_gpas_plain"
+test: $(C_PROGRAMS) $(CUDA_ON_CPU)
+	@sh dev/test/run_tests.sh $(C_TESTS) "$(PYTHON) dev/test/test_prepro.py" \
 	    "$(PYTHON) dev/test/test_export.py" "$(PYTHON) dev/test/reference.py --check" \
 	    "$(PYTHON) dev/test/test_assignment.py" "$(PYTHON) dev/test/test_figures.py" \
 	    "$(PYTHON) dev/test/test_mutations.py" "$(PYTHON) dev/test/soak.py --kills 20" $(CUDA_ON_CPU_TESTS)
@@ -198,7 +214,8 @@ help:
 	@echo "make bench        times a training step beside the machine's matrix rate"
 	@echo "make reference    computes dev/test/reference.safetensors again, byte for byte the same"
 	@echo "make clean        removes the programs; data/ and out/ stay"
-	@echo "make CC=clang     another compiler (make clean first)"
+	@echo "make CC=clang     another compiler"
+	@echo "make PLAIN=1      train_gpas with the plain matrix multiplication in train_gpas.c itself"
 
-.PHONY: run figures test assignment grade sanitize fuzz soak bench dev/tools/bench reference clean help
+.PHONY: FORCE run figures test assignment grade sanitize fuzz soak bench dev/tools/bench reference clean help
 .PHONY: test-cuda bench-cuda test-cuda-on-cpu

@@ -59,7 +59,7 @@ COPIED = ["LICENSE", "dev/plumbing.h", "dev/finite.h", "dev/logs.h", "dev/evalua
           "dev/class/grade.py", "dev/class/grade.c", "dev/class/grade.h",
           "dev/class/submission.c", "dev/tools/compare.py", "prepro_tinystories.py"]
 COPIED_CUDA = ["dev/gpu/cuda_on_cpu.h", "dev/test/on_gpu.h"]
-RULES = ["train_gpas", "data/toy/tokenizer.bin", "run", "grade", "build/%.cu",
+RULES = ["train_gpas", "build/flags", "data/toy/tokenizer.bin", "run", "grade", "build/%.cu",
          "train_gpas_cuda_on_cpu"]
 CUDA_RULES = ["build/%.cu", "train_gpas_cuda_on_cpu"]
 
