@@ -10,11 +10,15 @@ default all of them, are left to write, and with what is needed to build, to run
 The source has no marks for this. What goes is found by these rules:
 
   - The functions of a layer lose their bodies (FUNCTIONS below).
-  - A helper that only such functions call goes as a whole, but for the TOOLS.
-  - The comment of a backward pass begins with "Given" and says what is given and wanted; its
-    indented lines are the derivation, and go.
+  - A helper that only such functions call goes as a whole, except for the TOOLS and for what is
+    defined inside of #ifdef PLAIN, the slow versions of what dev/gemm.h has. If its comment cites
+    a paper, it defines the layer, and stays. An enum goes if nothing that is left needs its names.
+  - The comment of a backward pass begins with "Given" and says what is given and what is to be
+    computed; its indented lines are the derivation, and go. So do lines of other comments that
+    give a derivation away (SPOILERS).
 """
 import argparse
+import glob
 import os
 import re
 import shutil
@@ -23,7 +27,7 @@ import sys
 # The functions that are left to write, file by file and layer by layer.
 FUNCTIONS = {
     "train_gpas.c": {
-        "gpas": "gate_slope gpas_forward gpas_backward",
+        "gpas": "gpas_forward gpas_backward",
         "residual": "residual_forward residual_backward",
         "embedding": "embedding_forward embedding_backward",
         "rmsnorm": "rmsnorm_forward rmsnorm_backward",
@@ -36,7 +40,7 @@ FUNCTIONS = {
     },
     "train_gpas.cu": {
         # One kernel does these three: whichever is chosen, all three are to be written.
-        "gpas residual rmsnorm": "gate_slope residual_gpas_rmsnorm_forward_kernel "
+        "gpas residual rmsnorm": "residual_gpas_rmsnorm_forward_kernel "
                                  "residual_gpas_rmsnorm_backward_kernel add_partial_kernel",
         "embedding": "embedding_forward_kernel embedding_backward_kernel",
         "rope": "rope_forward rope_backward",
@@ -50,13 +54,16 @@ FUNCTIONS = {
 }
 LAYERS = list(FUNCTIONS["train_gpas.c"])
 
-# What a layer is built with and no part of the task, though perhaps only one layer calls it.
-TOOLS = set("dot largest_of exp_fast sigmoid gate_value gemm load_gradients block_max mma "
-            "load_rows load_tile multiply_transposed multiply_add store_rows group_sum "
-            "group_max copy_async copies_arrive load_b fast_sigmoid".split())
+# What layers are built with. It is given, even if only one layer calls it.
+TOOLS = set("sigmoid load_gradients block_max mma load_rows load_tile multiply_transposed "
+            "multiply_add store_rows group_sum group_max copy_async copies_arrive load_b "
+            "fast_sigmoid".split())
 
-COPIED = ["LICENSE", "dev/plumbing.h", "dev/finite.h", "dev/logs.h", "dev/evaluation.h",
-          "dev/class/grade.py", "dev/class/grade.c", "dev/class/grade.h",
+# Lines of comments elsewhere that have the result of a layer's derivation.
+SPOILERS = {"gpas": r"^ +dg -?= "}
+
+# Copied as they are. So are all headers of dev/.
+COPIED = ["LICENSE", "dev/class/grade.py", "dev/class/grade.c", "dev/class/grade.h",
           "dev/class/submission.c", "dev/tools/compare.py", "prepro_tinystories.py"]
 COPIED_CUDA = ["dev/gpu/cuda_on_cpu.h", "dev/test/on_gpu.h"]
 RULES = ["train_gpas", "build/flags", "data/toy/tokenizer.bin", "run", "grade", "build/%.cu",
@@ -80,8 +87,8 @@ def read_functions(lines):
     """All function definitions. They begin in column 0 and end with a brace in column 0."""
     functions, i = [], 0
     while i < len(lines):
-        if not re.match(r"(static|template|__global__|__device__|inline|__attribute__)\b",
-                        lines[i]):
+        if not re.match(r"(static|template|__global__|__device__|inline|__attribute__|void|double|"
+                        r"float|int|size_t|const)\b", lines[i]):
             i += 1
             continue
         head = i
@@ -112,15 +119,22 @@ def code_of(lines, function):
     return "\n".join(re.sub(r"//.*", "", line) for line in lines[function.body:function.end + 1])
 
 
+def plain_functions(source):
+    """The names of the functions that are defined inside of #ifdef PLAIN."""
+    blocks = re.findall(r"^#ifn?def PLAIN\b.*?^#endif", source, re.M | re.S)
+    return {f.name for block in blocks for f in read_functions(block.split("\n"))}
+
+
 def helpers_of(lines, functions, written):
     """The functions that only those to be written call, directly or by one another."""
+    given = TOOLS | plain_functions("\n".join(lines))
     words = [(f.name, set(re.findall(r"\w+", code_of(lines, f))) - {f.name}) for f in functions]
     gone = set(written)
     while True:
         more = set()
         for f in functions:
             callers = {name for name, used in words if f.name in used and name != f.name}
-            if f.name not in gone | TOOLS and callers and callers <= gone:
+            if f.name not in gone | given and callers and callers <= gone:
                 more.add(f.name)
         if not more:
             return gone - set(written)
@@ -154,6 +168,15 @@ def task(lines, function):
     if not re.search(r"\bvoid\s+(__launch_bounds__\([^)]*\)\s*)?\w+\(", head):
         result.append("    return 0;")
     return head.split("\n") + result + ["}"]
+
+
+def definition(lines, function):
+    """The comment of a helper that goes, if it is the definition of a layer: if it cites a paper.
+    Without what it says of parameters that only the helper has."""
+    comment = lines[function.comment:function.head]
+    if "(arXiv" not in "\n".join(comment):
+        return []
+    return [line for line in comment if not re.match(r"// \w+: ", line)]
 
 
 def without_derivation(lines, begin, end):
@@ -199,12 +222,29 @@ def cut(file, source, layers):
         if f.name in gone:
             while result and result[-1] == "":
                 result.pop()
+            result += [""] * bool(definition(lines, f)) + definition(lines, f)
         elif f.name in written:
             result += without_derivation(lines, f.comment, f.head) + task(lines, f)
         else:
             result += lines[f.comment:f.end + 1]
         at = f.end + 1
-    return "\n".join(result + lines[at:])
+    spoilers = [SPOILERS[layer] for layer in layers if layer in SPOILERS]
+    return "\n".join(line for line in without_unused_enums(result + lines[at:])
+                     if not any(re.search(spoiler, line) for spoiler in spoilers))
+
+
+def without_unused_enums(lines):
+    """All but the enums of one line of which no name occurs elsewhere, and their comments."""
+    words, result = re.findall(r"\w+", "\n".join(lines)), []
+    for line in lines:
+        enum = re.match(r"enum \{ (.*) \};", line)
+        names = re.findall(r"\b[A-Za-z_]\w*", enum.group(1)) if enum else []
+        if names and all(words.count(name) == 1 for name in names):
+            while result and (result[-1].startswith("//") or result[-1] == ""):
+                result.pop()
+        else:
+            result.append(line)
+    return result
 
 
 def cut_blocks(lines):
@@ -226,13 +266,14 @@ def makefile(source, layers, cuda):
     result = [title, "# make run     trains the same network without and with GPAS", "",
               "ASSIGNED = " + " ".join(layers)]
     for block in re.split(r"\n\n+", source):
-        rule = re.search(r"^([\w/.%-]+)( [\w/.%-]+)*:( |$)", block, re.M)
-        if rule and rule.group(1) not in RULES:
-            continue
         lines = [x for x in block.split("\n") if not x.startswith(".PHONY")]
-        rule = rule.group(1) if rule else ""
+        targets = {target for x in lines for heads in re.findall(r"^([^\s#:=][^#:=]*):(?!=)", x)
+                   for target in heads.split()}
+        if targets and not targets & set(RULES):
+            continue
         if all(x.startswith("#") or not x for x in lines) or (
-                not cuda and rule != "grade" and ("CUDA" in block or rule in CUDA_RULES)):
+                not cuda and "grade" not in targets and
+                ("CUDA" in block or targets & set(CUDA_RULES))):
             continue
         result += ["", "\n".join(lines)]
     return "\n".join(result) + "\n\n.PHONY: run grade\n"
@@ -296,6 +337,8 @@ def main():
         except OSError as error:
             fail("cannot read %s: %s" % (name, error.strerror))
 
+    headers = ["dev/" + os.path.basename(path)
+               for path in sorted(glob.glob(os.path.join(root, "dev/*.h")))]
     texts = {file: cut(file, read(file), layers) for file in files}
     texts["Makefile"] = makefile(read("Makefile"), layers, options.cuda)
     texts["TASK.md"] = task_sheet(layers, files)
@@ -303,7 +346,7 @@ def main():
         os.makedirs(options.out)
         for name, text in texts.items():
             write(options.out, name, text)
-        for name in COPIED + COPIED_CUDA * options.cuda:
+        for name in COPIED + headers + COPIED_CUDA * options.cuda:
             write(options.out, name, read(name))
             shutil.copymode(os.path.join(root, name), os.path.join(options.out, name))
     except OSError as error:

@@ -69,9 +69,10 @@ static double *numbers(size_t n, double size) {
 typedef struct {
     const char *name;
     int B, T, C, NH;      // rows are B T; where there are only rows, B is 1
+    int first;            // attention alone: the position of the first query
     int K;                // H, OC or V
     int act, stop_grad;
-    double factor;        // alpha, scale
+    double factor;        // A, scale
     const int *tokens;    // or targets
     double *in[3];
     size_t size[3], out_size;
@@ -1039,11 +1040,11 @@ static void check_gpas_backward(void) {
 
 enum { RESIDUAL_SWAPPED = 1, RESIDUAL_BOTH, RESIDUAL_PLAIN, RESIDUAL_PRODUCT, RESIDUAL_ADDED };
 static const Mistake residual_mistakes[] = {
-    {RESIDUAL_SWAPPED, FORWARD, "alpha scales the branch; it must scale the shortcut"},
-    {RESIDUAL_BOTH, FORWARD, "alpha scales the branch too; it must scale the shortcut alone"},
-    {RESIDUAL_PLAIN, BOTH, "alpha is not used"},
+    {RESIDUAL_SWAPPED, FORWARD, "A scales the branch; it must scale the shortcut"},
+    {RESIDUAL_BOTH, FORWARD, "A scales the branch too; it must scale the shortcut alone"},
+    {RESIDUAL_PLAIN, BOTH, "A is not used"},
     {RESIDUAL_PRODUCT, FORWARD, "shortcut and branch are multiplied; they must be added"},
-    {RESIDUAL_ADDED, FORWARD, "alpha is added; it must scale the shortcut"},
+    {RESIDUAL_ADDED, FORWARD, "A is added; it must scale the shortcut"},
     {0, 0, NULL}};
 
 static void residual(number *out, number *const *in, const Case *c, int wrong) {
@@ -1068,9 +1069,9 @@ static Case a_residual_case(int k) {
     if (k == 0) return residual_case(7, alpha, "7 numbers");
     if (k == 1) return residual_case(1, alpha, "1 number");
     if (k == 2) return residual_case(1003, alpha, "1003 numbers");
-    if (k == 3) return residual_case(7, 1, "alpha 1");
+    if (k == 3) return residual_case(7, 1, "A = 1");
     if (k == 4) return residual_case(7, alpha, "in place");
-    return residual_case(7, 1, "alpha 1, in place");
+    return residual_case(7, 1, "A = 1, in place");
 }
 
 static void check_residual_forward(void) {
@@ -1086,8 +1087,8 @@ static void check_residual_forward(void) {
         if (!compare(&r)) continue;
         double *first = room(c.C, sizeof *first);
         for (int i = 0; i < c.C; i++) first[i] = c.factor * c.in[0][i];
-        add_term(&r, "alpha shortcut", first), add_term(&r, "branch", c.in[1]);
-        add_constant(&r, "alpha", c.factor);
+        add_term(&r, "A shortcut", first), add_term(&r, "branch", c.in[1]);
+        add_constant(&r, "A", c.factor);
         forward_mistakes(&r, residual, &c, 0, residual_mistakes);
         report(&r, NULL);
     }
@@ -1108,7 +1109,7 @@ static void check_residual_backward(void) {
         r.in_place = k >= 4;
         if (!compare(&r)) continue;
         backward_mistakes(&r, residual, &c, 0, dout, 1, c.C, residual_mistakes, 0, NULL, NULL);
-        add_constant(&r, "alpha", c.factor);
+        add_constant(&r, "A", c.factor);
         report(&r, NULL);
     }
 }
@@ -1755,13 +1756,15 @@ static void check_matmul_backward(void) {
 }
 
 // ---- attention: in[0] qkv (B,T,3C); in[1] nothing, or (B,NH,T,T) zeros that are added to the
-// scores, so that one can differentiate by them. After out (B,T,C) comes lse (B,NH,T).
+// scores, so that one can differentiate by them. After out (B,T-first,C) comes lse (B,NH,T-first);
+// first is 0 in all backward passes.
 
 enum { ATTENTION_HELD = 1, ATTENTION_UNMASKED, ATTENTION_PEEK, ATTENTION_STRICT, ATTENTION_UNSCALED,
        ATTENTION_HS, ATTENTION_C, ATTENTION_UP, ATTENTION_RAW, ATTENTION_ALL, ATTENTION_QQ,
        ATTENTION_KK, ATTENTION_VK, ATTENTION_VQ, ATTENTION_Q0, ATTENTION_K0, ATTENTION_V0,
        ATTENTION_AXIS, ATTENTION_TRANSPOSED, ATTENTION_NOT_EXP, ATTENTION_FUTURE, ATTENTION_MEAN,
        ATTENTION_T, ATTENTION_GROUPED, ATTENTION_BY_HEAD, ATTENTION_VT, ATTENTION_B0,
+       FIRST_IGNORED, FIRST_NOT_IN_MASK, FIRST_NOT_IN_Q, FIRST_IN_KEYS, FIRST_IN_B,
        LSE_NO_M, LSE_NO_LOG, LSE_ONLY_M, LSE_MINUS, LSE_M_TWICE, LSE_TWO_M };  // of lse alone
 static const Mistake attention_mistakes[] = {
     {ATTENTION_UNMASKED, 3, "the causal mask is missing: it reads keys after the query (future "
@@ -1804,6 +1807,20 @@ static const Mistake attention_mistakes[] = {
     {ATTENTION_NOT_EXP, 1, "the exponential is missing"},
     {0, 0, NULL}};
 
+// Mistakes that change nothing where first is 0.
+static const Mistake first_mistakes[] = {
+    {FIRST_IGNORED, 1, "first is ignored: the rows computed are those of positions 0 to "
+     "T - first - 1; they must be those of positions first to T - 1"},
+    {FIRST_NOT_IN_MASK, 1, "first is missing in the mask: row i belongs to position first + i, and "
+     "sees all keys s <= first + i"},
+    {FIRST_NOT_IN_Q, 1, "first is missing where the query is read: row i is the query of position "
+     "first + i"},
+    {FIRST_IN_KEYS, 1, "the keys before position first are left out: every query sees the keys "
+     "from position 0 on"},
+    {FIRST_IN_B, 1, "sequence b is read from row b (T - first) of qkv on; it begins at row b T, "
+     "because qkv holds all T positions"},
+    {0, 0, NULL}};
+
 // Where head h of part 0, 1 or 2 (q, k, v) of a row begins.
 static const number *attention_head(number *const *in, const Case *c, int b, int t, int part, int h,
                                     int wrong) {
@@ -1813,14 +1830,15 @@ static const number *attention_head(number *const *in, const Case *c, int b, int
         h = 0;
     if (wrong == ATTENTION_GROUPED && part > 0) h /= 2;
     if (wrong == ATTENTION_B0 && part > 0) b = 0;
-    return in[0] + (size_t)(b * c->T + t) * 3 * C +
+    return in[0] + (size_t)(b * (c->T - (wrong == FIRST_IN_B ? c->first : 0)) + t) * 3 * C +
            (wrong == ATTENTION_BY_HEAD ? (3 * h + part) * hs : part * C + h * hs);
 }
 
 static number attention_score(number *const *in, const Case *c, int b, int h, int t, int s,
                               int wrong) {
     int C = c->C, hs = C / c->NH;
-    const number *q = attention_head(in, c, b, t, 0, h, wrong);
+    int row = wrong == FIRST_NOT_IN_Q ? t - c->first : t;
+    const number *q = attention_head(in, c, b, row, 0, h, wrong);
     const number *k = attention_head(in, c, b, s, 1, h, wrong);
     number sum = 0;
     if (wrong == ATTENTION_QQ) k -= C;
@@ -1839,6 +1857,8 @@ static void attention_keys(const Case *c, int t, int wrong, int *begin, int *end
         *end = c->T;
     if (wrong == ATTENTION_PEEK && t + 1 < c->T) *end = t + 2;
     if (wrong == ATTENTION_STRICT) *end = t;
+    if (wrong == FIRST_NOT_IN_MASK) *end = t - c->first + 1;
+    if (wrong == FIRST_IN_KEYS) *begin = c->first;
 }
 
 static double lse_mistake(int wrong, double m, double sum, int hs) {
@@ -1887,28 +1907,31 @@ static void attention_row(number *out, number *lse, number *const *in, const Cas
 
 static int first_row, last_row;  // of attention(): all of them if last_row is 0
 
+// Row i belongs to position first + i.
 static void attention(number *out, number *const *in, const Case *c, int wrong) {
-    int C = c->C, hs = C / c->NH;
+    int C = c->C, hs = C / c->NH, rows = c->T - c->first;
     for (size_t i = 0; i < c->out_size; i++) out[i] = 0;
     for (int b = 0; b < c->B; b++)
         for (int h = 0; h < c->NH; h++)
-            for (int t = first_row; t < (last_row ? last_row : c->T); t++) {
+            for (int i = first_row; i < (last_row ? last_row : rows); i++) {
                 number lse;
-                attention_row(out + (size_t)(b * c->T + t) * C + h * hs, &lse, in, c, b, h, t,
-                              wrong);
-                size_t at = (size_t)c->B * c->T * C + (b * c->NH + h) * c->T + t;
+                attention_row(out + (size_t)(b * rows + i) * C + h * hs, &lse, in, c, b, h,
+                              wrong == FIRST_IGNORED ? i : c->first + i, wrong);
+                size_t at = (size_t)c->B * rows * C + (b * c->NH + h) * rows + i;
                 if (at < c->out_size) out[at] = lse;
             }
 }
 
 static Case attention_case(int k, int with_lse) {
     static const int shapes[][4] = {{1, 1, 3, 1}, {1, 5, 3, 1}, {1, 5, 12, 3}, {2, 4, 6, 2},
-                                    {1, 17, 6, 1}, {1, 6, 4, 1}, {1, 0, 4, 1}};
+                                    {1, 17, 6, 1}, {1, 6, 4, 1}, {1, 0, 4, 1}, {1, 7, 6, 2},
+                                    {2, 6, 6, 2}};
     static const char *const names[] = {"T = 1", "T = 5, one head", "T = 5, 3 heads",
                                         "2 sequences, 2 heads", "T = 17", "T = 6, large scores",
-                                        ""};
+                                        "", "T = 7, first = 4", "2 sequences, T = 6, first = 2"};
     Case c = {.name = names[k], .B = shapes[k][0], .T = shapes[k][1], .C = shapes[k][2],
               .NH = shapes[k][3]};
+    c.first = k == 7 ? 4 : k == 8 ? 2 : 0;
     if (submission.cuda && c.C / c.NH % 2) c.C += c.NH;  // pairs of channels are loaded there
     if (k == 6) c.T = submission.cuda ? 140 : 530;       // several blocks
     if (k == 6) c.name = submission.cuda ? "T = 140" : "T = 530";
@@ -1917,7 +1940,7 @@ static Case attention_case(int k, int with_lse) {
         if (i / c.C % 3 < 2) c.in[0][i] = (float)(c.in[0][i] * 10);
     for (int i = 0; i < c.C && k == 5; i++)  // the first score, all that its query sees: -200
         c.in[0][c.C + i] = (float)(-200 * sqrt(c.C) / c.C / c.in[0][i]);
-    c.out_size = (size_t)c.B * c.T * c.C + (with_lse ? (size_t)c.B * c.NH * c.T : 0);
+    c.out_size = (size_t)c.B * (c.T - c.first) * (c.C + (with_lse ? c.NH : 0));
     return c;
 }
 
@@ -1934,38 +1957,56 @@ static const char across_blocks[] =
     "shorter sequences are right: look at what happens from one block to the next (where a block "
     "begins, the correction of what has been summed, whether a product adds or writes)";
 
+static const char from_first_on[] =
+    "all cases with first = 0 are right; in general, row i of out (B,T-first,C) and of lse "
+    "(B,NH,T-first) belongs to position first + i of qkv (B,T,3C), whose query sees all keys from "
+    "position 0 to first + i";
+
+static void attention_mistakes_of(Result *r, const Case *c, size_t offset) {
+    for (const Mistake *m = first_mistakes; c->first && m->text; m++)
+        add_hypothesis(r, m->text, evaluate(attention, c, m->number) + offset);
+    forward_mistakes(r, attention, c, offset, attention_mistakes);
+}
+
 static void check_attention_forward(void) {
     int bad = 0;
-    for (int k = 0; k < 7; k++) {
+    for (int k = 0; k < (submission.cuda ? 7 : 9); k++) {
         Case c = attention_case(k, 1);
-        size_t n = (size_t)c.B * c.T * c.C, rows = (size_t)c.B * c.NH * c.T;
+        int queries = c.T - c.first;
+        size_t n = (size_t)c.B * queries * c.C, rows = (size_t)c.B * c.NH * queries;
         begin_case(&c);
         float *x = input("qkv", c.in[0], c.size[0]), *y = output("out", n);
         float *lse = output("lse", rows);
         remember();
-        submission.attention_forward(y, lse, x, c.B, c.T, c.C, c.NH);
-        if (check_watched()) { bad = 1; continue; }
+        submission.attention_forward(y, lse, x, c.first, c.B, c.T, c.C, c.NH);
+        if (check_watched()) {
+            if (c.first && !bad) wrong("first", "%s", from_first_on);
+            bad = 1;
+            continue;
+        }
         double *right = evaluate(attention, &c, 0);
-        Result r = result_of("out", y, right, 0, c.B * c.T, c.C, "row", "channel");
-        Result s = result_of("lse", lse, right + n, 0, c.B * c.NH, c.T, "head", "position");
+        Result r = result_of("out", y, right, 0, c.B * queries, c.C, "row", "channel");
+        Result s = result_of("lse", lse, right + n, 0, c.B * c.NH, queries, "head", "position");
         const char *about = bad ? NULL : k == 1 && submission.cuda ? several_lanes
                             : k == 6 ? across_blocks : k == 5 ? at_large_scores
                             : k == 2 || k == 3 ? several_heads : NULL;
         r.tolerance = s.tolerance = k == 5 ? 5e-4 : 1e-4;
         if (compare(&r)) {
-            if (k < 6) forward_mistakes(&r, attention, &c, 0, attention_mistakes);
+            if (k != 6) attention_mistakes_of(&r, &c, 0);
             double *by_heads = room(r.n, sizeof *by_heads);
             for (size_t i = 0; i < n; i++) {
                 int hs = c.C / c.NH, bt = (int)(i / c.C), h = (int)(i % c.C) / hs;
-                by_heads[((bt / c.T * c.NH + h) * c.T + bt % c.T) * hs + i % hs] = right[i];
+                int row = (bt / queries * c.NH + h) * queries + bt % queries;
+                by_heads[row * hs + i % hs] = right[i];
             }
             add_hypothesis(&r, "out is written as (B,NH,T,hs); it is (B,T,C)", by_heads);
             report(&r, about);
         }
         if (compare(&s)) {
-            if (k < 6) forward_mistakes(&s, attention, &c, n, attention_mistakes);
+            if (k != 6) attention_mistakes_of(&s, &c, n);
             report(&s, about);
         }
+        if (c.first && !bad && (r.num_wrong || s.num_wrong)) wrong("first", "%s", from_first_on);
         bad = bad || r.num_wrong || s.num_wrong;
     }
 }
@@ -2393,7 +2434,7 @@ static const Mistake adam_mistakes[] = {
     {ADAM_KEEP_OTHER, 1, "the old m is multiplied by beta1, not by beta2"},
     {ADAM_KEEP_OTHER, 2, "the old v is multiplied by beta2, not by beta1"},
     {ADAM_UP, 4, "the sign: p must go down the gradient, and decay (p -= ...)"},
-    {ADAM_NO_CLIP, 7, "grad_scale is not used"},
+    {ADAM_NO_CLIP, 7, "clip is not used"},
     {ADAM_STEP_BEFORE, 4, "the step in beta^t is off by one: t - 1"},
     {ADAM_STEP_NEXT, 4, "the step in beta^t is off by one: t + 1"},
     {ADAM_M_BEFORE, 4, "the step in mhat's 1 - beta1^t is off by one: t - 1"},
@@ -2404,8 +2445,8 @@ static const Mistake adam_mistakes[] = {
     {ADAM_NO_ROOT, 4, "the square root of vhat is missing"},
     {ADAM_GRADIENT, 4, "g is used in place of its running mean m"},
     {ADAM_NO_SQUARE, 2, "v must be a mean of g squared; the square is missing"},
-    {ADAM_CLIP_ONCE, 2, "grad_scale must be squared with the gradient"},
-    {ADAM_CLIP_DIVIDES, 7, "divided by grad_scale in place of multiplied"},
+    {ADAM_CLIP_ONCE, 2, "clip must be squared with the gradient"},
+    {ADAM_CLIP_DIVIDES, 7, "divided by clip in place of multiplied"},
     {ADAM_FIRST, 7, "grad[0] is used for every element"},
     {ADAM_BETA_NEW, 3, "the new gradient is multiplied by beta; it is 1 - beta"},
     {ADAM_OLD_TWICE, 3, "the old mean is added to itself (+=); it is beta times the old one"},
@@ -2512,7 +2553,7 @@ static void check_adamw(void) {
 }
 
 // ---- fused, train_gpas.cu alone: in[0] inp, in[1] branch (N,C), in[2] weight (C) and the gate.
-// K: is the norm last? factor: alpha. It returns sum, out, normed (N,C), rstd (N).
+// K: is the norm last? factor: A. It returns sum, out, normed (N,C), rstd (N).
 
 enum { FUSED_NO_ALPHA = 1, FUSED_NO_STOP, FUSED_NO_GATE, FUSED_ALPHA_BRANCH, FUSED_BEFORE };
 static const Mistake fused_mistakes[] = {

@@ -8,12 +8,12 @@ grader's way, and a layer whose parameters were changed is an error of the compi
 
 typedef struct {
     int cuda;  // 1: train_gpas.cu
-    void (*gpas_forward)(float *out, const float *inp, float gate, int act, size_t n);
+    void (*gpas_forward)(float *out, const float *inp, float gate, int activation, size_t n);
     void (*gpas_backward)(float *dinp, float *dgate, const float *dout, const float *inp,
-                          float gate, int act, int stop_grad, size_t n);
-    void (*residual_forward)(float *out, const float *shortcut, const float *branch, float alpha,
+                          float gate, int activation, int stop_grad, size_t n);
+    void (*residual_forward)(float *out, const float *shortcut, const float *branch, float A,
                              size_t n);
-    void (*residual_backward)(float *dshortcut, const float *dout, float alpha, size_t n);
+    void (*residual_backward)(float *dshortcut, const float *dout, float A, size_t n);
     void (*embedding_forward)(float *out, const int *tokens, const float *weight, int N, int C);
     void (*embedding_backward)(float *dweight, const float *dout, const int *tokens, int N, int C);
     void (*rmsnorm_forward)(float *out, float *rstd, const float *inp, const float *weight, int N,
@@ -28,8 +28,9 @@ typedef struct {
     void (*matmul_forward)(float *out, const float *inp, const float *weight, int N, int C, int OC);
     void (*matmul_backward)(float *dinp, float *dweight, const float *dout, const float *inp,
                             const float *weight, int N, int C, int OC);
-    void (*attention_forward)(float *out, float *lse, const float *qkv, int B, int T, int C,
-                              int NH);
+    // Of train_gpas.cu it is called with first = 0 alone.
+    void (*attention_forward)(float *out, float *lse, const float *qkv, int first, int B, int T,
+                              int C, int NH);
     void (*attention_backward)(float *dqkv, const float *dout, const float *out, const float *lse,
                                const float *qkv, int B, int T, int C, int NH);
     void (*crossentropy_forward)(float *losses, float *lse, const float *logits, const int *targets,
@@ -37,16 +38,16 @@ typedef struct {
     void (*crossentropy_backward)(float *logits, const float *lse, const int *targets, float scale,
                                   int N, int V);
     void (*adamw_update)(float *p, const float *grad, float *m, float *v, size_t n, float lr,
-                         float beta1, float beta2, float eps, float weight_decay, float grad_scale,
+                         float beta1, float beta2, float eps, float weight_decay, float clip,
                          int t);
     // train_gpas.cu alone: residual, gpas and rmsnorm in one kernel.
     void (*fused_forward)(float *sum, float *out, float *normed, float *rstd, const float *inp,
                           const float *branch, const float *weight, float gate, int norm_last,
-                          float alpha, int N, int C);
+                          float A, int N, int C);
     void (*fused_backward)(float *dsum, float *dinp, float *dweight, float *dgate,
                            const float *dnext, const float *dnormed, const float *x,
                            const float *rstd, const float *weight, const float *scaled, float gate,
-                           int stop_grad, int norm_last, float alpha, int N, int C);
+                           int stop_grad, int norm_last, float A, int N, int C);
 } Submission;
 
 #ifdef __cplusplus

@@ -56,8 +56,17 @@ static void fused_backward(float *dsum, float *dinp, float *dweight, float *dgat
 #else
 #define CUDA 0
 #define LAYER(name) name
-#define ADAMW adamw_update
+#define ADAMW adamw_with_struct
 #define FUSED(name) NULL
+
+// adamw_update() with the parameters of grade.h, which does not know the submission's types.
+static void adamw_with_struct(float *p, const float *grad, float *m, float *v, size_t n, float lr,
+                              float beta1, float beta2, float eps, float weight_decay, float clip,
+                              int t) {
+    AdamW a = {.lr = lr, .beta1 = beta1, .beta2 = beta2, .eps = eps,
+               .weight_decay = weight_decay, .clip = clip, .t = t};
+    (&adamw_update)(p, grad, m, v, n, a);  // with &, a file without it does not compile
+}
 #endif
 
 const Submission submission = {

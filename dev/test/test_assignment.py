@@ -10,24 +10,25 @@ import tempfile
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../..")
 sys.path.insert(0, os.path.join(ROOT, "dev/class"))
-from assignment import LAYERS  # noqa: E402
+from assignment import LAYERS, cut, makefile  # noqa: E402
 
 counts = {True: 0, False: 0}
 
 # Mistakes, one in each layer, all planted at once: layer, what was there, what stands there now,
 # and what the hint must say.
 MISTAKES = [
-    ("gpas", "stop_grad ? 1 : 1 - gate_value(gate, act)", "1 - gate_value(gate, act)",
-     "stop-gradient"),
-    ("residual", "= alpha * shortcut[i] +", "= shortcut[i] + alpha *", "alpha scales the branch"),
+    ("gpas", "stop_grad ? 1 : 1 - gate_value(gate, activation)",
+     "1 - gate_value(gate, activation)", "stop-gradient"),
+    ("residual", "= A * shortcut[i] +", "= shortcut[i] + A *", "A scales the branch"),
     ("embedding", "dw[c] += dy[c]", "dw[c] = dy[c]", r"\+="),
     ("rmsnorm", "r * r * sum / C", "r * r * sum", "factor C"),
     ("rope", "(size_t)(n % T) * hs", "(size_t)n * hs", "n % T"),
     ("swiglu", "(s + a[i] * s * (1 - s))", "s", "product: the term through the sigmoid"),
-    ("matmul", "dout, OC, 1, weight, 1, C,", "dout, OC, 1, weight, OC, 1,", "transposed"),
-    ("attention", "scale * p[j] * (ds[j] - delta[i])", "scale * p[j] * ds[j]", "term is missing"),
+    ("matmul", "matrix(dout, OC), matrix(weight, C)",
+     "matrix(dout, OC), transpose(matrix(weight, OC))", "transposed"),
+    ("attention", "S[s] * (dP[s] - delta)", "S[s] * dP[s]", "term is missing"),
     ("crossentropy", "lse[n] - x[targets[n]]", "x[targets[n]] - lse[n]", "sign"),
-    ("adamw", "p[i] -= lr * (m[i] * unbias_m", "p[i] -= lr * (m[i]", "without its correction")]
+    ("adamw", "p[i] -= a.lr * (mhat", "p[i] -= a.lr * (m[i]", "without its correction")]
 READINGS = [
     ("gpas", "out[i] = scale * inp[i]", "out[i] = inp[i] / scale", "divided"),
     ("residual", "shortcut[i] + branch[i]", "shortcut[i] + branch[n - 1 - i]", "reverse order"),
@@ -35,12 +36,15 @@ READINGS = [
     ("rmsnorm", "sum += x[c] * x[c]", "sum += x[c]", "square is missing"),
     ("rope", "x1 = row[head + j + 1]", "x1 = row[head + j + 2]", "too far.*too far"),
     ("swiglu", "*b = a + H;\n        float *y", "*b = a + 1;\n        float *y", "b begins H"),
+    ("attention", "softmax_row(P, t0 + t + 1,", "softmax_row(P, t0 - first + t + 1,",
+     "first is missing in the mask.*all cases with first = 0 are right"),
     ("crossentropy", "(size_t)n * V;\n        float la", "(size_t)n;\n        float la",
      "from element n on")]
 VIOLENT = [
     ("crossentropy", "lse[n] = largest +", "while (n < N) lse[n] = largest +", "endless loop"),
     ("swiglu", "y[i] = a[i] * sigmoid", "y[i + (1 << 30)] = a[i] * sigmoid", "segmentation fault"),
-    ("residual", "i < n; i++) out[i] = alpha", "i <= n; i++) out[i] = alpha", "outside")]
+    ("attention", "rows = T - first,", "rows = T,", "outside.*all cases with first = 0 are right"),
+    ("residual", "i < n; i++) out[i] = A", "i <= n; i++) out[i] = A", "outside")]
 KERNELS = [
     ("rope", "    int N = B * T;\n    if (hs % W", "    for (;;) allocate(1 << 20, 64);\n"
      "    int N = B * T;\n    if (hs % W", "not enough memory.*not enough memory"),
@@ -49,6 +53,75 @@ KERNELS = [
     ("crossentropy", "to_float(logits[row + target])", "to_float(logits[target])",
      "row 0|first row"),
     ("adamw", "x -= a.lr", "x += a.lr", "sign")]
+
+# A source with all that assignment.py has rules for, and what it must become.
+SOURCE = """\
+#ifdef PLAIN
+static void plain(float *x) { *x = 1; }
+#endif
+
+// Another function needs it too.
+static void shared(float *x) { *x = 2; }
+
+// Parts of the solution.
+enum { THREE = 3 };
+
+static void helper(float *x) {
+    *x = THREE;
+}
+
+// The layer's definition (arXiv 2506.22049).
+// sign: 1, or -1 backwards.
+static void defined(float *x, int sign) { *x = sign; }
+
+static void residual_forward(float *out) {
+    plain(out), shared(out), helper(out), defined(out, 1);
+}
+
+// Given dy, compute dx.
+//   The derivation.
+static void residual_backward(float *dx) {
+    shared(dx), defined(dx, -1);
+}
+
+void model_forward(float *x) { shared(x); }
+"""
+HAND_OUT = """\
+#ifdef PLAIN
+static void plain(float *x) { *x = 1; }
+#endif
+
+// Another function needs it too.
+static void shared(float *x) { *x = 2; }
+
+// The layer's definition (arXiv 2506.22049).
+
+static void residual_forward(float *out) {
+    // Your code, in place of these lines.
+    (void)out;
+}
+
+// Given dy, compute dx.
+static void residual_backward(float *dx) {
+    // Your code, in place of these lines.
+    (void)dx;
+}
+
+void model_forward(float *x) { shared(x); }
+"""
+MAKEFILE = """\
+A := 1
+
+train_gpas: x
+\tcc
+
+train_gpas_plain: A = 2
+train_gpas_plain: x
+\tcc -DPLAIN
+
+$(B): x
+\tcc
+"""
 
 
 def check(good, name, seen=""):
@@ -84,6 +157,14 @@ def write(text, *path):
         file.write(text)
 
 
+def test_rules():
+    cut_source = cut("train_gpas.c", SOURCE, ["residual"])
+    check(cut_source == HAND_OUT, "assignment: what goes, and what stays", cut_source)
+    kept = makefile(MAKEFILE, ["gpas"], False)
+    check("\nA := 1\n\ntrain_gpas: x\n\tcc\n\n.PHONY" in kept,
+          "assignment: the rules of the Makefile that stay", kept)
+
+
 def test_empty(folder):
     done = hand_out(folder, "--cuda")
     check(done.returncode == 0, "assignment: writes a folder", done.stderr)
@@ -98,6 +179,10 @@ def test_empty(folder):
         told = [x for x in formulas if x in kept and not re.search(r"for \(|sqrtf\(\(float\)", x)]
         check(len(formulas) > 40 and not told,
               "assignment: the solution of %s is nowhere in it" % file, told[:3] or len(formulas))
+    text = read(folder, "train_gpas.c")
+    check("(arXiv 2104.09864) rotates" in text and "direction" not in text and
+          not re.search(r"^ +dg ", text, re.M),
+          "assignment: RoPE's definition is left, and no derivation of the gate's gradient")
     result = grade(folder)
     wrong = [row["file"] + " " + row["layer"] for row in result["layers"] if row["points"]]
     check(result["points"] == 0 and result["max"] == 180 and not wrong,
@@ -150,6 +235,7 @@ def test_errors(folder):
 def main():
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.pop("MAKEFLAGS", None)  # called by make, its options are not for the hand-out's
+    test_rules()
     with tempfile.TemporaryDirectory() as place:
         test_empty(os.path.join(place, "all"))
         test_mistakes(os.path.join(place, "all"), KERNELS, "kernels", "train_gpas.cu")
