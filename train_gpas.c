@@ -243,6 +243,46 @@ static void swiglu_backward(float *dinp, const float *dout, const float *inp, in
     }
 }
 
+/*
+Matrix products. A Matrix {x, row, column} has its element (i,j) at x[i * row + j * column], so a
+transpose is the same memory with the two strides swapped. gemm() computes C = A B, or C += A B.
+gemm_packed() does the same on one thread, with a B that pack() has prepared. What follows says what
+they compute; it is used by `make train_gpas PLAIN=1`, and then every operation of the network is in
+this file. Otherwise dev/gemm.h has versions that are a hundred times faster.
+*/
+#ifdef PLAIN
+static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate) {
+    #pragma omp parallel for
+    for (int i = 0; i < M; i++) {
+        for (int j = 0; j < N; j++) {
+            float sum = accumulate ? c[i * ldc + j] : 0;
+            for (int k = 0; k < K; k++)
+                sum += a.x[i * a.row + k * a.column] * b.x[k * b.row + j * b.column];
+            c[i * ldc + j] = sum;
+        }
+    }
+}
+
+static Packed pack(int which, Matrix b, int K, int N, int rows) {
+    (void)which, (void)K, (void)N, (void)rows;
+    Packed unchanged = {b, NULL, 0};
+    return unchanged;
+}
+
+static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, int K,
+                        int accumulate) {
+    gemm(c, ldc, a, b.b, M, N, K, accumulate);
+}
+
+static double dot(const float *a, const float *b, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)a[i] * (b ? b[i] : 1);
+    return sum;
+}
+
+static inline float exp_fast(float x) { return expf(x); }
+#endif
+
 // A linear layer without bias: out = inp weight^T. out (N,OC); inp (N,C); weight (OC,C).
 static void matmul_forward(float *out, const float *inp, const float *weight, int N, int C,
                            int OC) {
@@ -262,175 +302,131 @@ static void matmul_backward(float *dinp, float *dweight, const float *dout, cons
 }
 
 /*
-Causal attention, each head by itself. With q_t, k_s, v_s (hs numbers each) of one head:
+Causal attention, each head by itself. A row t of the head's queries, keys and values is q_t, k_t,
+v_t (hs numbers each), and [s <= t] makes it causal:
 
-    S_ts = q_t . k_s / sqrt(hs) for s <= t    P_t = softmax over s of S_t    o_t = sum_s P_ts v_s
+    S_ts = scale q_t . k_s,  scale = 1/sqrt(hs)        lse_t = log sum_(s <= t) e^S_ts
+    P_ts = e^(S_ts - lse_t) [s <= t], the softmax      y_t = sum_s P_ts v_s
 
-P has T x T numbers per head: too many to keep. As in FlashAttention (arXiv 2205.14135) it exists
-only in blocks, NR columns wide. The softmax is carried along: after each block of keys a query
-knows the largest score so far, m, and the sum of e^(S - m). When a larger score turns up, what has
-been summed is corrected by e^(m_old - m_new). At the end only lse_t = m + log(sum) is kept, one
-number per row, from which the backward pass gets any P_ts = e^(S_ts - lse_t) again.
-
-The products are made of gemm's parts, pack() and multiply_rows(), so that each head's rows are
-packed once for many blocks. A block of P, being NR wide, is already a panel and need not be packed
-at all. Blocks that lie wholly after their queries are skipped.
+We compute QUERIES queries at a time, so that S and P are blocks of (QUERIES,T) numbers. With the
+head's keys and values as matrices K and V (T,hs): S = scale Q K^T, P the softmax of its rows, and
+Y = P V.
 */
-enum { QUERIES = 256, KEYS = 256 };  // packed at once; multiples of NR
+enum { QUERIES = 24 };
 
-// Key j against query i of a block: the scores S (keys,NR), without their scale, one column for
-// each query, become e^(scale (S - m)). m, the largest so far, and sum (NR) are carried along;
-// correction (NR) gets the factor for what has been summed so far. Key j stands after query i where
-// j > i + diagonal: there P is 0.
-static void softmax_block(float *score, float *m, float *sum, float *correction, int keys,
-                          int diagonal, float scale) {
-    float largest[NR], block[NR] = {0};
-    memcpy(largest, m, sizeof largest);
-    for (int j = diagonal + 1; j < keys; j++)
-        for (int i = 0; i < imin(NR, j - diagonal); i++) score[j * NR + i] = -1e30f;
-    for (int j = 0; j < keys; j++)
-        #pragma omp simd
-        for (int i = 0; i < NR; i++) {
-            float s = score[j * NR + i];
-            largest[i] = s > largest[i] ? s : largest[i];
-        }
-    for (int j = 0; j < keys; j++)
-        #pragma omp simd
-        for (int i = 0; i < NR; i++) {
-            float p = exp_fast(scale * (score[j * NR + i] - largest[i]));
-            score[j * NR + i] = p;
-            block[i] += p;
-        }
-    for (int i = 0; i < NR; i++) {
-        correction[i] = exp_fast(scale * (m[i] - largest[i]));
-        sum[i] = sum[i] * correction[i] + block[i];
-        m[i] = largest[i];
+// Which of a thread's buffers holds what.
+enum { KEYS, KEYS_T, VALUES, ROWS, SCALED_Q, SCORES, DSCORES };
+
+// The softmax of the first n numbers of x, in place; those from n to width become 0. Returns the
+// logarithm of the sum of e^x.
+static float softmax_row(float *x, int n, int width) {
+    float largest = x[0], sum = 0;
+    #pragma omp simd reduction(max : largest)
+    for (int s = 0; s < n; s++) largest = x[s] > largest ? x[s] : largest;
+    #pragma omp simd reduction(+ : sum)
+    for (int s = 0; s < n; s++) {
+        x[s] = exp_fast(x[s] - largest);  // at most 1: it does not overflow
+        sum += x[s];
     }
+    for (int s = 0; s < n; s++) x[s] *= 1 / sum;
+    for (int s = n; s < width; s++) x[s] = 0;
+    return largest + logf(sum);
 }
 
-// out (B,T,C); lse (B,NH,T); qkv (B,T,3C): a row holds the queries of all heads, then keys, values.
-static void attention_forward(float *out, float *lse, const float *qkv, int first, int B, int T, int C,
-                              int NH) {
-    (void)first;
-    int hs = C / NH, row = 3 * C, blocks = (T + QUERIES - 1) / QUERIES;
-    float scale = 1 / sqrtf((float)hs);
+// A block of queries, multiplied by scale: the row-major matrix (n,hs) in this thread's buffer.
+static Matrix scaled_queries(const float *q, int n, int C, int hs) {
+    float *out = thread_memory(SCALED_Q, QUERIES * hs), scale = 1 / sqrtf((float)hs);
+    for (int t = 0; t < n; t++) {
+        for (int i = 0; i < hs; i++) out[t * hs + i] = scale * q[(size_t)t * 3 * C + i];
+    }
+    return matrix(out, hs);
+}
+
+// Only the queries from position `first` on; all positions have keys and values.
+// qkv (B,T,3C): a row holds the queries of all heads, then their keys, then their values;
+// out (B,T-first,C); lse (B,NH,T-first).
+static void attention_forward(float *out, float *lse, const float *qkv, int first, int B, int T,
+                              int C, int NH) {
+    int hs = C / NH, rows = T - first;
+    int width = T + 16;  // a power of two would make all rows compete for the same cache lines
     #pragma omp parallel for schedule(dynamic)
-    for (int task = 0; task < B * NH * blocks; task++) {
-        int b = task / blocks / NH, h = task / blocks % NH, t0 = task % blocks * QUERIES;
-        int queries = imin(QUERIES, T - t0);
-        const float *q = qkv + ((size_t)b * T + t0) * row + h * hs;
-        float *o = out + ((size_t)b * T + t0) * C + h * hs;
-        float score[KEYS * NR], m[QUERIES], sum[QUERIES], correction[NR];
-        float *pq = packing_space(0, (size_t)QUERIES * hs);
-        float *pk = packing_space(1, (size_t)(KEYS + MR) * hs + KEYS * (hs + NR));
-        float *pv = pk + (size_t)(KEYS + MR) * hs;
-        for (int i = 0; i < QUERIES; i++) m[i] = -1e30f, sum[i] = 0;
-        pack(pq, q, row, 1, queries, NR, hs);
-        for (int s0 = 0; s0 < t0 + queries; s0 += KEYS) {
-            int keys = imin(KEYS, t0 + queries - s0);
-            const float *k = qkv + ((size_t)b * T + s0) * row + C + h * hs, *v = k + C;
-            pack(pk, k, row, 1, keys, MR, hs);
-            pack(pv, v, 1, row, hs, NR, keys);
-            for (int i = 0; i < queries; i += NR) {
-                int rows = imin(NR, queries - i), seen = imin(keys, t0 + i + rows - s0);
-                multiply(score, NR, pk, MR * hs, MR, pq + i * hs, 0, seen, NR, hs, 0);
-                softmax_block(score, m + i, sum + i, correction, seen, t0 + i - s0, scale);
-                for (int r = 0; r < rows && s0 > 0; r++)
-                    for (int c = 0; c < hs; c++) o[(size_t)(i + r) * C + c] *= correction[r];
-                multiply(o + (size_t)i * C, C, score, MR, NR, pv, (size_t)NR * keys, rows, hs,
-                         seen, s0 > 0);
+    for (int head = 0; head < B * NH; head++) {
+        int b = head / NH, h = head % NH;
+        const float *q = qkv + (size_t)b * T * 3 * C + h * hs, *k = q + C, *v = k + C;
+        float *y = out + (size_t)b * rows * C + h * hs;
+        float *S = thread_memory(SCORES, (size_t)QUERIES * width);
+        Packed keys = pack(KEYS, transpose(matrix(k, 3 * C)), hs, T, rows);
+        Packed values = pack(VALUES, matrix(v, 3 * C), T, hs, rows);
+        for (int t0 = first; t0 < T; t0 += QUERIES) {
+            int n = imin(QUERIES, T - t0), seen = t0 + n;  // no query sees a later key
+            Matrix Q = scaled_queries(q + (size_t)t0 * 3 * C, n, C, hs);
+            gemm_packed(S, width, Q, keys, n, seen, hs, 0);
+            for (int t = 0; t < n; t++) {
+                float *P = S + t * width;
+                lse[(size_t)head * rows + t0 - first + t] = softmax_row(P, t0 + t + 1, seen);
             }
-        }
-        for (int i = 0; i < queries; i++) {
-            for (int c = 0; c < hs; c++) o[(size_t)i * C + c] /= sum[i];
-            lse[((size_t)b * NH + h) * T + t0 + i] = scale * m[i] + logf(sum[i]);
+            gemm_packed(y + (size_t)(t0 - first) * C, C, matrix(S, width), values, n, hs, seen, 0);
         }
     }
 }
 
-// Given the scores S of a block, without their scale, and the gradient dP of P, wanted P and dS.
-//   P_ts = e^(scale S_ts - lse_t), 0 for a key after the query
-//   dS_ts = scale P_ts (dP_ts - sum_r P_tr dP_tr), the sum over r of dP_tr times the derivative of
-//   P_tr by S_ts, which is scale P_tr ([r = s] - P_ts);
-//   and that last sum needs no row of P: dP_tr = do_t . v_r, so it is do_t . (sum_r P_tr v_r),
-//   that is do_t . o_t, called delta_t.
-// p: S in, P out; ds: dP in, dS out, both (queries,NR), a column for each key; lse, delta
-// (queries). Key j stands after query i where j > i + diagonal.
-static void softmax_block_backward(float *p, float *ds, const float *lse, const float *delta,
-                                   int queries, int diagonal, float scale) {
-    for (int i = 0; i < imin(queries, NR - diagonal); i++)
-        for (int j = imax(0, i + diagonal + 1); j < NR; j++) p[i * NR + j] = -1e30f;
-    for (int i = 0; i < queries; i++, p += NR, ds += NR)
-        #pragma omp simd
-        for (int j = 0; j < NR; j++) {
-            p[j] = exp_fast(p[j] * scale - lse[i]);
-            ds[j] = scale * p[j] * (ds[j] - delta[i]);
-        }
+// Given one row of S and of dP, computes P in place of S and dS in place of dP for the first n keys;
+// the numbers from n to width become 0.
+static void softmax_row_backward(float *S, float *dP, float lse, float delta, int n, int width) {
+    #pragma omp simd
+    for (int s = 0; s < n; s++) {
+        S[s] = exp_fast(S[s] - lse);
+        dP[s] = S[s] * (dP[s] - delta);
+    }
+    for (int s = n; s < width; s++) S[s] = dP[s] = 0;
 }
 
-// One head's gradients from `queries` queries, of which the first stands at position t0. q (T,hs),
-// keys and values C and 2C after it, and their gradients, have rows 3C apart; dy, o (queries,hs)
-// rows C apart. Called for t0 = 0, QUERIES, ...: dk and dv are first written by the queries that
-// stand among their keys, then added to.
-static void attention_backward_block(float *dq, const float *q, const float *dy, const float *o,
-                                     const float *lse, int t0, int queries, int C, int hs) {
-    int row = 3 * C, wide = (hs + NR - 1) / NR * NR;
-    float p[QUERIES * NR], ds[QUERIES * NR], delta[QUERIES], scale = 1 / sqrtf((float)hs);
-    // As rows of A, depth hs: q, dy. As columns of B, depth queries: q, dy.
-    float *rows_q = packing_space(0, (size_t)2 * QUERIES * (hs + wide) + 2 * MR * hs);
-    float *rows_dy = rows_q + (size_t)(QUERIES + MR) * hs;
-    float *columns_q = rows_dy + (size_t)(QUERIES + MR) * hs;
-    float *columns_dy = columns_q + (size_t)QUERIES * wide;
-    const float *qt = q + (size_t)t0 * row;
-    pack(rows_q, qt, row, 1, queries, MR, hs), pack(columns_q, qt, 1, row, hs, NR, queries);
-    pack(rows_dy, dy, C, 1, queries, MR, hs), pack(columns_dy, dy, 1, C, hs, NR, queries);
-    for (int i = 0; i < queries; i++) {
-        const float *oi = o + (size_t)i * C, *dyi = dy + (size_t)i * C;
-        float sum = 0;
-        prefetch(oi + (size_t)8 * C, hs);  // o alone was not touched by pack()
-        #pragma omp simd reduction(+ : sum)
-        for (int c = 0; c < hs; c++) sum += oi[c] * dyi[c];
-        delta[i] = sum;
-    }
-    float *pk = packing_space(1, (size_t)2 * NR * hs + NR * wide);
-    float *pv = pk + NR * hs, *columns_k = pv + NR * hs;
-    for (int s0 = 0; s0 < t0 + queries; s0 += NR) {
-        int keys = imin(NR, t0 + queries - s0);
-        int first = imax(0, s0 - t0) / MR * MR, n = queries - first;  // those before see no key
-        const float *k = q + (size_t)s0 * row + C, *v = k + C;
-        float *dk = dq + (size_t)s0 * row + C, *dv = dk + C;
-        pack(pk, k, row, 1, keys, NR, hs), pack(pv, v, row, 1, keys, NR, hs);
-        pack(columns_k, k, 1, row, hs, NR, keys);
-        multiply(p, NR, rows_q + first * hs, MR * hs, MR, pk, 0, n, NR, hs, 0);
-        multiply(ds, NR, rows_dy + first * hs, MR * hs, MR, pv, 0, n, NR, hs, 0);
-        softmax_block_backward(p, ds, lse + first, delta + first, n, t0 + first - s0, scale);
-        multiply(dv, row, p, MR, NR, columns_dy + first * NR, NR * queries, keys, hs, n,
-                 s0 < t0);
-        multiply(dk, row, ds, MR, NR, columns_q + first * NR, NR * queries, keys, hs, n,
-                 s0 < t0);
-        multiply_rows(dq + (size_t)(t0 + first) * row, row, ds, MR * NR, NR, 1, columns_k,
-                      NR * keys, n, hs, keys, s0 > 0, NULL);
-    }
-}
-
-// Given do, wanted dq, dk, dv.
-//   The chain rule, backwards through o = P v and S = q k^T, with dS as above, which has the scale
-//   1 / sqrt(hs) in it already; every block of P again:
-//   dv_s = sum_t P_ts do_t      dP_ts = do_t . v_s      dS as above
-//   dq_t = sum_s dS_ts k_s      dk_s = sum_t dS_ts q_t
-// dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T).
+// Given dy, compute dq, dk and dv: the chain rule, backwards through Y = P V, the softmax and S.
+//   y_t  = sum_s P_ts v_s        dv_s = sum_t P_ts dy_t          dP_ts = dy_t . v_s
+//   P_ts = e^(S_ts - lse_t)      d(P_tr)/d(S_ts) = P_tr ([r = s] - P_ts), so
+//                                dS_ts = sum_r dP_tr P_tr ([r = s] - P_ts)
+//                                      = P_ts (dP_ts - delta_t),
+//                                delta_t = sum_r P_tr dP_tr = dy_t . sum_r P_tr v_r = dy_t . y_t
+//   S_ts = scale q_t . k_s       dq_t = scale sum_s dS_ts k_s    dk_s = sum_t dS_ts (scale q_t)
+// dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T). P is computed again from lse. A key gets
+// gradients from all later queries; we begin with the last block of them, which sees all keys.
 static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse,
                                const float *qkv, int B, int T, int C, int NH) {
-    int hs = C / NH;
+    int hs = C / NH, width = T + 16, last = (T - 1) / QUERIES * QUERIES;  // the last block
+    float scale = 1 / sqrtf((float)hs);
     #pragma omp parallel for schedule(dynamic)
-    for (int task = 0; task < B * NH; task++) {
-        int b = task / NH, h = task % NH;
-        size_t begin = (size_t)b * T;
-        for (int t0 = 0; t0 < T; t0 += QUERIES)
-            attention_backward_block(dqkv + begin * 3 * C + h * hs, qkv + begin * 3 * C + h * hs,
-                                     dout + (begin + t0) * C + h * hs,
-                                     out + (begin + t0) * C + h * hs, lse + (size_t)task * T + t0,
-                                     t0, imin(QUERIES, T - t0), C, hs);
+    for (int head = 0; head < B * NH; head++) {
+        size_t at = (size_t)(head / NH) * T, h = head % NH;
+        const float *q = qkv + at * 3 * C + h * hs, *k = q + C, *v = k + C;
+        float *dq = dqkv + at * 3 * C + h * hs, *dk = dq + C, *dv = dk + C;
+        float *S = thread_memory(SCORES, (size_t)QUERIES * width);
+        float *dS = thread_memory(DSCORES, (size_t)QUERIES * width);
+        Packed keys = pack(KEYS, matrix(k, 3 * C), T, hs, T);
+        Packed keys_t = pack(KEYS_T, transpose(matrix(k, 3 * C)), hs, T, T);
+        Packed values_t = pack(VALUES, transpose(matrix(v, 3 * C)), hs, T, T);
+        for (int t0 = last; t0 >= 0; t0 -= QUERIES) {
+            int n = imin(QUERIES, T - t0), seen = t0 + n, add = t0 < last;
+            const float *dy = dout + (at + t0) * C + h * hs, *y = out + (at + t0) * C + h * hs;
+            const float *block_lse = lse + (size_t)head * T + t0;
+            float *block_dq = dq + (size_t)t0 * 3 * C;
+            Matrix Q = scaled_queries(q + (size_t)t0 * 3 * C, n, C, hs), DY = matrix(dy, C);
+            gemm_packed(S, width, Q, keys_t, n, seen, hs, 0);
+            gemm_packed(dS, width, DY, values_t, n, seen, hs, 0);  // dP
+            for (int t = 0; t < n; t++) {
+                float delta = 0;
+                for (int i = 0; i < hs; i++) delta += dy[(size_t)t * C + i] * y[(size_t)t * C + i];
+                softmax_row_backward(S + t * width, dS + t * width, block_lse[t], delta, t0 + t + 1,
+                                     seen);
+            }
+            gemm_packed(block_dq, 3 * C, matrix(dS, width), keys, n, hs, seen, 0);
+            for (int t = 0; t < n; t++) {
+                for (int i = 0; i < hs; i++) block_dq[(size_t)t * 3 * C + i] *= scale;
+            }
+            Packed packed_q = pack(ROWS, Q, n, hs, seen);
+            gemm_packed(dk, 3 * C, transpose(matrix(dS, width)), packed_q, seen, hs, n, add);
+            Packed packed_dy = pack(ROWS, DY, n, hs, seen);
+            gemm_packed(dv, 3 * C, transpose(matrix(S, width)), packed_dy, seen, hs, n, add);
+        }
     }
 }
 
@@ -442,7 +438,9 @@ static void crossentropy_forward(float *losses, float *lse, const float *logits,
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float *x = logits + (size_t)n * V;
-        float largest = largest_of(x, V, x[0]), sum = 0;  // subtracted, so that no e^x overflows
+        float largest = x[0], sum = 0;  // the largest is subtracted, so that no e^x overflows
+        #pragma omp simd reduction(max : largest)
+        for (int v = 0; v < V; v++) largest = x[v] > largest ? x[v] : largest;
         #pragma omp simd reduction(+ : sum)
         for (int v = 0; v < V; v++) sum += exp_fast(x[v] - largest);
         lse[n] = largest + logf(sum);
@@ -659,7 +657,7 @@ void model_free(Model *m) {
     free(m->w.layers);
     free(m->d.layers);
     free(m->activations);
-    free_packing_space();
+    free_thread_memory();
 }
 
 // With --check-finite on: exits if an array or a gradient that was computed at `place` holds NaN or
@@ -789,12 +787,13 @@ static float *sublayer_backward(const Model *m, int l, int s, float *dx, int B, 
     const LayerParameters *w = &m->w.layers[l], *d = &m->d.layers[l];
     const Activations *a = &m->activations[2 * l + s];
     int C = c->C, N = B * T, activation = c->gate_activation;
+    int recompute = m->options->recompute && l < c->L - 1;  // the last layer's is still there
     size_t n = (size_t)N * C;
     float *dy = dx, *dgate = c->gate_train ? d->gate : NULL;
     const float *x = a->inp;
     if (!norm_comes_last(c, l)) {
         float *ds = dy, *db = ds;
-        if (m->options->recompute && l < c->L - 1) branch_forward(m, l, s, NULL, a->normed, 0, B, T);
+        if (recompute) branch_forward(m, l, s, NULL, a->normed, 0, B, T);
         if (c->gpas)
             gpas_backward(ds, dgate, dy, a->sum, *w->gate, activation, c->stop_grad, n);
         if (has_post_norm(c)) {
@@ -807,7 +806,7 @@ static float *sublayer_backward(const Model *m, int l, int s, float *dx, int B, 
         add(dx, m->dnorm, n);
     } else {
         float *ds = m->dsum, *dz = dx;
-        if (m->options->recompute && l < c->L - 1) branch_forward(m, l, s, NULL, x, 0, B, T);
+        if (recompute) branch_forward(m, l, s, NULL, x, 0, B, T);
         rmsnorm_backward(ds, d->norm[s], dy, a->sum, w->norm[s], a->rstd, N, C);
         residual_backward(dz, ds, shortcut_scale(c), n);
         if (c->gpas) gpas_backward(dx, dgate, dz, x, *w->gate, activation, c->stop_grad, n);
