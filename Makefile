@@ -80,7 +80,7 @@ NVCC = nvcc
 NVCC_FLAGS = -std=c++17 -O3 -ftz=true -gencode arch=compute_80,code=sm_80 \
     -gencode arch=compute_90,code=[sm_90,compute_90] -Xcompiler -Wall,-Wextra,-fopenmp,-march=native
 CUBLASLT = -lcublasLt
-CUDA_SOURCES = train_gpas.cu $(SOURCES)
+CUDA_SOURCES = train_gpas.cu dev/gpu/ptx.h $(wildcard dev/*.h)
 
 train_gpas_cuda: $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUBLASLT)
@@ -111,7 +111,7 @@ ON_CPU = $(CXX) -std=c++17 -g -Wall -Wextra -fno-strict-aliasing -fopenmp -U_FOR
 # Checked: the compiler calls the header before each access to memory. Compiled with
 # -fsanitize=thread, linked without it. No optimization that splits or joins accesses.
 CHECKED = -O1 -fno-tree-sra -fno-ipa-sra -fsanitize=thread -DTRAIN_GPAS_CU='"build/train_gpas.cu"'
-ON_CPU_SOURCES = build/train_gpas.cu dev/gpu/cuda_on_cpu.h $(SOURCES)
+ON_CPU_SOURCES = build/train_gpas.cu dev/gpu/cuda_on_cpu.h $(wildcard dev/*.h)
 
 build/%.cu: %.cu Makefile
 	@mkdir -p $(@D)

@@ -1,16 +1,19 @@
 /*
-train_gpas.cu: the training of train_gpas.c on one GPU. Every layer again, as kernels.
+train_gpas.cu: the training of train_gpas.c on one GPU, with every layer written as kernels.
 
-Read train_gpas.c first: it says what GPAS is, has each layer as plain loops, and over each backward
-pass its derivation. This file has the same layers under the same names, and for each how a GPU does
-it; the formulas are repeated in short. Options, data, tokenizer, sampling, checkpoints, logs and
-the training loop are those of train_gpas.c, which is included below.
+Read train_gpas.c first: it explains what GPAS is, has each layer as plain loops, and derives each
+backward pass. This file computes the same layers under the same names and says how a GPU does it;
+the formulas are repeated in short. Some kernels do the work of several layers: one computes the
+residual sum, GPAS and RMSNorm, another the loss and its gradient. Options, data, tokenizer,
+stories, checkpoints and logs come from the headers that both programs include. The training step
+and main() are the same in both files.
 
     1  Tools         error checks, wide loads, sums over a block
     2  Layers        embedding, residual + gpas + rmsnorm in one, rope, swiglu, matmul, attention,
                      crossentropy
     3  Optimizer     AdamW, the gradient's norm
     4  Model         memory, forward, backward
+    5  Training      the training step, the loop, main()
 
 Numbers. `real` is float (--dtype fp32) or bf16 (--dtype bf16, the default): the type of
 activations, of their gradients and of the matrices that are multiplied. Every kernel loads `real`,
@@ -24,14 +27,20 @@ shares are added in order.
 
 Without a GPU the same source runs on the CPU, slowly, through dev/gpu/cuda_on_cpu.h.
 */
-#define TRAIN_GPAS_CUDA
-#include "dev/plumbing.h"
+#include "dev/gate.h"          // defines: gate_value, gate_slope: a(g) and its derivative a'(g)
+#include "dev/parameters.h"    // defines: Config, norm_comes_last, ...; TensorList, rope_angles
+#include "dev/schedule.h"      // defines: learning_rate, clip_factors
+#include "dev/command_line.h"  // defines: Options, parse_options
+#include "dev/run.h"           // defines: Run, open_run, close_run, validate
+#include "dev/logs.h"          // defines: open_logs, log_step, ..., save, sample, report
+#include "dev/evaluation.h"    // defines: evaluate
 #ifdef CUDA_ON_CPU
-#include "dev/gpu/cuda_on_cpu.h"
+#include "dev/gpu/cuda_on_cpu.h"  // defines: what CUDA's headers and ptx.h define, for a CPU
 #else
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include "dev/gpu/ptx.h"       // defines: mma_m16n8k16_bf16, ldmatrix_x4, cp_async
 #endif
 
 typedef __nv_bfloat16 bf16;
@@ -218,23 +227,6 @@ typedef struct {
     int norm_last;        // GPAS on the shortcut before the sum
     float alpha;          // A: DeepNorm's scale of the shortcut, else 1
 } Gpas;
-
-// a(g), as in train_gpas.c.
-__device__ __host__ inline float gate_value(float g, int act) {
-    if (act == GATE_SILU) return g / (1 + expf(-g));
-    if (act == GATE_RELU) return g > 0 ? g : 0;
-    if (act == GATE_LEAKY_RELU) return g > 0 ? g : 0.01f * g;
-    return act == GATE_TANH ? tanhf(g) : g;
-}
-
-// Given g, wanted a'(g).
-__device__ inline float gate_slope(float g, int act) {
-    float s = 1 / (1 + expf(-g)), th = tanhf(g);
-    if (act == GATE_SILU) return s + g * s * (1 - s);
-    if (act == GATE_RELU) return g > 0 ? 1 : 0;
-    if (act == GATE_LEAKY_RELU) return g > 0 ? 1 : 0.01f;
-    return act == GATE_TANH ? 1 - th * th : 1;
-}
 
 // One block a row. The row is computed twice, before and after its mean square is known: the second
 // time its numbers come from the cache.
@@ -633,15 +625,7 @@ enum { WARPS = 4, ROWS = 16 * WARPS };
 // D += A B in bf16.
 __device__ inline void mma(float (&d)[4], const Pack<bf16, 2> (&a)[4],
                            const Pack<bf16, 2> (&b)[2]) {
-#ifdef __CUDA_ARCH__
-    const unsigned *A = (const unsigned *)a, *B = (const unsigned *)b;
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(B[0]), "r"(B[1]));
-#elif defined(CUDA_ON_CPU)
     mma_m16n8k16_bf16(d, (const __nv_bfloat162 *)a, (const __nv_bfloat162 *)b);
-#endif
 }
 
 // D += A B in float, which tensor cores do not have: the lanes lay A and B out in shared memory.
@@ -666,24 +650,10 @@ __device__ inline void mma(float (&d)[4], const Pack<float, 2> (&a)[4],
 
 // Copies BYTES (4, 8 or 16, and aligned to that) from global to shared memory; if not `valid` it
 // writes zeros and reads nothing, wherever `from` is. The thread neither waits nor needs a register
-// for them. They are there for it after copies_arrive(), and for the others after a
+// for them. They are there for it after cp_async_wait_all(), and for the others after a
 // __syncthreads() too.
 template <int BYTES> __device__ inline void copy_async(void *to, const void *from, int valid) {
-#ifdef __CUDA_ARCH__
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                 :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES),
-                 "r"(valid ? BYTES : 0) : "memory");
-#elif defined(CUDA_ON_CPU)
     cp_async(to, from, BYTES, valid ? BYTES : 0);
-#endif
-}
-
-__device__ inline void copies_arrive() {
-#ifdef __CUDA_ARCH__
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#elif defined(CUDA_ON_CPU)
-    cp_async_wait_all();
-#endif
 }
 
 // The A operands of a warp's 16 rows in global memory, `stride` apart: a (16,HS). Beyond the first
@@ -735,17 +705,7 @@ __device__ inline void load_b(Pack<bf16, 2> (&b)[2][2], const Tile<bf16, HS> *ti
                               int column) {
     int lane = threadIdx.x % 32, k = lane / 8 % 2 * 8, n = lane / 16 * 8;
     const bf16 *from = &tile[row + (TURNED ? n : k) + lane % 8].x[column + (TURNED ? k : n)];
-#ifdef __CUDA_ARCH__
-    unsigned *B = (unsigned *)b, address = (unsigned)__cvta_generic_to_shared(from);
-    if (TURNED)  // the memory's rows are B's columns, which is how mma wants them
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(B[0]), "=r"(B[1]), "=r"(B[2]), "=r"(B[3]) : "r"(address));
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(B[0]), "=r"(B[1]), "=r"(B[2]), "=r"(B[3]) : "r"(address));
-#elif defined(CUDA_ON_CPU)
-    ldmatrix_x4((__nv_bfloat162 *)b, from, !TURNED);
-#endif
+    ldmatrix_x4((__nv_bfloat162 *)b, from, !TURNED);  // TURNED: rows in memory are B's columns
 }
 
 template <int TURNED, int HS>
@@ -873,7 +833,7 @@ attention_forward_kernel(real *out, float *lse, const real *qkv, int T, int C, i
     send(0, 0);
     load_rows<real, HS>(queries, q + (size_t)t0 * stride, stride, T - t0, hs);
     for (int s0 = 0; s0 < end; s0 += COLS, now ^= 1) {  // the keys at or before the queries
-        copies_arrive();
+        cp_async_wait_all();
         __syncthreads();  // this tile is there, and nobody reads the one before it any more
         if (s0 + COLS < end) send(s0 + COLS, now ^ 1);
         if (t0 >= T || s0 >= t0 + 16) continue;  // this warp has no rows, or they see no such key
@@ -938,7 +898,7 @@ attention_backward_q_kernel(real *dqkv, float *delta, const real *dout, const re
         if (threadIdx.x % 4 == 0 && t < T) delta[row] = row_delta[half];
     }
     for (int s0 = 0; s0 < end; s0 += COLS, now ^= 1) {
-        copies_arrive();
+        cp_async_wait_all();
         __syncthreads();
         if (s0 + COLS < end) send(s0 + COLS, now ^ 1);
         if (t0 >= T || s0 >= t0 + 16) continue;
@@ -985,7 +945,7 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
     load_rows<real, HS>(k, q + C + (size_t)s0 * stride, stride, T - s0, hs);
     load_rows<real, HS>(v, q + 2 * C + (size_t)s0 * stride, stride, T - s0, hs);
     for (int t0 = first; t0 < T; t0 += COLS, now ^= 1) {
-        copies_arrive();
+        cp_async_wait_all();
         __syncthreads();
         if (t0 + COLS < T) send(t0 + COLS, now ^ 1);
         if (s0 >= T || t0 + COLS <= s0) continue;
@@ -1118,12 +1078,12 @@ over all of them at once must know what each number belongs to: they are cut int
 CHUNK numbers, none across two tensors, and a block of threads takes one.
 */
 enum { CHUNK = 4096 };
-enum { MATRIX, VECTOR, GATE };  // decays; does not; is clipped by itself and may be fixed
 
 typedef struct {
     size_t offset;
-    int size, layer;  // layer -1: embedding, final norm, output
-    int kind;
+    int size;
+    int kind, layer;  // of its tensor: WQ, ..., GATE; 0, 1, ..., or -1 if it belongs to no layer
+    int decays;       // 1: AdamW's weight decay applies, as it does to matrices
 } Chunk;
 
 // What AdamW needs beside its arrays, as in train_gpas.c. clip, gate_clip: factors of the gradient.
@@ -1140,7 +1100,7 @@ __global__ void adamw_kernel(real *weights, float *p, const float *grad, float *
     Chunk chunk = chunks[blockIdx.x];
     if (chunk.kind == GATE && !a.train_gates) return;
     float clip = chunk.kind == GATE ? a.gate_clip : a.clip;
-    float decay = chunk.kind == MATRIX ? a.weight_decay : 0;
+    float decay = chunk.decays ? a.weight_decay : 0;
     for (int k = threadIdx.x; k < chunk.size; k += blockDim.x) {
         size_t i = chunk.offset + k;
         float g = grad[i] * clip, x = p[i];
@@ -1213,7 +1173,7 @@ template <class real> struct Sublayer {
     real *inp, *normed;           // (B,T,C) normed is inp itself where the norm comes last
     real *qkv, *pre_act, *inner;  // (B,T,3C), (B,T,2H), (B,T,C or H)
     real *branch, *sum, *out;     // (B,T,C) norm first, only out is kept
-    float *lse, *rstd, *branch_rstd;  // (B,NH,T), (B,T), (B,T)
+    float *lse, *rstd, *post_rstd;  // (B,NH,T), (B,T), (B,T)
 };
 
 template <class real> struct Network {
@@ -1225,13 +1185,13 @@ template <class real> struct Network {
     real *dinner, *dwide;        // (B,T,C or H), (B,T,3C or 2H)
 };
 
-typedef struct {
+struct Model {
     const Options *o;
-    Tensor *tensors;             // as in the files
-    int num_tensors, in_bf16;
-    size_t num_parameters, layer_size;
+    Config config;
+    TensorList list;             // names, shapes and places of the parameters, as in the files
+    int in_bf16;
     float *parameters, *gradients, *adam_m, *adam_v;  // on the host, as in the files; when needed
-    size_t *offsets, room;       // on the GPU: where each tensor is, and the length of all
+    size_t *offsets, room;       // on the GPU: see offset_of(); the length of all parameters
     int H, V;                    // rounded up
     float *p, *d, *m, *v;        // on the GPU (room): parameters, gradients, Adam's moments
     Chunk *chunks, *host_chunks;
@@ -1248,24 +1208,7 @@ typedef struct {
     void **pieces;               // all GPU memory, to be freed
     int num_pieces, planning;    // planning: take() only counts
     int learning, differentiated;  // between zero_gradients() and model_update(); output_forward()
-} Model;
-
-// What train_gpas.c's training loop asks of a model.
-static void model_create(Model *m, const Options *o, int B, int training);
-static void model_free(Model *m);
-static Holdings holdings(Model *m);
-static void model_changed(Model *m);
-static void model_device(const Model *m, char *text);
-static double model_forward(Model *m, const int *tokens, const int *targets, int B, int T);
-static void model_backward(Model *m, const int *tokens, const int *targets, int B, int T,
-                           double scale);
-static const float *model_logits(Model *m, int n);
-static void zero_gradients(Model *m);
-static double gradient_norms(Model *m, double *layers, double *gates);
-static void model_update(Model *m, int t, double norm, double gate_norm);
-static void layer_state(Model *m, int l, int B, int T, double variances[2], double *gate);
-
-#include "train_gpas.c"
+};
 
 // GPU memory for n numbers, or only its count while planning.
 template <class number> static void take(Model *m, number **place, size_t n) {
@@ -1278,25 +1221,31 @@ template <class number> static void take(Model *m, number **place, size_t n) {
     m->pieces[m->num_pieces++] = *place;
 }
 
-// Where each tensor lies on the GPU: at multiples of 256 bytes in bf16 too, but wk, wv and w3 right
-// behind the matrices before them, with which they are multiplied at once.
+// Where the tensor of this kind in layer l (-1 for those of no layer) begins in m->p, m->d and the
+// network's weights.
+enum { KINDS = OUTPUT + 1 };
+static size_t &offset_of(const Model *m, int kind, int l) {
+    return m->offsets[(l + 1) * KINDS + kind];
+}
+
+// Decides where each tensor lies on the GPU: at multiples of 256 bytes in bf16 too, but wk, wv and
+// w3 right behind the matrices before them, with which they are multiplied at once. Cuts all into
+// chunks, which are written to m->host_chunks if that is not NULL.
 static void lay_out(Model *m) {
-    m->room = 0, m->num_chunks = 0;
-    for (int i = 0; i < m->num_tensors; i++) {
-        const Tensor *t = &m->tensors[i];
+    m->room = 0;
+    m->num_chunks = 0;
+    for (const Tensor *t = m->list.tensors; t < m->list.tensors + m->list.count; t++) {
         size_t rows = t->rows, cols = imax(t->cols, 1);
-        int follows = strstr(t->name, ".wk.") || strstr(t->name, ".wv.") || strstr(t->name, ".w3.");
-        if (strstr(t->name, ".w1.") || strstr(t->name, ".w3.")) rows = m->H;
-        if (strstr(t->name, ".w2.")) cols = m->H;
-        if (i == m->num_tensors - 1) rows = m->V;
+        int follows = t->kind == WK || t->kind == WV || t->kind == W3;
+        if (t->kind == W1 || t->kind == W3) rows = m->H;
+        if (t->kind == W2) cols = m->H;
+        if (t->kind == OUTPUT) rows = m->V;
         if (!follows) m->room = (m->room + 127) / 128 * 128;
-        m->offsets[i] = m->room;
+        offset_of(m, t->kind, t->layer) = m->room;
         for (size_t at = 0; at < rows * cols; at += CHUNK) {
             size_t left = rows * cols - at;
-            Chunk chunk = {m->room + at, (int)(left < CHUNK ? left : (size_t)CHUNK), -1, VECTOR};
-            if (t->cols) chunk.kind = MATRIX;
-            else if (t->rows == 1) chunk.kind = GATE;
-            sscanf(t->name, "layers.%d.", &chunk.layer);
+            int size = (int)(left < CHUNK ? left : (size_t)CHUNK);
+            Chunk chunk = {m->room + at, size, t->kind, t->layer, t->cols > 0};
             if (m->host_chunks) m->host_chunks[m->num_chunks] = chunk;
             m->num_chunks++;
         }
@@ -1308,17 +1257,17 @@ static void lay_out(Model *m) {
 // those of inner_forward().
 template <class real>
 static void create_sublayers(Model *m, Network<real> *net, size_t N, int training) {
-    const Options *o = m->o;
-    size_t C = o->channels, H = m->H;
+    const Config *c = &m->config;
+    size_t C = c->C, H = m->H;
     real *x = net->embedded;
-    for (int s = 0; s < 2 * o->layers; s++) {
+    for (int s = 0; s < 2 * c->L; s++) {
         Sublayer<real> *a = &net->sublayers[s];
-        int norm_last = norm_comes_last(o, s / 2), attention = s % 2 == 0;
+        int norm_last = norm_comes_last(c, s / 2), attention = s % 2 == 0;
         a->inp = a->normed = x;
         if (!norm_last) take(m, &a->normed, N * C);
         take(m, &a->rstd, N);
-        if (attention) take(m, &a->lse, N * o->heads);
-        if (s >= 2 && (o->recompute || !training)) {
+        if (attention) take(m, &a->lse, N * c->NH);
+        if (s >= 2 && (m->o->recompute || !training)) {
             a->qkv = a[-2].qkv, a->pre_act = a[-2].pre_act, a->inner = a[-2].inner;
         } else {
             if (attention) take(m, &a->qkv, 3 * N * C);
@@ -1326,7 +1275,10 @@ static void create_sublayers(Model *m, Network<real> *net, size_t N, int trainin
             take(m, &a->inner, N * (attention ? C : H));
         }
         a->branch = net->branches;
-        if (has_branch_norm(o)) take(m, &a->branch, N * C), take(m, &a->branch_rstd, N);
+        if (has_post_norm(c)) {
+            take(m, &a->branch, N * C);
+            take(m, &a->post_rstd, N);
+        }
         take(m, &a->out, N * C);
         a->sum = a->out;
         if (norm_last) take(m, &a->sum, N * C);
@@ -1341,8 +1293,8 @@ static int logit_rows(int N) { return imin(N, ((N + 3) / 4 + 63) / 64 * 64); }
 // All GPU memory: called twice, to count it and to have it.
 template <class real>
 static void create_network(Model *m, Network<real> *net, int B, int training) {
-    const Options *o = m->o;
-    size_t T = o->seq_len, C = o->channels, H = m->H, N = B * T;
+    const Config *c = &m->config;
+    size_t T = c->T, C = c->C, H = m->H, N = B * T;
     take(m, &m->p, m->room);
     net->weights = (real *)m->p;
     if (sizeof(real) < sizeof(float)) take(m, &net->weights, m->room);
@@ -1350,7 +1302,7 @@ static void create_network(Model *m, Network<real> *net, int B, int training) {
     create_sublayers(m, net, N, training);
     take(m, &net->final_normed, N * C), take(m, &m->final_rstd, N);
     take(m, &net->logits, (size_t)logit_rows(N) * m->V), take(m, &m->losses, N);
-    take(m, &m->rope_table, T * (C / o->heads));
+    take(m, &m->rope_table, T * (C / c->NH));
     take(m, &m->moments, MOMENT_BLOCKS), take(m, &m->tokens, N), take(m, &m->targets, N);
     if (!training) return;
     take(m, &m->d, m->room), take(m, &m->m, m->room), take(m, &m->v, m->room);
@@ -1358,8 +1310,10 @@ static void create_network(Model *m, Network<real> *net, int B, int training) {
     take(m, &net->dx, N * C), take(m, &net->dinp, N * C), take(m, &m->doutput, m->V * C);
     take(m, &net->dinner, N * (C > H ? C : H));
     take(m, &net->dwide, N * (3 * C > 2 * H ? 3 * C : 2 * H));
-    take(m, &m->delta, N * o->heads), take(m, &m->partial, (size_t)ROW_BLOCKS * (C + 1));
-    take(m, &m->positions, N), take(m, &m->starts, o->vocab_size + 1);
+    take(m, &m->delta, N * c->NH);
+    take(m, &m->partial, (size_t)ROW_BLOCKS * (C + 1));
+    take(m, &m->positions, N);
+    take(m, &m->starts, c->V + 1);
 }
 
 static void create_memory(Model *m, int B, int training) {
@@ -1387,30 +1341,37 @@ static void open_device(void) {
 
 enum { SPARE = 1 << 30 };  // bytes left to CUDA and cuBLASLt, which load kernels at their first use
 
-// A network with fresh parameters, for B sequences of --seq-len tokens at once. Without `training`
-// it has no room for gradients. Ends the program when memory is short or a size is too large.
-static void model_create(Model *m, const Options *o, int B, int training) {
-    size_t N = (size_t)B * o->seq_len, free_bytes, total_bytes;
-    memset(m, 0, sizeof *m);
-    m->o = o, m->in_bf16 = o->dtype == DTYPE_BF16;
-    m->H = (o->hidden + 7) / 8 * 8, m->V = (o->vocab_size + 7) / 8 * 8;
-    if (o->channels / o->heads > MAX_HEAD)
-        die("--channels %d over --heads %d is more than %d, the widest head on the GPU",
-            o->channels, o->heads, MAX_HEAD);
-    if (o->gpas && o->gate_train && gate_value((float)o->gate_init, o->gate_act) == 1)
+// Exits if the GPU's kernels cannot compute this network.
+static void check_network(const Config *c) {
+    if (c->C / c->NH > MAX_HEAD)
+        die("--channels %d divided by --heads %d is more than %d, the widest head on the GPU", c->C,
+            c->NH, MAX_HEAD);
+    if (c->gpas && c->gate_train && gate_value((float)c->gate_init, c->gate_activation) == 1)
         die("--gate-init %g makes 1 - a(g) exactly 0, by which the GPU divides; make it %g",
-            o->gate_init, o->gate_init * 0.999);
-    if (o->channels > MAX_CHANNELS)
-        die("--channels %d is more than %d, the most on the GPU", o->channels, MAX_CHANNELS);
+            c->gate_init, c->gate_init * 0.999);
+    if (c->C > MAX_CHANNELS)
+        die("--channels %d is more than %d, the most on the GPU", c->C, MAX_CHANNELS);
+}
+
+void model_create(Model *m, const Options *o, int B, int training) {
+    memset(m, 0, sizeof *m);
+    m->o = o;
+    m->config = config_of(o);
+    m->in_bf16 = o->dtype == DTYPE_BF16;
+    const Config *c = &m->config;
+    size_t N = (size_t)B * c->T, angles = (size_t)c->T * (c->C / c->NH), free_bytes, total_bytes;
+    m->H = (c->H + 7) / 8 * 8;
+    m->V = (c->V + 7) / 8 * 8;
+    check_network(c);
     open_device();
-    add_tensors(m);
-    m->offsets = (size_t *)allocate(m->num_tensors, sizeof(size_t));
-    lay_out(m);  // how many chunks; then which
+    m->list = tensor_list(c);
+    m->offsets = (size_t *)allocate((c->L + 1) * KINDS, sizeof(size_t));
+    lay_out(m);  // counts the chunks
     m->host_chunks = (Chunk *)allocate(m->num_chunks, sizeof(Chunk));
-    lay_out(m);
-    m->bf16_net.sublayers = (Sublayer<bf16> *)allocate(2 * o->layers, sizeof(Sublayer<bf16>));
-    m->fp32_net.sublayers = (Sublayer<float> *)allocate(2 * o->layers, sizeof(Sublayer<float>));
-    m->pieces = (void **)allocate(40 + 20 * o->layers, sizeof(void *));
+    lay_out(m);  // writes them
+    m->bf16_net.sublayers = (Sublayer<bf16> *)allocate(2 * c->L, sizeof(Sublayer<bf16>));
+    m->fp32_net.sublayers = (Sublayer<float> *)allocate(2 * c->L, sizeof(Sublayer<float>));
+    m->pieces = (void **)allocate(40 + 20 * c->L, sizeof(void *));
     m->planning = 1;
     create_memory(m, B, training);
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
@@ -1421,14 +1382,13 @@ static void model_create(Model *m, const Options *o, int B, int training) {
             o->recompute || !training ? "" : ", or try --recompute on");
     m->planning = 0;
     create_memory(m, B, training);
-    m->host_order = (int *)allocate(N + o->vocab_size + 1, sizeof(int));
+    m->host_order = (int *)allocate(N + c->V + 1, sizeof(int));
     m->host_losses = (float *)allocate(N, sizeof(float));
     m->host_logits = (float *)allocate(2 * m->V, sizeof(float));
     m->host_squares = (float *)allocate(m->num_chunks, sizeof(float));
-    float *table = (float *)allocate(o->seq_len * (o->channels / o->heads), sizeof(float));
-    rope_angles(table, o->seq_len, o->channels / o->heads);
-    CUDA_CHECK(cudaMemcpy(m->rope_table, table, o->seq_len * (o->channels / o->heads) * 4,
-                          cudaMemcpyHostToDevice));
+    float *table = (float *)allocate(angles, sizeof(float));
+    rope_angles(table, c->T, c->C / c->NH);
+    CUDA_CHECK(cudaMemcpy(m->rope_table, table, angles * sizeof(float), cudaMemcpyHostToDevice));
     free(table);
     CUDA_CHECK(cudaMemset(m->p, 0, m->room * sizeof(float)));
     if (training) {
@@ -1438,32 +1398,33 @@ static void model_create(Model *m, const Options *o, int B, int training) {
                               cudaMemcpyHostToDevice));
         zero_gradients(m);
     }
-    m->parameters = (float *)allocate(m->num_parameters, sizeof(float));
-    initialize(m);
-    model_changed(m);
+    m->parameters = (float *)allocate(m->list.size, sizeof(float));
+    initialize_parameters(m->parameters, &m->list, o->seed);
+    model_restore(m);
 }
 
-static void model_free(Model *m) {
+void model_free(Model *m) {
+    void *on_host[] = {
+        m->parameters, m->gradients, m->adam_m, m->adam_v, m->list.tensors, m->offsets,
+        m->host_chunks, m->host_squares, m->bf16_net.sublayers, m->fp32_net.sublayers, m->pieces,
+        m->host_order, m->host_losses, m->host_logits,
+    };
     while (m->num_pieces) CUDA_CHECK(cudaFree(m->pieces[--m->num_pieces]));
-    free(m->parameters), free(m->gradients), free(m->adam_m), free(m->adam_v);
-    free(m->tensors), free(m->offsets), free(m->host_chunks), free(m->host_squares);
-    free(m->bf16_net.sublayers), free(m->fp32_net.sublayers), free(m->pieces);
-    free(m->host_order), free(m->host_losses), free(m->host_logits);
+    for (void *memory : on_host) free(memory);
 }
 
-static void model_device(const Model *m, char *text) {
+void model_device(const Model *m, char *text) {
     cudaDeviceProp device;
     CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
     snprintf(text, TEXT_SIZE, "%s, %zu MiB of its memory", device.name, m->bytes >> 20);
 }
 
-// Moves all tensors between a block on the host, laid out as in the files, and one on the GPU.
+// Copies all tensors between a block on the host, laid out as in the files, and one on the GPU.
 static void move_tensors(const Model *m, float *host, float *device, int to_device) {
-    for (int i = 0; i < m->num_tensors; i++) {
-        const Tensor *t = &m->tensors[i];
+    for (const Tensor *t = m->list.tensors; t < m->list.tensors + m->list.count; t++) {
         size_t rows = t->cols ? t->rows : 1, width = (t->cols ? t->cols : t->rows) * sizeof(float);
-        size_t pitch = strstr(t->name, ".w2.") ? m->H * sizeof(float) : width;
-        float *here = host + t->offset, *there = device + m->offsets[i];
+        size_t pitch = t->kind == W2 ? m->H * sizeof(float) : width;
+        float *here = host + t->offset, *there = device + offset_of(m, t->kind, t->layer);
         float *to = to_device ? there : here, *from = to_device ? here : there;
         cudaMemcpyKind kind = to_device ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost;
         if (pitch == width) CUDA_CHECK(cudaMemcpy(to, from, rows * width, kind));
@@ -1475,49 +1436,52 @@ static void move_tensors(const Model *m, float *host, float *device, int to_devi
 
 static void download(const Model *m, float **host, float *device) {
     if (!device) return;
-    if (!*host) *host = (float *)allocate(m->num_parameters, sizeof(float));
+    if (!*host) *host = (float *)allocate(m->list.size, sizeof(float));
     move_tensors(m, *host, device, 0);
 }
 
-// What a checkpoint holds of the model, brought to the host.
-static Holdings holdings(Model *m) {
-    download(m, &m->parameters, m->p), download(m, &m->gradients, m->d);
-    download(m, &m->adam_m, m->m), download(m, &m->adam_v, m->v);
-    Holdings h = {m->o, m->tensors, m->num_tensors, m->num_parameters,
-                  m->parameters, m->gradients, m->adam_m, m->adam_v};
-    return h;
+Snapshot model_snapshot(Model *m) {
+    download(m, &m->parameters, m->p);
+    download(m, &m->gradients, m->d);
+    download(m, &m->adam_m, m->m);
+    download(m, &m->adam_v, m->v);
+    Snapshot s = {m->o, m->list, m->parameters, m->gradients, m->adam_m, m->adam_v};
+    return s;
 }
 
-// Takes parameters and moments from the host, after they were replaced there.
-static void model_changed(Model *m) {
+void model_restore(Model *m) {
     move_tensors(m, m->parameters, m->p, 1);
-    if (m->adam_m) move_tensors(m, m->adam_m, m->m, 1), move_tensors(m, m->adam_v, m->v, 1);
+    if (m->adam_m) {
+        move_tensors(m, m->adam_m, m->m, 1);
+        move_tensors(m, m->adam_v, m->v, 1);
+    }
     if (m->in_bf16) scaled(m->bf16_net.weights, m->p, 1, 0, m->room);
 }
 
 // The parameters of layer l in `block`: m->p, m->d or the network's weights.
 template <class number> struct Layer {
     number *wqkv, *wo, *w13, *w2;     // (3C,C), (C,C), (2H,C), (C,H)
-    number *norm[2], *branch_norm[2]; // (C)
+    number *norm[2], *post_norm[2];   // (C)
     number *gate;                     // (1)
 };
 
 template <class number> static Layer<number> layer_at(const Model *m, number *block, int l) {
-    const size_t *at = m->offsets + 1 + l * ((m->num_tensors - 3) / m->o->layers);
-    Layer<number> w = {block + at[0], block + at[3], block + at[4], block + at[6], {}, {}, NULL};
-    at += 7;
-    for (int s = 0; s < 2; s++) {
-        w.norm[s] = block + *at++;
-        if (has_branch_norm(m->o)) w.branch_norm[s] = block + *at++;
+    auto at = [&](int kind) { return block + offset_of(m, kind, l); };
+    Layer<number> w = {at(WQ), at(WO), at(W1), at(W2), {}, {}, NULL};
+    w.norm[0] = at(ATTENTION_NORM);
+    w.norm[1] = at(FFN_NORM);
+    if (has_post_norm(&m->config)) {
+        w.post_norm[0] = at(ATTENTION_POST_NORM);
+        w.post_norm[1] = at(FFN_POST_NORM);
     }
-    if (m->o->gpas) w.gate = block + *at;
+    if (m->config.gpas) w.gate = at(GATE);
     return w;
 }
 
 static Gpas gpas_of(const Model *m, int l) {
-    const Options *o = m->o;
-    Gpas g = {layer_at(m, m->p, l).gate, o->gate_act, o->stop_grad, norm_comes_last(o, l),
-              shortcut_scale(o)};
+    const Config *c = &m->config;
+    Gpas g = {layer_at(m, m->p, l).gate, c->gate_activation, c->stop_grad, norm_comes_last(c, l),
+              shortcut_scale(c)};
     return g;
 }
 
@@ -1542,7 +1506,7 @@ static void rmsnorm_backward(real *dinp, float *dweight, float *partial, const r
 // The branch of sublayer s but for its last matrix: a->inner from a->normed.
 template <class real>
 static void inner_forward(const Model *m, const Network<real> *net, int s, int B, int T) {
-    int C = m->o->channels, H = m->H, NH = m->o->heads, N = B * T;
+    int C = m->config.C, H = m->H, NH = m->config.NH, N = B * T;
     const Sublayer<real> *a = &net->sublayers[s];
     Layer<real> w = layer_at(m, net->weights, s / 2);
     if (s % 2 == 0) {
@@ -1558,7 +1522,7 @@ static void inner_forward(const Model *m, const Network<real> *net, int s, int B
 // The branch f: a->branch = f(a->normed).
 template <class real>
 static void branch_forward(const Model *m, const Network<real> *net, int s, int B, int T) {
-    int C = m->o->channels, N = B * T;
+    int C = m->config.C, N = B * T;
     const Sublayer<real> *a = &net->sublayers[s];
     Layer<real> w = layer_at(m, net->weights, s / 2);
     inner_forward(m, net, s, B, T);
@@ -1571,11 +1535,11 @@ static void branch_forward(const Model *m, const Network<real> *net, int s, int 
 template <class real>
 static void branch_backward(const Model *m, const Network<real> *net, const real *dout, int s,
                             int B, int T) {
-    int C = m->o->channels, H = m->H, NH = m->o->heads, N = B * T;
+    int C = m->config.C, H = m->H, NH = m->config.NH, N = B * T;
     const Sublayer<real> *a = &net->sublayers[s];
     Layer<real> w = layer_at(m, net->weights, s / 2);
     Layer<float> d = layer_at(m, m->d, s / 2);
-    if (m->o->recompute && s < 2 * m->o->layers - 2) inner_forward(m, net, s, B, T);
+    if (m->o->recompute && s < 2 * m->config.L - 2) inner_forward(m, net, s, B, T);
     if (s % 2 == 0) {
         matmul_backward(net->dinner, d.wo, dout, a->inner, w.wo, N, C, C);
         attention_backward(net->dwide, m->delta, net->dinner, a->inner, a->lse, a->qkv, B, T, C,
@@ -1609,8 +1573,8 @@ template <class real> struct Norm {
 // The norm at the beginning of sublayer s; the final norm for s = 2L.
 template <class real>
 static Norm<real> norm_before(const Model *m, const Network<real> *net, int s) {
-    if (s == 2 * m->o->layers) {
-        Norm<real> norm = {net->final_normed, m->final_rstd, m->offsets[m->num_tensors - 2]};
+    if (s == 2 * m->config.L) {
+        Norm<real> norm = {net->final_normed, m->final_rstd, offset_of(m, FINAL_NORM, -1)};
         return norm;
     }
     const Sublayer<real> *a = &net->sublayers[s];
@@ -1620,20 +1584,20 @@ static Norm<real> norm_before(const Model *m, const Network<real> *net, int s) {
 
 // Does sublayer s, or the output matrix for s = 2L, begin with a norm that no sublayer computed?
 static int norm_by_itself(const Model *m, int s) {
-    int first = s == 2 * m->o->layers || !norm_comes_last(m->o, s / 2);
-    return first && (s == 0 || norm_comes_last(m->o, (s - 1) / 2));
+    int first = s == 2 * m->config.L || !norm_comes_last(&m->config, s / 2);
+    return first && (s == 0 || norm_comes_last(&m->config, (s - 1) / 2));
 }
 
 template <class real>
 static void sublayer_forward(const Model *m, const Network<real> *net, int s, int B, int T) {
-    int C = m->o->channels, N = B * T;
+    int C = m->config.C, N = B * T;
     const Sublayer<real> *a = &net->sublayers[s];
     Layer<float> p = layer_at(m, m->p, s / 2);
     Gpas g = gpas_of(m, s / 2);
     const real *branch = a->branch;
     branch_forward(m, net, s, B, T);
-    if (has_branch_norm(m->o)) {
-        rmsnorm_forward(net->scratch, a->branch_rstd, a->branch, p.branch_norm[s % 2], N, C);
+    if (has_post_norm(&m->config)) {
+        rmsnorm_forward(net->scratch, a->post_rstd, a->branch, p.post_norm[s % 2], N, C);
         branch = net->scratch;
     }
     if (g.norm_last) {
@@ -1652,11 +1616,11 @@ static void sublayer_forward(const Model *m, const Network<real> *net, int s, in
 template <class real>
 static void sublayer_backward(const Model *m, const Network<real> *net, const real *dnext,
                               const real *dnormed, int s, int B, int T) {
-    int C = m->o->channels, N = B * T;
+    int C = m->config.C, N = B * T;
     const Sublayer<real> *a = &net->sublayers[s];
     Layer<float> p = layer_at(m, m->p, s / 2), d = layer_at(m, m->d, s / 2);
     Gpas g = gpas_of(m, s / 2);
-    float *dgate = m->o->gate_train ? d.gate : NULL;
+    float *dgate = m->config.gate_train ? d.gate : NULL;
     real *dbranch = net->dx;
     if (g.norm_last) {
         dbranch = net->scratch;
@@ -1669,10 +1633,10 @@ static void sublayer_backward(const Model *m, const Network<real> *net, const re
                                              dnext, dnormed, a->out, next.rstd, m->p + next.weight,
                                              a->out, g, N, C);
     }
-    if (has_branch_norm(m->o)) {
+    if (has_post_norm(&m->config)) {
         dbranch = net->scratch;
-        rmsnorm_backward<real>(dbranch, d.branch_norm[s % 2], m->partial, NULL, net->dx, a->branch,
-                               p.branch_norm[s % 2], a->branch_rstd, N, C);
+        rmsnorm_backward<real>(dbranch, d.post_norm[s % 2], m->partial, NULL, net->dx, a->branch,
+                               p.post_norm[s % 2], a->post_rstd, N, C);
     }
     branch_backward(m, net, dbranch, s, B, T);
 }
@@ -1680,7 +1644,7 @@ static void sublayer_backward(const Model *m, const Network<real> *net, const re
 // Sublayers and final norm of tokens (B,T) on the GPU.
 template <class real>
 static void network_forward(const Model *m, const Network<real> *net, int B, int T) {
-    int C = m->o->channels, end = 2 * m->o->layers, N = B * T;
+    int C = m->config.C, end = 2 * m->config.L, N = B * T;
     embedding_forward(net->embedded, m->tokens, m->p, N, C);
     for (int s = 0; s <= end; s++) {
         Norm<real> norm = norm_before(m, net, s);
@@ -1697,8 +1661,8 @@ static void network_forward(const Model *m, const Network<real> *net, int B, int
 // leaves the gradient of final_normed in net->dinp and that of the output matrix in doutput.
 template <class real>
 static void output_forward(Model *m, const Network<real> *net, int N, int differentiate) {
-    int C = m->o->channels, V = m->o->vocab_size, rows = logit_rows(N);
-    const real *output = net->weights + m->offsets[m->num_tensors - 1];
+    int C = m->config.C, V = m->config.V, rows = logit_rows(N);
+    const real *output = net->weights + offset_of(m, OUTPUT, -1);
     if (differentiate) CUDA_CHECK(cudaMemset(m->doutput, 0, (size_t)m->V * C * sizeof(float)));
     for (int n = 0; n < N; n += rows) {
         int part = imin(rows, N - n);
@@ -1718,12 +1682,12 @@ static void output_forward(Model *m, const Network<real> *net, int N, int differ
 // norm by itself makes one of them.
 template <class real>
 static void network_backward(Model *m, const Network<real> *net, float scale, int B, int T) {
-    int C = m->o->channels, V = m->o->vocab_size, end = 2 * m->o->layers, N = B * T;
+    int C = m->config.C, V = m->config.V, end = 2 * m->config.L, N = B * T;
     const real *dnext = NULL, *dnormed = net->dinp;
     if (!m->differentiated) output_forward(m, net, N, 1);
     m->differentiated = 0;  // dinp is about to change
     scaled(net->dinp, net->dinp, scale, 0, (size_t)N * C);
-    scaled(m->d + m->offsets[m->num_tensors - 1], m->doutput, scale, 1, (size_t)m->V * C);
+    scaled(m->d + offset_of(m, OUTPUT, -1), m->doutput, scale, 1, (size_t)m->V * C);
     for (int s = end; s >= 0; s--) {
         if (s < end) {
             sublayer_backward(m, net, dnext, dnormed, s, B, T);
@@ -1754,9 +1718,8 @@ static void sort_by_token(int *positions, int *starts, const int *tokens, int N,
     starts[0] = 0;
 }
 
-// The network on tokens (B,T); with targets (B,T) the mean loss in nats is returned. Whatever the
-// host has to do it does while the GPU computes, before it asks for the losses.
-static double model_forward(Model *m, const int *tokens, const int *targets, int B, int T) {
+// What the host has to do, it does while the GPU computes, before it fetches the losses.
+double model_forward(Model *m, const int *tokens, const int *targets, int B, int T) {
     int N = B * T, *positions = m->host_order;
     double sum = 0;
     CUDA_CHECK(cudaMemcpy(m->tokens, tokens, N * sizeof(int), cudaMemcpyHostToDevice));
@@ -1768,56 +1731,62 @@ static double model_forward(Model *m, const int *tokens, const int *targets, int
     if (!targets) return 0;
     if (m->in_bf16) output_forward(m, &m->bf16_net, N, m->learning);
     else output_forward(m, &m->fp32_net, N, m->learning);
-    sort_by_token(positions, positions + N, tokens, N, m->o->vocab_size);
+    sort_by_token(positions, positions + N, tokens, N, m->config.V);
     CUDA_CHECK(cudaMemcpy(m->host_losses, m->losses, N * sizeof(float), cudaMemcpyDeviceToHost));
     for (int n = 0; n < N; n++) sum += m->host_losses[n];
     return sum / N;
 }
 
-// Adds to the gradients those of scale times the sum of the losses of the last model_forward(),
-// which had these tokens and targets.
-static void model_backward(Model *m, const int *tokens, const int *targets, int B, int T,
-                           double scale) {
-    int N = B * T, V = m->o->vocab_size, *positions = m->host_order, *starts = positions + N;
-    (void)tokens, (void)targets;  // sorted, and still on the GPU
+// There is no cache of keys and values on the GPU, so the whole sequence is computed each time.
+double model_extend(Model *m, const int *tokens, const int *targets, int first, int T) {
+    double sum = 0;
+    model_forward(m, tokens, targets, 1, T);
+    if (!targets) return 0;
+    for (int t = first; t < T; t++) sum += m->host_losses[t];
+    return sum / (T - first);
+}
+
+// It needs no tokens and targets: model_forward() has sorted the tokens' positions, and the targets
+// are still on the GPU.
+void model_backward(Model *m, const int *, const int *, int B, int T, double scale) {
+    int N = B * T, V = m->config.V, *positions = m->host_order, *starts = positions + N;
     CUDA_CHECK(cudaMemcpy(m->positions, positions, N * sizeof(int), cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaMemcpy(m->starts, starts, (V + 1) * sizeof(int), cudaMemcpyHostToDevice));
     if (m->in_bf16) network_backward(m, &m->bf16_net, (float)scale, B, T);
     else network_backward(m, &m->fp32_net, (float)scale, B, T);
 }
 
-// The logits (V) of row n of the last model_forward(), on the host: made here, for nobody asks for
-// many. The row goes to net->scratch first, whose alignment suits cuBLASLt.
+// Computes the logits (V) of row n of the last model_forward() and copies them to the host. Few are
+// needed, so they are computed here and not in model_forward(). The row goes to net->scratch first,
+// whose alignment suits cuBLASLt.
 template <class real> static void logits_of(Model *m, const Network<real> *net, int n) {
-    int C = m->o->channels;
+    int C = m->config.C;
     real *raw = (real *)(m->host_logits + m->V);
     CUDA_CHECK(cudaMemcpy(net->scratch, net->final_normed + (size_t)n * C, C * sizeof(real),
                           cudaMemcpyDeviceToDevice));
-    matmul_forward(net->logits, net->scratch, net->weights + m->offsets[m->num_tensors - 1], 1, C,
-                   m->V);
+    matmul_forward(net->logits, net->scratch, net->weights + offset_of(m, OUTPUT, -1), 1, C, m->V);
     CUDA_CHECK(cudaMemcpy(raw, net->logits, m->V * sizeof(real), cudaMemcpyDeviceToHost));
     for (int v = 0; v < m->V; v++) m->host_logits[v] = (float)raw[v];
 }
 
-static const float *model_logits(Model *m, int n) {
+const float *model_logits(Model *m, int n) {
     if (m->in_bf16) logits_of(m, &m->bf16_net, n);
     else logits_of(m, &m->fp32_net, n);
     return m->host_logits;
 }
 
-static void zero_gradients(Model *m) {
+void zero_gradients(Model *m) {
     CUDA_CHECK(cudaMemset(m->d, 0, m->room * sizeof(float)));
     m->learning = 1;
 }
 
-// Norms of the gradient: returns the whole's; layers (L) gets each layer's, *gates the gates'.
-static double gradient_norms(Model *m, double *layers, double *gates) {
+double gradient_norms(Model *m, double *layers, double *gates) {
     double sum = 0;
     squares_kernel<<<m->num_chunks, 256>>>(m->squares, m->d, m->chunks);
     LAUNCH_CHECK();
     CUDA_CHECK(cudaMemcpy(m->host_squares, m->squares, m->num_chunks * sizeof(float),
                           cudaMemcpyDeviceToHost));
-    memset(layers, 0, m->o->layers * sizeof *layers);
+    memset(layers, 0, m->config.L * sizeof *layers);
     *gates = 0;
     for (int i = 0; i < m->num_chunks; i++) {
         const Chunk *chunk = &m->host_chunks[i];
@@ -1826,18 +1795,18 @@ static double gradient_norms(Model *m, double *layers, double *gates) {
         if (chunk->layer >= 0) layers[chunk->layer] += square;
         if (chunk->kind == GATE) *gates += square;
     }
-    for (int l = 0; l < m->o->layers; l++) layers[l] = sqrt(layers[l]);
+    for (int l = 0; l < m->config.L; l++) layers[l] = sqrt(layers[l]);
     *gates = sqrt(*gates);
     return sqrt(sum);
 }
 
-// One AdamW step, t = 0, 1, ...
-static void model_update(Model *m, int t, double norm, double gate_norm) {
+void model_update(Model *m, int t, double norm, double gate_norm) {
     const Options *o = m->o;
-    double clip, gate_clip = clip_factors(o, norm, gate_norm, &clip);
+    double clip, gate_clip;
+    clip_factors(o, norm, gate_norm, &clip, &gate_clip);
     m->learning = 0;
     AdamW a = {(float)learning_rate(o, t), 0.9f, 0.999f, 1e-8f, (float)o->weight_decay, (float)clip,
-               (float)gate_clip, 0, 0, o->gate_train};
+               (float)gate_clip, 0, 0, m->config.gate_train};
     if (m->in_bf16)
         adamw_update(m->bf16_net.weights, m->p, m->d, m->m, m->v, m->chunks, m->num_chunks, a,
                      t + 1);
@@ -1856,10 +1825,8 @@ template <class real> static double variance(const Model *m, const real *x, size
     return square / n - sum / n * (sum / n);
 }
 
-// The population variances of what left layer l's two sublayers in the last model_forward(), and
-// its gate; NAN without GPAS.
-static void layer_state(Model *m, int l, int B, int T, double variances[2], double *gate) {
-    size_t n = (size_t)B * T * m->o->channels;
+void layer_state(Model *m, int l, int B, int T, double variances[2], double *gate) {
+    size_t n = (size_t)B * T * m->config.C;
     const float *g = layer_at(m, m->p, l).gate;
     float value = NAN;
     for (int s = 0; s < 2; s++)
@@ -1868,3 +1835,91 @@ static void layer_state(Model *m, int l, int B, int T, double variances[2], doub
     if (g) CUDA_CHECK(cudaMemcpy(&value, g, sizeof value, cudaMemcpyDeviceToHost));
     *gate = value;
 }
+
+/* ------------------------------------------------------------------------------------------------
+5. Training
+*/
+
+const char program[] = "train_gpas_cuda", default_dtype[] = "bf16";
+const int on_gpu = 1;
+
+// One step: the gradient of the mean loss over --total-batch sequences, one micro-batch of --batch
+// after the other, then an AdamW update. Returns the loss; *norm is the gradient's norm before
+// clipping.
+static double train_step(Run *run, double *norm) {
+    const Options *o = run->o;
+    Model *m = run->model;
+    int B = o->batch, T = o->seq_len, micro_batches = o->total_batch / B;
+    double loss = 0, gate_norm;
+    current_step = run->progress.step + 1;
+    zero_gradients(m);
+    for (int i = 0; i < micro_batches; i++) {
+        dataloader_batch(&run->train, run->progress.position, B, run->tokens, run->targets);
+        loss += model_forward(m, run->tokens, run->targets, B, T) / micro_batches;
+        if (!isfinite(loss)) stop_not_finite(run, loss);
+        model_backward(m, run->tokens, run->targets, B, T, 1.0 / ((double)o->total_batch * T));
+        run->progress.position += B;
+    }
+    *norm = gradient_norms(m, run->layer_norms, &gate_norm);
+    if (!isfinite(*norm)) stop_not_finite(run, loss);
+    model_update(m, run->progress.step, *norm, gate_norm);
+    run->progress.step++;
+    return loss;
+}
+
+static void train(Run *run) {
+    const Options *o = run->o;
+    print_configuration(run);
+    catch_signals();
+    if (run->progress.step == 0) {
+        double val = validate(run);
+        printf("step 0/%d  val %.4f\n", o->steps, val);
+        fflush(stdout);
+        log_step(run, NAN, val, NAN, NAN, NAN);
+        log_layers(run);
+    }
+    run->start_time = omp_get_wtime();
+    do {
+        double norm, val = NAN, lr = learning_rate(o, run->progress.step), start = omp_get_wtime();
+        double loss = train_step(run, &norm), ms = 1000 * (omp_get_wtime() - start);
+        int step = run->progress.step, last = step == o->steps;
+        if (last || (o->val_every && step % o->val_every == 0)) {
+            val = validate(run);
+            if (!isfinite(val)) stop_not_finite(run, val);
+            log_layers(run);
+        }
+        log_step(run, loss, val, lr, norm, ms);
+        report(run, loss, val, lr, norm, ms);
+        if (last || (o->sample_every && step % o->sample_every == 0)) sample(run);
+        if (last || stop_signal || (o->save_every && step % o->save_every == 0)) save(run);
+    } while (run->progress.step < o->steps && !stop_signal);
+    if (run->progress.step < o->steps)
+        printf("\nStopped. ./%s --resume %s/ckpt_%06d.safetensors continues.\n", program, o->out,
+               run->progress.step);
+    else printf("Logs, stories and checkpoints are in %s.\n", o->out);
+}
+
+#ifndef TRAIN_GPAS_NO_MAIN
+int main(int argc, char **argv) {
+    static Options options;
+    static Model model;
+    static Run run;
+    let_waiting_threads_sleep(argv);
+    parse_options(&options, argc, argv);
+    open_run(&run, &model, &options);
+    if (evaluates(&options)) {
+        evaluate(&run);
+    } else if (*options.dump_grads) {
+        dump_gradients(&run);
+    } else if (options.steps > 0) {
+        open_logs(&run);
+        train(&run);
+    } else {
+        if (!*options.load && !*options.resume)
+            fprintf(stderr, "%s: without --load an untrained network tells the story\n", program);
+        tell_story(&model, &options, &run.tokenizer, &run.progress.rng_state, stdout);
+    }
+    close_run(&run);
+    return stop_signal ? 128 + stop_signal : 0;
+}
+#endif

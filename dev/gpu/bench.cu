@@ -18,7 +18,7 @@ rate is that of one large cuBLASLt product, 8192 x 8192 x 8192 in the same type,
 #include <functional>
 #define TRAIN_GPAS_NO_MAIN
 #ifndef TRAIN_GPAS_CU
-#define TRAIN_GPAS_CU "../train_gpas.cu"
+#define TRAIN_GPAS_CU "../../train_gpas.cu"
 #endif
 #include TRAIN_GPAS_CU
 #include <sys/wait.h>
@@ -97,7 +97,7 @@ static void time_products(Model *m, const Network<bf16> *net, int N) {
                     {"wo", a->branch, a->inner, w.wo, d.wo, C, C},
                     {"w13", f->pre_act, f->normed, w.w13, d.w13, C, 2 * H},
                     {"w2", f->branch, f->inner, w.w2, d.w2, H, C}};
-    const bf16 *output = net->weights + m->offsets[m->num_tensors - 1];
+    const bf16 *output = net->weights + offset_of(m, OUTPUT, -1);
     char name[64];
     for (auto &x : products) {
         snprintf(name, sizeof name, "matmul_forward %s", x.name);
@@ -137,7 +137,7 @@ static void time_layers(Model *m, const Network<bf16> *net, int B, int T) {
     });
     time_kernel("scaled: two gradients", 1, [&] {
         scaled(net->dinp, net->dinp, 1, 0, (size_t)N * C);
-        scaled(m->d + m->offsets[m->num_tensors - 1], m->doutput, 1, 1, (size_t)V * C);
+        scaled(m->d + offset_of(m, OUTPUT, -1), m->doutput, 1, 1, (size_t)V * C);
     });
     time_kernel("residual_gpas_rmsnorm_backward", 2 * L, [&] {
         residual_gpas_rmsnorm_backward<bf16>(net->dx, NULL, d.norm[1], d.gate, m->partial, net->dx,
@@ -235,7 +235,7 @@ static void bench(const char *preset, const char *batch, const char *length, con
     if (report != SPEED) return;
     std::sort(seconds, seconds + STEPS);
     double step = seconds[STEPS / 2], C = o.channels;
-    double flops = N * (6 * (m.num_parameters - o.vocab_size * C) + 6.0 * o.layers * C * o.seq_len);
+    double flops = N * (6 * (m.list.size - o.vocab_size * C) + 6.0 * o.layers * C * o.seq_len);
     printf("%-6s %5d %5d %5s %10.0f %9.1f %8.1f %8.1f %6.1f%% %8.2f\n", preset, o.batch, o.seq_len,
            dtype, N / step, step * 1e3, flops / step / 1e12, rate / 1e12, 100 * flops / step / rate,
            (m.bytes + WORKSPACE) / 1073741824.0);
