@@ -146,10 +146,10 @@ static void rmsnorm_forward(float *out, float *rstd, const float *inp, const flo
 }
 
 // Given dy, compute dx and dw.
-//   In one row let m = mean(x^2) + eps, so r = m^(-1/2), and u_c = w_c dy_c, the gradient of x_c r.
-//   x_c occurs in its own y_c and, through r, in every y_k:
-//   dr/dx_c = -1/2 m^(-3/2) 2 x_c / C = -r^3 x_c / C
-//   dx_c = u_c r + sum_k u_k x_k dr/dx_c = r (u_c - x_c s),  where s = r^2 sum_k u_k x_k / C
+//   In one row let u_c = w_c dy_c, the gradient of x_c r. x_c occurs in its own y_c and, through r,
+//   in every y_k. With r = (mean(x^2) + eps)^(-1/2):
+//   dr/dx_c = -1/2 r^3 (2 x_c / C) = -r^3 x_c / C
+//   dx_c = u_c r + sum_k u_k x_k dr/dx_c = r (u_c - x_c p),  where p = r^2 sum_k u_k x_k / C
 //   dw_c = the sum over all rows of dy_c x_c r
 // dinp, dout, inp (N,C); weight (C); rstd (N); dweight (C), added to. dinp must not be dout, which
 // is read again for dw.
@@ -162,9 +162,9 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
         float *dx = dinp + (size_t)n * C, r = rstd[n], sum = 0;
         #pragma omp simd reduction(+ : sum)
         for (int c = 0; c < C; c++) sum += weight[c] * dy[c] * x[c];
-        float s = r * r * sum / C;
+        float p = r * r * sum / C;
         #pragma omp simd
-        for (int c = 0; c < C; c++) dx[c] = r * (weight[c] * dy[c] - x[c] * s);
+        for (int c = 0; c < C; c++) dx[c] = r * (weight[c] * dy[c] - x[c] * p);
     }
     #pragma omp parallel for
     for (int c0 = 0; c0 < C; c0 += BLOCK) {  // each thread owns some channels
@@ -185,13 +185,13 @@ static void rope_rotate(float *qkv, const float *table, int B, int T, int C, int
     #pragma omp parallel for
     for (int n = 0; n < B * T; n++) {
         const float *angles = table + (size_t)(n % T) * hs;
-        float *row = qkv + (size_t)n * 3 * C;
-        for (int head = 0; head < 2 * C; head += hs) {  // all heads of q, then of k
+        float *x = qkv + (size_t)n * 3 * C;
+        for (int c = 0; c < 2 * C; c += hs) {  // all heads of q, then of k
             for (int j = 0; j < hs; j += 2) {
                 float cosine = angles[j], sine = direction * angles[j + 1];
-                float x0 = row[head + j], x1 = row[head + j + 1];
-                row[head + j] = x0 * cosine - x1 * sine;
-                row[head + j + 1] = x0 * sine + x1 * cosine;
+                float x0 = x[c + j], x1 = x[c + j + 1];
+                x[c + j] = x0 * cosine - x1 * sine;
+                x[c + j + 1] = x0 * sine + x1 * cosine;
             }
         }
     }
@@ -210,35 +210,35 @@ static void rope_backward(float *dqkv, const float *table, int B, int T, int C, 
     rope_rotate(dqkv, table, B, T, C, hs, -1);
 }
 
-// 1 / (1 + e^-x). With s = sigmoid(x), its derivative is s (1 - s).
+// Returns 1 / (1 + e^-x). With s = sigmoid(x), its derivative is s (1 - s).
 static inline float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
 
-// SwiGLU (arXiv 2002.05202): y = silu(a) b, where silu(a) = a sigmoid(a).
-// out (N,H); inp (N,2H): a row holds the H values of a = w1 x, then those of b = w3 x.
+// SwiGLU (arXiv 2002.05202): y = silu(h1) h3, where silu(x) = x sigmoid(x).
+// out (N,H); inp (N,2H): a row holds the H values of h1 = w1 x, then those of h3 = w3 x.
 static void swiglu_forward(float *out, const float *inp, int N, int H) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
-        const float *a = inp + (size_t)n * 2 * H, *b = a + H;
+        const float *h1 = inp + (size_t)n * 2 * H, *h3 = h1 + H;
         float *y = out + (size_t)n * H;
         #pragma omp simd
-        for (int i = 0; i < H; i++) y[i] = a[i] * sigmoid(a[i]) * b[i];
+        for (int i = 0; i < H; i++) y[i] = h1[i] * sigmoid(h1[i]) * h3[i];
     }
 }
 
-// Given dy, compute da and db.
-//   With s = sigmoid(a):  da = dy b silu'(a) = dy b (s + a s (1 - s))
-//                         db = dy silu(a) = dy a s
+// Given dy, compute dh1 and dh3.
+//   With s = sigmoid(h1):  dh1 = dy h3 silu'(h1) = dy h3 (s + h1 s (1 - s))
+//                          dh3 = dy silu(h1) = dy h1 s
 // dinp, inp (N,2H); dout (N,H).
 static void swiglu_backward(float *dinp, const float *dout, const float *inp, int N, int H) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
-        const float *a = inp + (size_t)n * 2 * H, *b = a + H, *dy = dout + (size_t)n * H;
-        float *da = dinp + (size_t)n * 2 * H, *db = da + H;
+        const float *h1 = inp + (size_t)n * 2 * H, *h3 = h1 + H, *dy = dout + (size_t)n * H;
+        float *dh1 = dinp + (size_t)n * 2 * H, *dh3 = dh1 + H;
         #pragma omp simd
         for (int i = 0; i < H; i++) {
-            float s = sigmoid(a[i]);
-            da[i] = dy[i] * b[i] * (s + a[i] * s * (1 - s));
-            db[i] = dy[i] * a[i] * s;
+            float s = sigmoid(h1[i]);
+            dh1[i] = dy[i] * h3[i] * (s + h1[i] * s * (1 - s));
+            dh3[i] = dy[i] * h1[i] * s;
         }
     }
 }
@@ -370,8 +370,8 @@ static void attention_forward(float *out, float *lse, const float *qkv, int firs
     }
 }
 
-// Given one row of S and of dP, computes P in place of S and dS in place of dP for the first n keys;
-// the numbers from n to width become 0.
+// Given one row of S and of dP, computes P in place of S and dS in place of dP for the first n
+// keys; the numbers from n to width become 0.
 static void softmax_row_backward(float *S, float *dP, float lse, float delta, int n, int width) {
     #pragma omp simd
     for (int s = 0; s < n; s++) {
@@ -486,44 +486,46 @@ typedef struct {
     float *output;        // (V,C)
 } Parameters;
 
-// What a sublayer computes in its forward pass. What no backward pass reads is shared by all
-// sublayers; with --recompute so are qkv, pre_act and hidden.
+// What a sublayer computes in its forward pass. Arrays that no backward pass reads are shared by
+// all sublayers. With --recompute (arXiv 1604.06174) so are qkv, pre_act and hidden: the backward
+// pass computes them again, which costs time and saves memory.
 typedef struct {
-    const float *inp;     // (B,T,C) x, the output of the sublayer before
-    float *normed;        // (B,T,C) N x, the input of the branch; norm last: N s, the output
-    float *qkv;           // (B,T,3C) attention: queries and keys after RoPE, values
-    float *lse;           // (B,NH,T) attention: log sum exp of each row of scores
-    float *pre_act;       // (B,T,2H) feed-forward: w1 x, w3 x
-    float *hidden;        // (B,T,C) or (B,T,H): the input of wo or w2
-    float *branch;        // (B,T,C) the output of f
-    float *post_normed;   // (B,T,C) N' of it, sandwich only
-    float *sum;           // (B,T,C) s, shortcut + branch
-    float *scaled;        // (B,T,C) GPAS of the sum; norm last: GPAS of x
+    const float *inp;         // (B,T,C) x, the output of the sublayer before
+    float *normed;            // (B,T,C) N x, the input of f; norm last: N s, the output
+    float *qkv;               // (B,T,3C) attention: queries and keys after RoPE, values
+    float *lse;               // (B,NH,T) attention: log sum exp of each row of scores
+    float *pre_act;           // (B,T,2H) feed-forward: w1 x, w3 x
+    float *hidden;            // (B,T,C) or (B,T,H): the input of wo or w2
+    float *branch;            // (B,T,C) the output of f
+    float *post_normed;       // (B,T,C) sandwich: N' of it
+    float *sum;               // (B,T,C) s, shortcut + branch
+    float *scaled;            // (B,T,C) GPAS of s; norm last: z, GPAS of x
     float *rstd, *post_rstd;  // (B,T) of N and N'
-    const float *out;     // (B,T,C) scaled, sum or normed
+    const float *out;         // (B,T,C) y: scaled, sum or normed
 } Activations;
 
 struct Model {
     const Options *options;
     Config config;
-    TensorList list;          // names, shapes and places of the parameters
-    Parameters w, d;          // the parameters and their gradients, as pointers into:
+    TensorList list;           // names, shapes and places of the parameters
+    Parameters w, d;           // the parameters and their gradients: pointers into the next two
     float *parameters, *gradients, *adam_m, *adam_v;  // (list.size)
-    Arrays arrays;            // all memory
-    int keeps_keys;           // each layer keeps its own keys and values, for model_extend()
-    int first;                // the position of the first row of the last forward pass
-    Activations *activations; // (2L): attention, feed-forward, attention, ...
-    float *embedded;          // (B,T,C)
-    float *final_normed, *final_rstd;      // (B,T,C), (B,T)
-    float *logits, *logits_lse, *losses;   // (B,T,V), (B,T), (B,T)
-    float *dx;                // (B,T,C) the gradient of the residual stream
-    float *dsum, *dbranch;    // (B,T,C) of s where the norm is last; of the branch where N' follows
-    float *dhidden, *dqkv, *dpre_act;      // of hidden, (B,T,max(C,H)); of qkv and pre_act
-    float *dfinp, *dnorm;     // (B,T,C) of the input of f, and from there through N
-    float *rope_table;        // (T,hs/2,2)
+    Arrays arrays;             // all memory
+    Activations *activations;  // (2L): attention, feed-forward, attention, ...
+    float *embedded, *final_normed, *final_rstd;      // (B,T,C), (B,T,C), (B,T)
+    float *logits, *logits_lse, *losses;              // (B,T,V), (B,T), (B,T)
+    float *rope_table;         // (T,hs/2,2)
+    float *dx;                 // (B,T,C) the gradient of the residual stream
+    float *dsum;               // (B,T,C) of s, where the norm comes last
+    float *dbranch;            // (B,T,C) of the output of f, where N' follows
+    float *dhidden, *dqkv, *dpre_act;                 // of the arrays of this name
+    float *dbranch_inp;        // (B,T,C) of the input of f
+    float *dx_branch;          // (B,T,C) where N comes first: of x, along the branch
+    int keeps_keys;            // each layer has its own keys and values, for model_extend()
+    int first;                 // the position of the first row of the last forward pass
 };
 
-// The pointers to the parameters in `block`, which is laid out as m->list says.
+// Returns where a parameter is in `block`, which is laid out as m->list says, or NULL.
 static float *parameter(const Model *m, float *block, int kind, int l) {
     const Tensor *t = find_tensor(&m->list, kind, l);
     return t ? block + t->offset : NULL;
@@ -554,45 +556,40 @@ static Parameters all_parameters(const Model *m, float *block) {
     return w;
 }
 
-// Creates the activations of sublayer s for N rows, in the order in which they are computed.
-// lender: the first sublayer of this kind, whose arrays inside the branch are used here too, or
-// NULL. A sublayer that keeps its keys and values has its own qkv in any case.
-static void create_activations(Model *m, int s, size_t N, const Activations *lender) {
-    static const Activations none;
+// Creates the arrays of sublayer i = 0 .. 2L-1 for N rows, in the order in which they are computed.
+// Those inside the branch are the arrays of sublayer `lender`, unless that is i itself; but where
+// keys and values are kept, each layer has its own.
+static void create_activations(Model *m, int i, int lender, size_t N) {
     const Config *c = &m->config;
     size_t C = c->C, H = c->H;
-    int last = norm_comes_last(c, s / 2), attention = s % 2 == 0;
+    int attention = i % 2 == 0, last = norm_comes_last(c, i / 2), post_norm = has_post_norm(c);
     Arrays *r = &m->arrays;
-    Activations *a = &m->activations[s];
-    const Activations *first = s ? m->activations : &none;
-    if (!lender) lender = &none;
+    Activations *a = &m->activations[i], *first = m->activations, *from = &first[lender];
     if (!last) {
-        a->rstd = new_array(r, s, "rmsnorm_forward", N, NULL);
-        a->normed = new_array(r, s, "rmsnorm_forward", N * C, NULL);
+        a->rstd = new_array(r, i, "rmsnorm_forward", N, NULL);
+        a->normed = new_array(r, i, "rmsnorm_forward", N * C, NULL);
     }
     if (attention) {
-        a->qkv = new_array(r, s, "matmul_forward (wq, wk, wv) or rope_forward", 3 * N * C,
-                           m->keeps_keys ? NULL : lender->qkv);
-        a->lse = new_array(r, s, "attention_forward", N * c->NH, NULL);
-        a->hidden = new_array(r, s, "attention_forward", N * C, lender->hidden);
-        a->branch = new_array(r, s, "matmul_forward (wo)", N * C,
-                              has_post_norm(c) ? NULL : first->branch);
+        float *qkv = m->keeps_keys ? NULL : from->qkv;
+        a->qkv = new_array(r, i, "matmul_forward (wq, wk, wv) or rope_forward", 3 * N * C, qkv);
+        a->lse = new_array(r, i, "attention_forward", N * c->NH, NULL);
+        a->hidden = new_array(r, i, "attention_forward", N * C, from->hidden);
     } else {
-        a->pre_act = new_array(r, s, "matmul_forward (w1, w3)", 2 * N * H, lender->pre_act);
-        a->hidden = new_array(r, s, "swiglu_forward", N * H, lender->hidden);
-        a->branch = new_array(r, s, "matmul_forward (w2)", N * C,
-                              has_post_norm(c) ? NULL : first->branch);
+        a->pre_act = new_array(r, i, "matmul_forward (w1, w3)", 2 * N * H, from->pre_act);
+        a->hidden = new_array(r, i, "swiglu_forward", N * H, from->hidden);
     }
-    if (has_post_norm(c)) {
-        a->post_rstd = new_array(r, s, "rmsnorm_forward (N')", N, NULL);
-        a->post_normed = new_array(r, s, "rmsnorm_forward (N')", N * C, first->post_normed);
+    a->branch = new_array(r, i, attention ? "matmul_forward (wo)" : "matmul_forward (w2)", N * C,
+                          post_norm ? NULL : first->branch);
+    if (post_norm) {
+        a->post_rstd = new_array(r, i, "rmsnorm_forward (N')", N, NULL);
+        a->post_normed = new_array(r, i, "rmsnorm_forward (N')", N * C, first->post_normed);
     }
-    if (last && c->gpas) a->scaled = new_array(r, s, "gpas_forward", N * C, first->scaled);
-    a->sum = new_array(r, s, "residual_forward", N * C, NULL);
-    if (!last && c->gpas) a->scaled = new_array(r, s, "gpas_forward", N * C, NULL);
+    if (last && c->gpas) a->scaled = new_array(r, i, "gpas_forward", N * C, first->scaled);
+    a->sum = new_array(r, i, "residual_forward", N * C, NULL);
+    if (!last && c->gpas) a->scaled = new_array(r, i, "gpas_forward", N * C, NULL);
     if (last) {
-        a->rstd = new_array(r, s, "rmsnorm_forward", N, NULL);
-        a->normed = new_array(r, s, "rmsnorm_forward", N * C, NULL);
+        a->rstd = new_array(r, i, "rmsnorm_forward", N, NULL);
+        a->normed = new_array(r, i, "rmsnorm_forward", N * C, NULL);
     }
 }
 
@@ -605,7 +602,7 @@ static void create_gradients(Model *m, size_t N) {
     m->adam_m = new_array(r, NO_CHECK, "", n, NULL);
     m->adam_v = new_array(r, NO_CHECK, "", n, NULL);
     m->d = all_parameters(m, m->gradients);
-    m->dfinp = new_array(r, HEAD_BACKWARD, "matmul_backward (output)", N * C, NULL);
+    m->dbranch_inp = new_array(r, HEAD_BACKWARD, "matmul_backward (output)", N * C, NULL);
     m->dx = new_array(r, HEAD_BACKWARD, "rmsnorm_backward (final)", N * C, NULL);
     m->dsum = new_array(r, LAYER_BACKWARD, "rmsnorm_backward", N * C, NULL);
     for (int l = 0; l < c->L && c->gpas; l++)
@@ -615,8 +612,8 @@ static void create_gradients(Model *m, size_t N) {
                            NULL);
     m->dqkv = new_array(r, LAYER_BACKWARD, "attention_backward or rope_backward", 3 * N * C, NULL);
     m->dpre_act = new_array(r, LAYER_BACKWARD, "swiglu_backward", 2 * N * H, NULL);
-    new_array(r, LAYER_BACKWARD, "matmul_backward (wqkv or w13)", N * C, m->dfinp);
-    m->dnorm = new_array(r, LAYER_BACKWARD, "rmsnorm_backward", N * C, NULL);
+    new_array(r, LAYER_BACKWARD, "matmul_backward (wqkv or w13)", N * C, m->dbranch_inp);
+    m->dx_branch = new_array(r, LAYER_BACKWARD, "rmsnorm_backward", N * C, NULL);
     new_array(r, LAYER_BACKWARD, "add", N * C, m->dx);
 }
 
@@ -630,14 +627,12 @@ void model_create(Model *m, const Options *o, int B, int training) {
     Arrays *r = &m->arrays;
     size_t C = c->C, V = c->V, N = (size_t)B * c->T;
     m->parameters = new_array(r, UPDATE, "adamw_update", m->list.size, NULL);
-    initialize_parameters(m->parameters, &m->list, o->seed);
+    if (!*o->load && !*o->resume) initialize_parameters(m->parameters, &m->list, o->seed);
     m->w = all_parameters(m, m->parameters);
     m->embedded = new_array(r, EMBED, "embedding_forward", N * C, NULL);
     m->activations = allocate(2 * c->L, sizeof(Activations));
-    for (int s = 0; s < 2 * c->L; s++) {
-        int lends = s >= 2 && (o->recompute || !training);
-        create_activations(m, s, N, lends ? &m->activations[s % 2] : NULL);
-    }
+    for (int i = 0; i < 2 * c->L; i++)
+        create_activations(m, i, o->recompute || !training ? i % 2 : i, N);
     m->final_rstd = new_array(r, HEAD, "rmsnorm_forward (final)", N, NULL);
     m->final_normed = new_array(r, HEAD, "rmsnorm_forward (final)", N * C, NULL);
     m->logits = new_array(r, HEAD, "matmul_forward (output)", N * V, NULL);
@@ -801,17 +796,17 @@ static float *sublayer_backward(const Model *m, int l, int s, float *dx, int B, 
             rmsnorm_backward(db, d->post_norm[s], ds, a->branch, w->post_norm[s], a->post_rstd, N,
                              C);
         }
-        branch_backward(m, l, s, m->dfinp, db, a->normed, B, T);
-        rmsnorm_backward(m->dnorm, d->norm[s], m->dfinp, x, w->norm[s], a->rstd, N, C);
-        add(dx, m->dnorm, n);
+        branch_backward(m, l, s, m->dbranch_inp, db, a->normed, B, T);
+        rmsnorm_backward(m->dx_branch, d->norm[s], m->dbranch_inp, x, w->norm[s], a->rstd, N, C);
+        add(dx, m->dx_branch, n);
     } else {
         float *ds = m->dsum, *dz = dx;
         if (recompute) branch_forward(m, l, s, NULL, x, 0, B, T);
         rmsnorm_backward(ds, d->norm[s], dy, a->sum, w->norm[s], a->rstd, N, C);
         residual_backward(dz, ds, shortcut_scale(c), n);
         if (c->gpas) gpas_backward(dx, dgate, dz, x, *w->gate, activation, c->stop_grad, n);
-        branch_backward(m, l, s, m->dfinp, ds, x, B, T);
-        add(dx, m->dfinp, n);
+        branch_backward(m, l, s, m->dbranch_inp, ds, x, B, T);
+        add(dx, m->dbranch_inp, n);
     }
     check_finite(m, LAYER_BACKWARD, 2 * l + s);
     return dx;
@@ -852,8 +847,8 @@ void model_backward(Model *m, const int *tokens, const int *targets, int B, int 
     const float *x = m->activations[2 * L - 1].out;
     float *dx = m->dx;
     crossentropy_backward(m->logits, m->logits_lse, targets, (float)scale, N, V);
-    matmul_backward(m->dfinp, m->d.output, m->logits, m->final_normed, m->w.output, N, C, V);
-    rmsnorm_backward(dx, m->d.final_norm, m->dfinp, x, m->w.final_norm, m->final_rstd, N, C);
+    matmul_backward(m->dbranch_inp, m->d.output, m->logits, m->final_normed, m->w.output, N, C, V);
+    rmsnorm_backward(dx, m->d.final_norm, m->dbranch_inp, x, m->w.final_norm, m->final_rstd, N, C);
     check_finite(m, HEAD_BACKWARD, -1);
     for (int l = L - 1; l >= 0; l--) {
         dx = sublayer_backward(m, l, 1, dx, B, T);
@@ -910,16 +905,16 @@ typedef struct {
 //   m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
 //   p -= lr (mhat / (sqrt(vhat) + eps) + weight_decay p)
 // m and v start at 0; mhat = m / (1 - beta1^t), and vhat likewise, correct for that. Arrays (n).
-static void adamw_update(float *p, const float *grad, float *m, float *v, size_t n, AdamW a) {
-    float unbias_m = (float)(1 / (1 - pow(a.beta1, a.t)));
-    float unbias_v = (float)(1 / (1 - pow(a.beta2, a.t)));
+static void adamw_update(float *p, const float *grad, float *m, float *v, size_t n, AdamW adam) {
+    float unbias_m = (float)(1 / (1 - pow(adam.beta1, adam.t)));
+    float unbias_v = (float)(1 / (1 - pow(adam.beta2, adam.t)));
     #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) {
-        float g = grad[i] * a.clip;
-        m[i] = a.beta1 * m[i] + (1 - a.beta1) * g;
-        v[i] = a.beta2 * v[i] + (1 - a.beta2) * g * g;
+        float g = grad[i] * adam.clip;
+        m[i] = adam.beta1 * m[i] + (1 - adam.beta1) * g;
+        v[i] = adam.beta2 * v[i] + (1 - adam.beta2) * g * g;
         float mhat = m[i] * unbias_m, vhat = v[i] * unbias_v;
-        p[i] -= a.lr * (mhat / (sqrtf(vhat) + a.eps) + a.weight_decay * p[i]);
+        p[i] -= adam.lr * (mhat / (sqrtf(vhat) + adam.eps) + adam.weight_decay * p[i]);
     }
 }
 
@@ -944,7 +939,7 @@ void model_update(Model *m, int t, double norm, double gate_norm) {
     double clip, gate_clip;
     clip_factors(o, norm, gate_norm, &clip, &gate_clip);
     for (const Tensor *w = m->list.tensors; w < m->list.tensors + m->list.count; w++) {
-        AdamW a = {
+        AdamW adam = {
             .lr = learning_rate(o, t), .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f,
             .weight_decay = w->cols ? o->weight_decay : 0,
             .clip = w->kind == GATE ? gate_clip : clip,
@@ -952,7 +947,7 @@ void model_update(Model *m, int t, double norm, double gate_norm) {
         };
         if (w->kind == GATE && !m->config.gate_train) continue;
         adamw_update(m->parameters + w->offset, m->gradients + w->offset, m->adam_m + w->offset,
-                     m->adam_v + w->offset, w->size, a);
+                     m->adam_v + w->offset, w->size, adam);
     }
     check_finite(m, UPDATE, -1);
 }
@@ -965,9 +960,9 @@ const char program[] = "train_gpas", default_dtype[] = "fp32";
 const int on_gpu = 0;
 
 // One step: the gradient of the mean loss over --total-batch sequences, one micro-batch of --batch
-// after the other, then an AdamW update. Returns the loss; *norm is the gradient's norm before
-// clipping.
-static double train_step(Run *run, double *norm) {
+// after the other, then an AdamW update. Returns the loss; *grad_norm is the norm of the gradient
+// before clipping.
+static double train_step(Run *run, double *grad_norm) {
     const Options *o = run->o;
     Model *m = run->model;
     int B = o->batch, T = o->seq_len, micro_batches = o->total_batch / B;
@@ -981,9 +976,9 @@ static double train_step(Run *run, double *norm) {
         model_backward(m, run->tokens, run->targets, B, T, 1.0 / ((double)o->total_batch * T));
         run->progress.position += B;
     }
-    *norm = gradient_norms(m, run->layer_norms, &gate_norm);
-    if (!isfinite(*norm)) stop_not_finite(run, loss);
-    model_update(m, run->progress.step, *norm, gate_norm);
+    *grad_norm = gradient_norms(m, run->layer_norms, &gate_norm);
+    if (!isfinite(*grad_norm)) stop_not_finite(run, loss);
+    model_update(m, run->progress.step, *grad_norm, gate_norm);
     run->progress.step++;
     return loss;
 }
@@ -1001,16 +996,16 @@ static void train(Run *run) {
     }
     run->start_time = omp_get_wtime();
     do {
-        double norm, val = NAN, lr = learning_rate(o, run->progress.step), start = omp_get_wtime();
-        double loss = train_step(run, &norm), ms = 1000 * (omp_get_wtime() - start);
+        double start = omp_get_wtime(), lr = learning_rate(o, run->progress.step), val = NAN;
+        double grad_norm, loss = train_step(run, &grad_norm), ms = 1000 * (omp_get_wtime() - start);
         int step = run->progress.step, last = step == o->steps;
         if (last || (o->val_every && step % o->val_every == 0)) {
             val = validate(run);
             if (!isfinite(val)) stop_not_finite(run, val);
             log_layers(run);
         }
-        log_step(run, loss, val, lr, norm, ms);
-        report(run, loss, val, lr, norm, ms);
+        log_step(run, loss, val, lr, grad_norm, ms);
+        report(run, loss, val, lr, grad_norm, ms);
         if (last || (o->sample_every && step % o->sample_every == 0)) sample(run);
         if (last || stop_signal || (o->save_every && step % o->save_every == 0)) save(run);
     } while (run->progress.step < o->steps && !stop_signal);

@@ -1399,7 +1399,7 @@ void model_create(Model *m, const Options *o, int B, int training) {
         zero_gradients(m);
     }
     m->parameters = (float *)allocate(m->list.size, sizeof(float));
-    initialize_parameters(m->parameters, &m->list, o->seed);
+    if (!*o->load && !*o->resume) initialize_parameters(m->parameters, &m->list, o->seed);
     model_restore(m);
 }
 

@@ -268,24 +268,27 @@ ALWAYS_INLINE void multiply_rows(float *c, size_t ldc, Matrix a, size_t a_panel,
 #undef TILES
 }
 
-// One row of C, with B where it lies: for one row, packing would cost more than it saves.
-static void multiply_unpacked(float *c, Matrix a, Matrix b, int N, int K, int accumulate) {
+// c (N) = or += the row a (K) times B, which is read where it lies: for a single row, packing would
+// cost more than it saves. B's columns, or else its rows, are contiguous.
+static void multiply_row(float *c, const float *a, Matrix b, int N, int K, int accumulate) {
     for (int j = 0; j < N && !accumulate; j++) c[j] = 0;
-    if (b.row == 1) {
-        for (int j = 0; j < N; j++) {  // the numbers of a column of B are neighbours
-            const float *column = b.x + j * b.column;
-            float sum = 0;
-            #pragma omp simd reduction(+ : sum)
-            for (int k = 0; k < K; k++) sum += a.x[k * a.column] * column[k];
-            c[j] += sum;
-        }
-    } else {
-        for (int k = 0; k < K; k++) {  // the numbers of a row of B are neighbours
-            float x = a.x[k * a.column];
-            #pragma omp simd
-            for (int j = 0; j < N; j++) c[j] += x * b.x[k * b.row + j * b.column];
-        }
+    for (int j = 0; j < N && b.row == 1; j++) {
+        const float *column = b.x + j * b.column;
+        float sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int k = 0; k < K; k++) sum += a[k] * column[k];
+        c[j] += sum;
     }
+    for (int k = 0; k < K && b.row != 1; k++) {
+        const float *row = b.x + k * b.row;
+        #pragma omp simd
+        for (int j = 0; j < N; j++) c[j] += a[k] * row[j];
+    }
+}
+
+// Can a row of A be multiplied with B by multiply_row()?
+static inline int contiguous(Matrix a, Matrix b) {
+    return a.column == 1 && (b.row == 1 || b.column == 1);
 }
 
 static Packed pack(int which, Matrix b, int K, int N, int rows) {
@@ -299,14 +302,9 @@ static Packed pack(int which, Matrix b, int K, int N, int rows) {
 
 static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, int K,
                         int accumulate) {
-    if (!b.panels) {
-        for (int i = 0; i < M; i++) {
-            Matrix row = {a.x + i * a.row, a.row, a.column};
-            multiply_unpacked(c + i * ldc, row, b.b, N, K, accumulate);
-        }
-        return;
-    }
-    for (int j = 0; j < N; j += NR) {
+    for (int i = 0; i < M && !b.panels; i++)
+        multiply_row(c + i * ldc, a.x + i * a.row, b.b, N, K, accumulate);
+    for (int j = 0; j < N && b.panels; j += NR) {
         const float *panel = b.panels + j / NR * b.panel;
         int columns = imin(NR, N - j);
         if (a.column == 1)  // each inlined with one stride known
@@ -326,12 +324,12 @@ static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, 
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate) {
     int depth = (K - 1) / ((K + KC - 1) / KC) + 1, threads = omp_get_max_threads();
     int panels = (M + MR - 1) / MR, blocks = imin(panels, (M / MC / threads + 1) * threads);
-    if (M == 1) {
-        int share = imax(16, (N - 1) / (4 * threads) + 1);
+    if (M == 1 && contiguous(a, b)) {
+        int share = (N - 1) / threads + 1;
         #pragma omp parallel for
         for (int j = 0; j < N; j += share) {
             Matrix columns = {b.x + j * b.column, b.row, b.column};
-            multiply_unpacked(c + j, a, columns, imin(share, N - j), K, accumulate);
+            multiply_row(c + j, a.x, columns, imin(share, N - j), K, accumulate);
         }
         return;
     }
