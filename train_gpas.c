@@ -519,7 +519,7 @@ struct Model {
     float *dsum;               // (B,T,C) of s, where the norm comes last
     float *dbranch;            // (B,T,C) of the output of f, where N' follows
     float *dhidden, *dqkv, *dpre_act;                 // of the arrays of this name
-    float *dbranch_inp;        // (B,T,C) of the input of f
+    float *dfinp;        // (B,T,C) of the input of f
     float *dx_branch;          // (B,T,C) where N comes first: of x, along the branch
     int keeps_keys;            // each layer has its own keys and values, for model_extend()
     int first;                 // the position of the first row of the last forward pass
@@ -602,7 +602,7 @@ static void create_gradients(Model *m, size_t N) {
     m->adam_m = new_array(r, NO_CHECK, "", n, NULL);
     m->adam_v = new_array(r, NO_CHECK, "", n, NULL);
     m->d = all_parameters(m, m->gradients);
-    m->dbranch_inp = new_array(r, HEAD_BACKWARD, "matmul_backward (output)", N * C, NULL);
+    m->dfinp = new_array(r, HEAD_BACKWARD, "matmul_backward (output)", N * C, NULL);
     m->dx = new_array(r, HEAD_BACKWARD, "rmsnorm_backward (final)", N * C, NULL);
     m->dsum = new_array(r, LAYER_BACKWARD, "rmsnorm_backward", N * C, NULL);
     for (int l = 0; l < c->L && c->gpas; l++)
@@ -612,7 +612,7 @@ static void create_gradients(Model *m, size_t N) {
                            NULL);
     m->dqkv = new_array(r, LAYER_BACKWARD, "attention_backward or rope_backward", 3 * N * C, NULL);
     m->dpre_act = new_array(r, LAYER_BACKWARD, "swiglu_backward", 2 * N * H, NULL);
-    new_array(r, LAYER_BACKWARD, "matmul_backward (wqkv or w13)", N * C, m->dbranch_inp);
+    new_array(r, LAYER_BACKWARD, "matmul_backward (wqkv or w13)", N * C, m->dfinp);
     m->dx_branch = new_array(r, LAYER_BACKWARD, "rmsnorm_backward", N * C, NULL);
     new_array(r, LAYER_BACKWARD, "add", N * C, m->dx);
 }
@@ -705,8 +705,8 @@ static void branch_backward(const Model *m, int l, int s, float *dinp, const flo
 }
 
 /*
-One sublayer of any of the twelve networks: six placements of the norm, with GPAS or without. [G] is
-GPAS if it is on, f the branch, N and N' are RMSNorms:
+One sublayer of any of the twelve networks: six placements of the norm, each with GPAS or without.
+[G] is GPAS if it is on, f the branch, N and N' are RMSNorms:
 
     pre       y = [G](x + f(N x))
     lns       as pre; the weight of each N starts at 1/sqrt(layer)
@@ -715,8 +715,9 @@ GPAS if it is on, f the branch, N and N' are RMSNorms:
     deepnorm  y = N(A [G]x + f(x)),  A = (2L)^(1/4)
     mix       the first L/4 layers are post, the others pre
 
-Computes the output y of layer l's attention (s 0) or feed-forward network (s 1) from its input x,
-for the rows of B sequences from position `first` to T - 1. x and the result (rows,C).
+So there are two orders, norm first and norm last, and some steps that only some networks have.
+Given x, computes the output y of layer l's attention (s 0) or feed-forward network (s 1) for the
+rows of B sequences from position `first` to T - 1. x and y (rows,C).
 */
 static const float *sublayer_forward(const Model *m, int l, int s, const float *x, int first, int B,
                                      int T) {
@@ -728,85 +729,84 @@ static const float *sublayer_forward(const Model *m, int l, int s, const float *
     a->inp = x;
     if (!norm_comes_last(c, l)) {
         const float *b = a->branch;
-        rmsnorm_forward(a->normed, a->rstd, x, w->norm[s], rows, C);
-        branch_forward(m, l, s, a->branch, a->normed, first, B, T);
+        rmsnorm_forward(a->normed, a->rstd, x, w->norm[s], rows, C);                // N x
+        branch_forward(m, l, s, a->branch, a->normed, first, B, T);                 // b = f(N x)
         if (has_post_norm(c)) {
             rmsnorm_forward(a->post_normed, a->post_rstd, b, w->post_norm[s], rows, C);
-            b = a->post_normed;
+            b = a->post_normed;                                                     // b = N' f(N x)
         }
-        residual_forward(a->sum, x, b, 1, n);
+        residual_forward(a->sum, x, b, 1, n);                                       // s = x + b
         a->out = a->sum;
         if (c->gpas) {
-            gpas_forward(a->scaled, a->sum, *w->gate, c->gate_activation, n);
+            gpas_forward(a->scaled, a->sum, *w->gate, c->gate_activation, n);       // y = GPAS(s)
             a->out = a->scaled;
         }
     } else {
         const float *z = x;
-        branch_forward(m, l, s, a->branch, x, first, B, T);
+        branch_forward(m, l, s, a->branch, x, first, B, T);                         // b = f(x)
         if (c->gpas) {
-            gpas_forward(a->scaled, x, *w->gate, c->gate_activation, n);
+            gpas_forward(a->scaled, x, *w->gate, c->gate_activation, n);            // z = GPAS(x)
             z = a->scaled;
         }
-        residual_forward(a->sum, z, a->branch, shortcut_scale(c), n);
-        rmsnorm_forward(a->normed, a->rstd, a->sum, w->norm[s], rows, C);
+        residual_forward(a->sum, z, a->branch, shortcut_scale(c), n);               // s = A z + b
+        rmsnorm_forward(a->normed, a->rstd, a->sum, w->norm[s], rows, C);           // y = N s
         a->out = a->normed;
     }
     check_finite(m, 2 * l + s, 2 * l + s);
     return a->out;
 }
 
-// dx += dy. Both (n).
-static void add(float *dx, const float *dy, size_t n) {
+// dx += dx_branch. Both (n).
+static void add(float *dx, const float *dx_branch, size_t n) {
     #pragma omp parallel for simd
-    for (size_t i = 0; i < n; i++) dx[i] += dy[i];
+    for (size_t i = 0; i < n; i++) dx[i] += dx_branch[i];
 }
 
 /*
-The same sublayer backwards. Given dy, compute dx. X^T v is the backward pass of X applied to v; x
-goes two ways, along the shortcut and into the branch, so its two gradients are added.
+The same sublayer backwards. Given dy, compute dx. X^T v is the backward pass of X applied to v. x
+goes two ways, along the shortcut and into the branch, so its two gradients are added:
 
-    norm first   s = x + b, b = N' f(N x), y = GPAS(s)        (no N' but in sandwich)
-        ds = dy                      untouched by GPAS
+    norm first   s = x + b, b = N' f(N x), y = GPAS(s)             N' only in sandwich
+        ds = dy                          untouched by GPAS
         dg -= a'(g) sum s dy
-        dx = ds + N^T f^T N'^T ds    the shortcut, and the branch
+        dx = ds + N^T f^T N'^T ds        along the shortcut, and through the branch
 
     norm last    z = GPAS(x), s = A z + f(x), y = N s
         ds = N^T dy,  dz = A ds
         dg -= a'(g) sum x dz
-        dx = dz + f^T ds             dz is untouched by GPAS
+        dx = dz + f^T ds                 dz is untouched by GPAS
 
-In place: dx (B,T,C) is dy on entry, and is returned.
+Without the stop-gradient, the gradient on its way through GPAS is multiplied by 1 - a(g).
+It works in place: dx (B,T,C) is dy on entry, and is returned.
 */
 static float *sublayer_backward(const Model *m, int l, int s, float *dx, int B, int T) {
     const Config *c = &m->config;
     const LayerParameters *w = &m->w.layers[l], *d = &m->d.layers[l];
     const Activations *a = &m->activations[2 * l + s];
-    int C = c->C, N = B * T, activation = c->gate_activation;
-    int recompute = m->options->recompute && l < c->L - 1;  // the last layer's is still there
+    const float *x = a->inp, *finp = norm_comes_last(c, l) ? x : a->normed;  // finp: input of f
+    int C = c->C, N = B * T, act = c->gate_activation;
     size_t n = (size_t)N * C;
-    float *dy = dx, *dgate = c->gate_train ? d->gate : NULL;
-    const float *x = a->inp;
+    float *dgate = c->gate_train ? d->gate : NULL;
+    if (m->options->recompute && l < c->L - 1)  // the last layer's arrays are still there
+        branch_forward(m, l, s, NULL, finp, 0, B, T);
     if (!norm_comes_last(c, l)) {
-        float *ds = dy, *db = ds;
-        if (recompute) branch_forward(m, l, s, NULL, a->normed, 0, B, T);
-        if (c->gpas)
-            gpas_backward(ds, dgate, dy, a->sum, *w->gate, activation, c->stop_grad, n);
+        float *ds = dx, *db = ds;  // ds = dy: GPAS changes nothing
+        if (c->gpas) gpas_backward(ds, dgate, dx, a->sum, *w->gate, act, c->stop_grad, n);
         if (has_post_norm(c)) {
             db = m->dbranch;
-            rmsnorm_backward(db, d->post_norm[s], ds, a->branch, w->post_norm[s], a->post_rstd, N,
-                             C);
+            rmsnorm_backward(db, d->post_norm[s], ds, a->branch, w->post_norm[s], a->post_rstd,
+                             N, C);                                                 // db = N'^T ds
         }
-        branch_backward(m, l, s, m->dbranch_inp, db, a->normed, B, T);
-        rmsnorm_backward(m->dx_branch, d->norm[s], m->dbranch_inp, x, w->norm[s], a->rstd, N, C);
+        branch_backward(m, l, s, m->dfinp, db, finp, B, T);                         // f^T db
+        rmsnorm_backward(m->dx_branch, d->norm[s], m->dfinp, x, w->norm[s], a->rstd, N, C);  // N^T
         add(dx, m->dx_branch, n);
     } else {
         float *ds = m->dsum, *dz = dx;
-        if (recompute) branch_forward(m, l, s, NULL, x, 0, B, T);
-        rmsnorm_backward(ds, d->norm[s], dy, a->sum, w->norm[s], a->rstd, N, C);
-        residual_backward(dz, ds, shortcut_scale(c), n);
-        if (c->gpas) gpas_backward(dx, dgate, dz, x, *w->gate, activation, c->stop_grad, n);
-        branch_backward(m, l, s, m->dbranch_inp, ds, x, B, T);
-        add(dx, m->dbranch_inp, n);
+        rmsnorm_backward(ds, d->norm[s], dx, a->sum, w->norm[s], a->rstd, N, C);    // ds = N^T dy
+        residual_backward(dz, ds, shortcut_scale(c), n);                            // dz = A ds
+        if (c->gpas) gpas_backward(dx, dgate, dz, x, *w->gate, act, c->stop_grad, n);
+        branch_backward(m, l, s, m->dfinp, ds, finp, B, T);                         // f^T ds
+        add(dx, m->dfinp, n);
     }
     check_finite(m, LAYER_BACKWARD, 2 * l + s);
     return dx;
@@ -831,24 +831,30 @@ static void network_forward(Model *m, const int *tokens, const int *targets, int
     m->first = first;
 }
 
+// The mean loss in nats of tokens (B,T), each of which should predict its target; without targets
+// only the logits.
 double model_forward(Model *m, const int *tokens, const int *targets, int B, int T) {
     network_forward(m, tokens, targets, 0, B, T);
     return targets ? dot(m->losses, NULL, (size_t)B * T) / (B * T) : 0;
 }
 
+// The same for positions `first` to T - 1 of one sequence whose earlier positions have been
+// computed: their keys and values are still in the activations, and nothing else of them is needed.
+// So each token of a story costs one row. Where layers share one qkv, everything is computed again.
 double model_extend(Model *m, const int *tokens, const int *targets, int first, int T) {
     int from = m->keeps_keys ? first : 0, rows = T - first;
     network_forward(m, tokens + from, targets ? targets + from : NULL, from, 1, T);
     return targets ? dot(m->losses + first - from, NULL, rows) / rows : 0;
 }
 
+// Adds to the gradients those of scale times the sum of the losses of the last model_forward().
 void model_backward(Model *m, const int *tokens, const int *targets, int B, int T, double scale) {
     int C = m->config.C, V = m->config.V, L = m->config.L, N = B * T;
     const float *x = m->activations[2 * L - 1].out;
     float *dx = m->dx;
     crossentropy_backward(m->logits, m->logits_lse, targets, (float)scale, N, V);
-    matmul_backward(m->dbranch_inp, m->d.output, m->logits, m->final_normed, m->w.output, N, C, V);
-    rmsnorm_backward(dx, m->d.final_norm, m->dbranch_inp, x, m->w.final_norm, m->final_rstd, N, C);
+    matmul_backward(m->dfinp, m->d.output, m->logits, m->final_normed, m->w.output, N, C, V);
+    rmsnorm_backward(dx, m->d.final_norm, m->dfinp, x, m->w.final_norm, m->final_rstd, N, C);
     check_finite(m, HEAD_BACKWARD, -1);
     for (int l = L - 1; l >= 0; l--) {
         dx = sublayer_backward(m, l, 1, dx, B, T);
@@ -858,7 +864,7 @@ void model_backward(Model *m, const int *tokens, const int *targets, int B, int 
     check_finite(m, EMBED_BACKWARD, -1);
 }
 
-// The rest of what model.h asks of a model.
+// The rest of the functions that dev/model.h declares, and describes.
 
 void zero_gradients(Model *m) { memset(m->gradients, 0, m->list.size * sizeof(float)); }
 

@@ -215,21 +215,21 @@ static void part_backward(Bench *z, int part, int l, int s) {
     int N = z->N, B = z->B, T = z->T, C = z->C, H = z->H, NH = z->NH, V = z->V;
     if (part == MATMUL && s == 0) {
         linear_backward(z, m->dhidden, d->wo, m->dx, a->hidden, w->wo, C, C);
-        linear_backward(z, m->dbranch_inp, d->wqkv, m->dqkv, a->normed, w->wqkv, C, 3 * C);
+        linear_backward(z, m->dfinp, d->wqkv, m->dqkv, a->normed, w->wqkv, C, 3 * C);
     } else if (part == MATMUL) {
         linear_backward(z, m->dhidden, d->w2, m->dx, a->hidden, w->w2, H, C);
-        linear_backward(z, m->dbranch_inp, d->w13, m->dpre_act, a->normed, w->w13, C, 2 * H);
+        linear_backward(z, m->dfinp, d->w13, m->dpre_act, a->normed, w->w13, C, 2 * H);
     }
     if (part == ATTENTION && s == 0)
         attention_backward(m->dqkv, m->dhidden, a->hidden, a->lse, a->qkv, B, T, C, NH);
     if (part == ROPE && s == 0) rope_backward(m->dqkv, m->rope_table, B, T, C, C / NH);
     if (part == SWIGLU && s == 1) swiglu_backward(m->dpre_act, m->dhidden, a->pre_act, N, H);
     if (part == RMSNORM)
-        rmsnorm_backward(m->dx_branch, d->norm[s], m->dbranch_inp, a->inp, w->norm[s], a->rstd, N, C);
+        rmsnorm_backward(m->dx_branch, d->norm[s], m->dfinp, a->inp, w->norm[s], a->rstd, N, C);
     if (part == RESIDUAL) add(m->dx, m->dx_branch, z->n);
     if (part == GPAS) gpas_backward(m->dx, d->gate, m->dx, a->sum, *w->gate, GATE_SILU, 1, z->n);
     if (part == LOGITS)
-        linear_backward(z, m->dbranch_inp, m->d.output, m->logits, m->final_normed, m->w.output, C, V);
+        linear_backward(z, m->dfinp, m->d.output, m->logits, m->final_normed, m->w.output, C, V);
     if (part == CROSSENTROPY)
         crossentropy_backward(m->logits, m->logits_lse, z->tokens, 1.0f / N, N, V);
     if (part == OPTIMIZER) zero_gradients(m);
