@@ -59,7 +59,7 @@ ifeq ($(KERNELS),Linux)
 CUDA_ON_CPU = train_gpas_cuda_on_cpu build/test_cuda_on_cpu build/test_cuda_on_cpu_unchecked \
     build/test_fp32 build/test_bf16
 CUDA_ON_CPU_TESTS = ./build/test_cuda_on_cpu ./build/test_cuda_on_cpu_unchecked \
-    "./build/test_fp32 ./train_gpas_cuda_on_cpu" "./build/test_bf16 ./train_gpas_cuda_on_cpu" \
+    ./build/test_fp32 ./build/test_bf16 \
     "$(PYTHON) dev/test/test_export.py ./train_gpas_cuda_on_cpu"
 endif
 
@@ -85,18 +85,24 @@ CUDA_SOURCES = train_gpas.cu dev/gpu/ptx.h $(wildcard dev/*.h)
 train_gpas_cuda: $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUBLASLT)
 
-test_gpas_cuda_fp32: test_gpas.c dev/test/on_gpu.h $(CUDA_SOURCES)
-	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=float -x cu $< -o $@ $(CUBLASLT)
+# The kernels' tests load train_gpas.c from here, to compare with it.
+build/cpu.so: dev/test/cpu.c $(TEST_SOURCES)
+	$(CC) $(FLAGS) -shared -fPIC $< -o $@ -lm
 
-test_gpas_cuda_bf16: test_gpas.c dev/test/on_gpu.h $(CUDA_SOURCES)
-	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=bf16 -x cu $< -o $@ $(CUBLASLT)
+KERNEL_TESTS = test_gpas.c build/cpu.so $(wildcard dev/test/*.h)
+ON_GPU = -DTRAIN_GPAS_CU='"train_gpas.cu"' -x cu
+test_gpas_cuda_fp32: $(KERNEL_TESTS) $(CUDA_SOURCES)
+	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=float $(ON_GPU) $< -o $@ $(CUBLASLT)
+
+test_gpas_cuda_bf16: $(KERNEL_TESTS) $(CUDA_SOURCES)
+	$(NVCC) $(NVCC_FLAGS) -DCUDA_REAL=bf16 $(ON_GPU) $< -o $@ $(CUBLASLT)
 
 bench_cuda: dev/gpu/bench.cu $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) -I. $< -o $@ $(CUBLASLT)
 
 test-cuda: train_gpas train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16
-	@sh dev/test/run_tests.sh "./test_gpas_cuda_fp32 ./train_gpas_cuda" \
-	    "./test_gpas_cuda_bf16 ./train_gpas_cuda" "$(PYTHON) dev/test/test_export.py ./train_gpas_cuda"
+	@sh dev/test/run_tests.sh ./test_gpas_cuda_fp32 ./test_gpas_cuda_bf16 \
+	    "$(PYTHON) dev/test/test_export.py ./train_gpas_cuda"
 
 bench-cuda: bench_cuda
 	./bench_cuda
@@ -124,11 +130,11 @@ build/%.cu: %.cu Makefile
 train_gpas_cuda_on_cpu: $(ON_CPU_SOURCES)
 	$(ON_CPU) $< -o $@
 
-build/test_fp32: test_gpas.c dev/test/on_gpu.h $(ON_CPU_SOURCES)
-	$(ON_CPU) $(CHECKED) -DCUDA_REAL=float -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@
+build/test_fp32: $(KERNEL_TESTS) $(ON_CPU_SOURCES)
+	$(ON_CPU) $(CHECKED) -DCUDA_REAL=float -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@ -ldl
 
-build/test_bf16: test_gpas.c dev/test/on_gpu.h $(ON_CPU_SOURCES)
-	$(ON_CPU) $(CHECKED) -DCUDA_REAL=bf16 -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@
+build/test_bf16: $(KERNEL_TESTS) $(ON_CPU_SOURCES)
+	$(ON_CPU) $(CHECKED) -DCUDA_REAL=bf16 -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@ -ldl
 
 build/test_cuda_on_cpu: build/dev/gpu/test_cuda_on_cpu.cu dev/gpu/cuda_on_cpu.h
 	$(ON_CPU) $(CHECKED) -c $< -o $@.o && $(CXX) -fopenmp $@.o -o $@

@@ -614,7 +614,7 @@ static void create_gradients(Model *m, size_t N) {
     m->dpre_act = new_array(r, LAYER_BACKWARD, "swiglu_backward", 2 * N * H, NULL);
     new_array(r, LAYER_BACKWARD, "matmul_backward (wqkv or w13)", N * C, m->dfinp);
     m->dx_branch = new_array(r, LAYER_BACKWARD, "rmsnorm_backward", N * C, NULL);
-    new_array(r, LAYER_BACKWARD, "add", N * C, m->dx);
+    new_array(r, LAYER_BACKWARD, "residual_backward, gpas_backward or add", N * C, m->dx);
 }
 
 void model_create(Model *m, const Options *o, int B, int training) {

@@ -7,7 +7,7 @@
 #ifdef CUDA
 #include <algorithm>
 typedef float real;
-namespace on_gpu {
+namespace kernels {  // its layers take arrays on the host
 #include "../test/on_gpu.h"
 
 // adamw_update(), but the copy of p that it writes too must be p.
@@ -18,7 +18,7 @@ static void adamw_and_copy(float *p, const float *grad, float *m, float *v, size
     {
         OnGpu<float> x(p, n), g(grad, n), m1(m, n), v1(v, n);
         OnGpu<real> weights(copy, n);
-        Chunk one = {0, (int)n, -1, MATRIX};
+        Chunk one = {0, (int)n, WQ, 0, 1};
         Constants<Chunk> chunk(&one, 1);
         AdamW a = {lr, beta1, beta2, eps, weight_decay, grad_scale, 1, 0, 0, 1};
         ::adamw_update<real>(weights.p, x.p, g.p, m1.p, v1.p, chunk.p, 1, a, t);
@@ -50,9 +50,9 @@ static void fused_backward(float *dsum, float *dinp, float *dweight, float *dgat
                                          dz.p, y.p, r.p, w.p, t.p, gpas, N, C);
 }
 }
-#define FUSED(name) on_gpu::name
-#define LAYER(name) on_gpu::name
-#define ADAMW on_gpu::adamw_and_copy
+#define FUSED(name) kernels::name
+#define LAYER(name) kernels::name
+#define ADAMW kernels::adamw_and_copy
 #else
 #define CUDA 0
 #define LAYER(name) name

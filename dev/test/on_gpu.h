@@ -78,8 +78,9 @@ static void residual_backward(float *dshortcut, const float *dout, float alpha, 
     Scratch<real> dbranch(n);
     Scratch<float> partial(n + 1);
     Gpas gpas = {NULL, 0, 1, 1, alpha};
-    residual_gpas_rmsnorm_backward<real>(dbranch.p, dx.p, NULL, NULL, partial.p, NULL, dy.p, NULL,
-                                         NULL, NULL, NULL, gpas, 1, (int)n);
+    residual_gpas_rmsnorm_backward<real>(dbranch.p, dx.p, NULL, NULL, partial.p, NULL,
+                                         dshortcut == dout ? dx.p : dy.p, NULL, NULL, NULL, NULL,
+                                         gpas, 1, (int)n);
 }
 
 static void rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int N,
@@ -152,8 +153,10 @@ static void matmul_backward(float *dinp, float *dweight, const float *dout, cons
     ::matmul_backward<real>(dx.p, dw.p, dy.p, x.p, w.p, N, C, OC);
 }
 
-static void attention_forward(float *out, float *lse, const float *qkv, int B, int T, int C,
-                              int NH) {
+// train_gpas.cu computes all queries, so `first` must be 0.
+static void attention_forward(float *out, float *lse, const float *qkv, int first, int B, int T,
+                              int C, int NH) {
+    if (first) die("the GPU's attention_forward() begins with the first query");
     size_t n = (size_t)B * T * C;
     OnGpu<real> y(out, n), x(qkv, 3 * n);
     OnGpu<float> l(lse, (size_t)B * NH * T);
@@ -187,12 +190,12 @@ static void crossentropy_backward(float *logits, const float *, const int *targe
 }
 
 static void adamw_update(float *p, const float *grad, float *m, float *v, size_t n, float lr,
-                         float beta1, float beta2, float eps, float weight_decay, float grad_scale,
+                         float beta1, float beta2, float eps, float weight_decay, float clip,
                          int t) {
     OnGpu<float> x(p, n), g(grad, n), m1(m, n), v1(v, n);
     OnGpu<real> weights((const float *)p, n);
-    Chunk one = {0, (int)n, -1, MATRIX};
+    Chunk one = {0, (int)n, WQ, 0, 1};
     Constants<Chunk> chunk(&one, 1);
-    AdamW a = {lr, beta1, beta2, eps, weight_decay, grad_scale, 1, 0, 0, 1};
+    AdamW a = {lr, beta1, beta2, eps, weight_decay, clip, 1, 0, 0, 1};
     ::adamw_update<real>(weights.p, x.p, g.p, m1.p, v1.p, chunk.p, 1, a, t);
 }
