@@ -24,16 +24,12 @@ FORCE:
 data/toy/tokenizer.bin:
 	$(PYTHON) prepro_tinystories.py --out data/toy
 
-# Threads that wait for others spin. Where another program has a core, a step of 30 ms then takes
-# seconds. With this they sleep after some microseconds, and lose nothing on cores of their own.
-run: export GOMP_SPINCOUNT = 1000
 run: train_gpas data/toy/tokenizer.bin
 	./train_gpas --norm pre --gpas off --out out/pre
 	./train_gpas --norm pre --gpas on --out out/pre_gpas
 	@$(PYTHON) dev/tools/compare.py out/pre out/pre_gpas
 
-# What GPAS does, in pictures: docs/figures.md. Needs matplotlib. Interrupted, it goes on.
-figures: export GOMP_SPINCOUNT = 1000
+# What GPAS does, in pictures: docs/figures.md. Needs matplotlib. If interrupted, it continues.
 figures: train_gpas data/toy/tokenizer.bin
 	$(PYTHON) dev/tools/figures.py
 
