@@ -183,8 +183,7 @@ soak: train_gpas data/toy/tokenizer.bin
 	$(PYTHON) dev/test/soak.py --seconds $(SECONDS)
 
 # No BLAS is linked: the program looks for OpenBLAS and MKL, its yardsticks, when it runs.
-# Compiled each time (it is phony): what it measures depends on CFLAGS, which may have changed.
-dev/tools/bench: dev/tools/bench.c $(SOURCES)
+dev/tools/bench: dev/tools/bench.c $(SOURCES) build/flags
 	$(CC) $(FLAGS) $< -o $@ -lm -ldl
 
 bench: dev/tools/bench
@@ -219,5 +218,5 @@ help:
 	@echo "make CC=clang     another compiler"
 	@echo "make PLAIN=1      train_gpas with the plain matrix multiplication in train_gpas.c itself"
 
-.PHONY: FORCE run figures test assignment grade sanitize fuzz soak bench dev/tools/bench reference clean help
+.PHONY: FORCE run figures test assignment grade sanitize fuzz soak bench reference clean help
 .PHONY: test-cuda bench-cuda test-cuda-on-cpu

@@ -213,6 +213,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (size == 0) return 0;
     if (setjmp(back) == 0) read_input(data, size);
     give_back();
-    for (int which = 0; which < 2; which++) packed[which] = NULL, packed_size[which] = 0;
+    memset(thread_buffer, 0, sizeof thread_buffer);  // give_back() released it
+    memset(thread_buffer_size, 0, sizeof thread_buffer_size);
     return 0;
 }
