@@ -1409,14 +1409,17 @@ static void test_attention_extended(void) {
     }
 }
 
-// One product C = A B or C += A B, with A or B transposed or not, against three loops.
+// One product C = A B or C += A B, with A or B transposed or not, by gemm() and by gemm_packed(),
+// against three loops. pack() is told to expect one row, where A must not be transposed, or many
+// rows. It gets one row and one column of B more than gemm_packed() needs.
 static void test_product(int M, int N, int K, int transpose_a, int transpose_b, int accumulate) {
-    size_t ldc = N + 3;
-    float *a = random_floats((size_t)M * K, 1, 1), *b = random_floats((size_t)K * N, 1, 2);
-    float *c = random_floats(M * ldc, 1, 3), *expected = copy(c, M * ldc);
+    size_t ldc = N + 3, n = M * ldc;
+    float *a = random_floats((size_t)M * K, 1, 1);
+    float *b = random_floats((size_t)(K + 1) * (N + 1), 1, 2);
+    float *c = random_floats(n, 1, 3), *expected = copy(c, n), *got = copy(c, n);
     Matrix A = transpose_a ? transpose(matrix(a, M)) : matrix(a, K);
-    Matrix B = transpose_b ? transpose(matrix(b, K)) : matrix(b, N);
-    char name[100];
+    Matrix B = transpose_b ? transpose(matrix(b, K + 1)) : matrix(b, N + 1);
+    char name[200], what[100];
     for (int i = 0; i < M; i++) {
         for (int j = 0; j < N; j++) {
             double sum = accumulate ? c[i * ldc + j] : 0;
@@ -1425,10 +1428,17 @@ static void test_product(int M, int N, int K, int transpose_a, int transpose_b, 
             expected[i * ldc + j] = (float)sum;
         }
     }
-    gemm(c, ldc, A, B, M, N, K, accumulate);
-    snprintf(name, sizeof name, "gemm: %d x %d, depth %d, A%s B%s%s", M, N, K,
-             transpose_a ? "^T" : "", transpose_b ? "^T" : "", accumulate ? ", added to C" : "");
-    check_close(name, c, expected, M * ldc, 1e-5, 0);
+    snprintf(what, sizeof what, "%d x %d, depth %d, A%s B%s%s", M, N, K, transpose_a ? "^T" : "",
+             transpose_b ? "^T" : "", accumulate ? ", added to C" : "");
+    gemm(got, ldc, A, B, M, N, K, accumulate);
+    snprintf(name, sizeof name, "gemm: %s", what);
+    check_close(name, got, expected, n, 1e-5, 0);
+    for (int rows = transpose_a ? 1000 : 1; rows <= 1000; rows += 999) {
+        memcpy(got, c, n * sizeof(float));
+        gemm_packed(got, ldc, A, pack(0, B, K + 1, N + 1, rows), M, N, K, accumulate);
+        snprintf(name, sizeof name, "gemm_packed for %d rows: %s", rows, what);
+        check_close(name, got, expected, n, 1e-5, 0);
+    }
     free_floats();
 }
 
@@ -1439,6 +1449,23 @@ static void test_gemm(void) {
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         for (int form = 0; form < 8; form++)
             test_product(shapes[i][0], shapes[i][1], shapes[i][2], form & 1, !(form & 2), form / 4);
+}
+
+static void test_dot(void) {
+    static const int sizes[] = {1, 63, 64, 65, 1000, 100003};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        int n = sizes[i];
+        float *a = random_floats(n, 1, 1), *b = random_floats(n, 1, 2);
+        double sum = 0, product = 0;
+        char name[100];
+        for (int k = 0; k < n; k++) {
+            sum += a[k];
+            product += (double)a[k] * b[k];
+        }
+        snprintf(name, sizeof name, "dot: %d products, and their first factors alone", n);
+        check(fabs(dot(a, b, n) - product) < 1e-9 && fabs(dot(a, NULL, n) - sum) < 1e-9, name,
+              "%g and %g, not %g and %g", dot(a, b, n), dot(a, NULL, n), product, sum);
+    }
 }
 
 // Products that several threads share, with more than one block in each direction: the same bits.
@@ -1790,12 +1817,13 @@ static void test_large_arrays(void) {
 
 int main(void) {
     static void (*const tests[])(void) = {
-        test_gpas, test_residual, test_embedding, test_rmsnorm, test_rope, test_swiglu, test_gemm,
-        test_exp, test_matmul, test_attention, test_crossentropy, test_adamw, test_long_attention,
-        test_wide_attention, test_attention_lengths, test_attention_extended, test_networks,
-        test_recompute, test_stories, test_positions_computed, test_optimizer, test_initial_values,
-        test_initial_streams, test_layer_state, test_learning, test_gemm_threads, test_threads,
-        test_check_finite, test_large_models, test_large_arrays,
+        test_dot, test_gpas, test_residual, test_embedding, test_rmsnorm, test_rope, test_exp,
+        test_swiglu, test_gemm, test_matmul, test_attention, test_crossentropy, test_adamw,
+        test_long_attention, test_wide_attention, test_attention_lengths,
+        test_attention_extended, test_networks, test_recompute, test_stories,
+        test_positions_computed, test_optimizer, test_initial_values, test_initial_streams,
+        test_layer_state, test_learning, test_gemm_threads, test_threads, test_check_finite,
+        test_large_models, test_large_arrays,
     };
     open_dump("dev/test/reference.safetensors");
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
