@@ -1568,29 +1568,30 @@ static void check_rope(int backward) {
 static void check_rope_forward(void) { check_rope(0); }
 static void check_rope_backward(void) { check_rope(1); }
 
-// ---- swiglu: in[0] (N,2H), a row holds a, then b.
+// ---- swiglu: in[0] (N,2H), a row holds h1, then h3; in the code here they are a and b.
 
 enum { SWIGLU_HELD = 1, SWIGLU_SWAPPED, SWIGLU_SIGMOID, SWIGLU_PRODUCT, SWIGLU_SUM, SWIGLU_NEGATIVE,
        SWIGLU_TANH, SWIGLU_LINEAR, SWIGLU_MIXED, SWIGLU_INTERLEAVED,
        SWIGLU_BESIDE, SWIGLU_FAR, SWIGLU_RELU, SWIGLU_GELU, SWIGLU_ONLY_TANH };
 static const Mistake swiglu_mistakes[] = {
-    {SWIGLU_HELD, 2, "silu(a) = a sigmoid(a) is a product: the term through the sigmoid is "
+    {SWIGLU_HELD, 2, "silu(h1) = h1 sigmoid(h1) is a product: the term through the sigmoid is "
      "missing"},
-    {SWIGLU_LINEAR, 2, "silu(a) = a sigmoid(a) is a product: the term through its factor a is "
+    {SWIGLU_LINEAR, 2, "silu(h1) = h1 sigmoid(h1) is a product: the term through its factor h1 is "
      "missing"},
-    {SWIGLU_SWAPPED, 3, "the halves are exchanged: silu(b) a in place of silu(a) b"},
-    {SWIGLU_SIGMOID, 3, "sigmoid(a) b: the factor a is missing"},
-    {SWIGLU_PRODUCT, 3, "a b: the sigmoid is missing"},
-    {SWIGLU_SUM, 3, "silu(a) + b in place of silu(a) b"},
+    {SWIGLU_SWAPPED, 3, "the halves are exchanged: silu(h3) h1 in place of silu(h1) h3"},
+    {SWIGLU_SIGMOID, 3, "sigmoid(h1) h3: the factor h1 is missing"},
+    {SWIGLU_PRODUCT, 3, "h1 h3: the sigmoid is missing"},
+    {SWIGLU_SUM, 3, "silu(h1) + h3 in place of silu(h1) h3"},
     {SWIGLU_NEGATIVE, 3, "the sign inside of the sigmoid is wrong"},
     {SWIGLU_TANH, 3, "tanh in place of the sigmoid"},
-    {SWIGLU_MIXED, 3, "sigmoid(b) in place of sigmoid(a)"},
-    {SWIGLU_BESIDE, 3, "b begins H places after a, not 1"},
-    {SWIGLU_FAR, 3, "b begins H places after a, in the same row; not N H"},
+    {SWIGLU_MIXED, 3, "sigmoid(h3) in place of sigmoid(h1)"},
+    {SWIGLU_BESIDE, 3, "h3 begins H places after h1, not 1"},
+    {SWIGLU_FAR, 3, "h3 begins H places after h1, in the same row; not N H"},
     {SWIGLU_RELU, 3, "ReLU in place of SiLU"},
-    {SWIGLU_GELU, 3, "GELU in place of SiLU: nothing stands before a in the sigmoid"},
-    {SWIGLU_ONLY_TANH, 3, "tanh(a) in place of a sigmoid(a)"},
-    {SWIGLU_INTERLEAVED, 3, "a and b are read alternately; a row holds all of a, then all of b"},
+    {SWIGLU_GELU, 3, "GELU in place of SiLU: the sigmoid is that of h1 itself, without a factor"},
+    {SWIGLU_ONLY_TANH, 3, "tanh(h1) in place of h1 sigmoid(h1)"},
+    {SWIGLU_INTERLEAVED, 3, "h1 and h3 are read alternately; a row holds all of h1, then all of "
+     "h3"},
     {0, 0, NULL}};
 
 static void swiglu(number *out, number *const *in, const Case *c, int wrong) {
@@ -1620,14 +1621,14 @@ static Case swiglu_case(int k) {
     static const char *const names[] = {"5 rows x 7", "one row", "H = 1", "5 rows x 64"};
     Case c = {.name = names[k], .T = shapes[k][0], .K = shapes[k][1]};
     add_input(&c, 0, "inp", c.T, 2 * c.K, 1.4);
-    c.out_size = (size_t)c.T * c.K, c.sections = 2, c.parts[0] = "a", c.parts[1] = "b";
+    c.out_size = (size_t)c.T * c.K, c.sections = 2, c.parts[0] = "h1", c.parts[1] = "h3";
     return c;
 }
 
-// a, b, sigmoid(a), ... as quantities for a result whose rows are `times` H long.
+// h1, h3, sigmoid(h1), ... as quantities for a result whose rows are `times` H long.
 static void swiglu_quantities(Result *r, const Case *c, const double *dout, int times) {
-    static const char *const names[] = {"a", "b", "sigmoid(a)", "1 - sigmoid(a)", "1 + sigmoid(a)",
-                                        "dout"};
+    static const char *const names[] = {"h1", "h3", "sigmoid(h1)", "1 - sigmoid(h1)",
+                                        "1 + sigmoid(h1)", "dout"};
     double *q[6];
     for (int k = 0; k < 6; k++) q[k] = room(r->n, sizeof(double));
     for (size_t i = 0; i < r->n; i++) {
@@ -1667,11 +1668,11 @@ static void check_swiglu_backward(void) {
         if (check_watched()) continue;
         Result r = result_of("dinp", dx, differentiate(swiglu, &c, 0, dout, 0), 0, c.T, 2 * c.K,
                              "row", "column");
-        r.sections = 2, r.section_names[0] = "da", r.section_names[1] = "db";
+        r.sections = 2, r.section_names[0] = "dh1", r.section_names[1] = "dh3";
         if (!compare(&r)) continue;
         backward_mistakes(&r, swiglu, &c, 0, dout, c.T, c.K, swiglu_mistakes, SWIGLU_HELD,
-                          "that with the sigmoid held, and all of db", "that through the "
-                          "derivative of the sigmoid, in da");
+                          "that with the sigmoid held, and all of dh3", "that through the "
+                          "derivative of the sigmoid, in dh1");
         swiglu_quantities(&r, &c, dout, 2);
         report(&r, NULL);
     }

@@ -23,27 +23,29 @@ MISTAKES = [
     ("embedding", "dw[c] += dy[c]", "dw[c] = dy[c]", r"\+="),
     ("rmsnorm", "r * r * sum / C", "r * r * sum", "factor C"),
     ("rope", "(size_t)(n % T) * hs", "(size_t)n * hs", "n % T"),
-    ("swiglu", "(s + a[i] * s * (1 - s))", "s", "product: the term through the sigmoid"),
+    ("swiglu", "(s + h1[i] * s * (1 - s))", "s", "product: the term through the sigmoid"),
     ("matmul", "matrix(dout, OC), matrix(weight, C)",
      "matrix(dout, OC), transpose(matrix(weight, OC))", "transposed"),
     ("attention", "S[s] * (dP[s] - delta)", "S[s] * dP[s]", "term is missing"),
     ("crossentropy", "lse[n] - x[targets[n]]", "x[targets[n]] - lse[n]", "sign"),
-    ("adamw", "p[i] -= a.lr * (mhat", "p[i] -= a.lr * (m[i]", "without its correction")]
+    ("adamw", "p[i] -= adam.lr * (mhat", "p[i] -= adam.lr * (m[i]", "without its correction")]
 READINGS = [
     ("gpas", "out[i] = scale * inp[i]", "out[i] = inp[i] / scale", "divided"),
     ("residual", "shortcut[i] + branch[i]", "shortcut[i] + branch[n - 1 - i]", "reverse order"),
     ("embedding", "dw[c] += dy[c]", "dw[c] += dy[0]", r"dout is read at \[0\]"),
     ("rmsnorm", "sum += x[c] * x[c]", "sum += x[c]", "square is missing"),
-    ("rope", "x1 = row[head + j + 1]", "x1 = row[head + j + 2]", "too far.*too far"),
-    ("swiglu", "*b = a + H;\n        float *y", "*b = a + 1;\n        float *y", "b begins H"),
+    ("rope", "x1 = x[c + j + 1]", "x1 = x[c + j + 2]", "too far.*too far"),
+    ("swiglu", "*h3 = h1 + H;\n        float *y", "*h3 = h1 + 1;\n        float *y", "h3 begins H"),
     ("attention", "softmax_row(P, t0 + t + 1,", "softmax_row(P, t0 - first + t + 1,",
      "first is missing in the mask.*all cases with first = 0 are right"),
     ("crossentropy", "(size_t)n * V;\n        float la", "(size_t)n;\n        float la",
      "from element n on")]
 VIOLENT = [
     ("crossentropy", "lse[n] = largest +", "while (n < N) lse[n] = largest +", "endless loop"),
-    ("swiglu", "y[i] = a[i] * sigmoid", "y[i + (1 << 30)] = a[i] * sigmoid", "segmentation fault"),
-    ("attention", "rows = T - first,", "rows = T,", "outside.*all cases with first = 0 are right"),
+    ("swiglu", "y[i] = h1[i] * sigmoid", "y[i + (1 << 30)] = h1[i] * sigmoid",
+     "segmentation fault"),
+    ("attention", "hs = C / NH, rows = T - first;", "hs = C / NH, rows = T - (first = 0);",
+     "outside.*all cases with first = 0 are right"),
     ("residual", "i < n; i++) out[i] = A", "i <= n; i++) out[i] = A", "outside")]
 KERNELS = [
     ("rope", "    int N = B * T;\n    if (hs % W", "    for (;;) allocate(1 << 20, 64);\n"
