@@ -1,63 +1,66 @@
 /*
-train_gpas.c: a LLaMA-like Transformer with GPAS, trained on the CPU. One file, no framework.
+train_gpas.c: trains a LLaMA-like Transformer with GPAS on the CPU. No framework, no library.
 
-Each layer of a Transformer adds something to the residual stream: x = x + f(x). In Pre-LN, the
-usual kind, the input of f is normalized but its output is not. So the variance of x grows with
-depth, until what the last layers add hardly changes it. GPAS (Gradient-Preserving Activation
-Scaling, arXiv 2506.22049) scales x down after each sum, by one learned number g per layer, the
-gate:
+A Transformer is a stack of layers. Each has two sublayers, attention and a feed-forward network,
+which add something to the residual stream x: x = x + f(norm(x)). In this usual arrangement, Pre-LN,
+the input of f is normalized, but its output is not. As a result the variance of x grows with depth,
+until what the last layers add hardly changes it. GPAS (Gradient-Preserving Activation Scaling,
+arXiv 2506.22049) multiplies the stream by a learned factor at each sum, so that it stops growing:
 
-    y = x - a(g) sg(x)       a = SiLU, so a(0) = 0: at the start GPAS does nothing
+    y = x - a(g) sg(x)
 
-sg() is the stop-gradient: it returns its argument, and its derivative counts as 0. Forward, y is
-(1 - a(g)) x. Backward, sg(x) is a constant, so dx = dy: the gradient passes as if nothing had been
-scaled. That is the whole idea, and gpas_forward() and gpas_backward() below are all of it.
+The gate g is one learned number per layer. a() is its activation, by default SiLU: g sigmoid(g). A
+gate starts at 0, and a(0) = 0, so GPAS does nothing at first. sg() is the stop-gradient: it returns
+its argument, but is treated as a constant when we differentiate. So the forward pass computes
+y = (1 - a(g)) x, while the backward pass gives dx = dy: the gradient passes GPAS unscaled. That is
+the whole idea, and gpas_forward() and gpas_backward() below implement it.
 
-A layer consists of two sublayers: f is attention in the first, a feed-forward network in the
-second. Each has a GPAS, and both use the layer's gate. N and N' are norms, A is a constant:
+Each sublayer applies GPAS once, and the two share the layer's gate. There are three orders:
 
-    norm first    x ---+----------------------> (+) ---> GPAS ---> y        pre, lns, most of mix
-                       |                         ^
-                       +---> N ---> f -----------+
+    norm first    x ---+-----------------------------------> (+) ---> GPAS ---> y       pre, lns
+                       |                                      ^
+                       +---> norm ---> f ---------------------+
 
-    sandwich      x ---+----------------------> (+) ---> GPAS ---> y
-                       |                         ^
-                       +---> N ---> f ---> N' ---+
+    sandwich      x ---+-----------------------------------> (+) ---> GPAS ---> y
+                       |                                      ^
+                       +---> norm ---> f ---> post_norm ------+
 
-    norm last     x ---+---> GPAS ---> A -----> (+) ---> N ------> y        post, deepnorm
-                       |                         ^
-                       +---> f ------------------+
+    norm last     x ---+---> GPAS ---> times A ------------> (+) ---> norm ---> y       post,
+                       |                                      ^                         deepnorm
+                       +---> f -------------------------------+
 
-    through GPAS  x =======> (1 - a(g)) x      forward: scaled
-                  dx <====== dy                backward: not scaled
+    GPAS itself   x =====> (1 - a(g)) x in the forward pass,  dx <===== dy in the backward pass
 
-Contents: 1 GPAS. 2 The other layers. 3 The model: sublayers, then the network. 4 AdamW. 5 Training.
-Whatever teaches nothing about GPAS is in the headers below.
+The network called mix has its first layers norm last and the others norm first.
+
+Contents: 1 GPAS. 2 The other operations. 3 The model. 4 AdamW. 5 Training.
+Everything that teaches nothing about GPAS is in the headers of dev/.
 
 Conventions. B batch, T sequence length, C channels, H feed-forward width, L layers, NH heads,
 hs = C/NH, V vocabulary, N = B T rows. Arrays are row-major; comments give their shapes: (B,T,C).
-dx is the gradient of the loss with respect to x. A backward pass is given dout. It WRITES the
-gradient of its input, and ADDS to the gradients of its parameters, because those are summed over
-micro-batches. In derivations x, y, w stand for inp, out, weight.
-`omp parallel for` splits the iterations of the next loop among threads; `simd` lets the compiler do
-several in one instruction. No sum depends on the number of threads, so neither does any result.
+dx is the gradient of the loss with respect to x, with every sg() treated as a constant. Unless it
+says otherwise, a backward function takes dout, OVERWRITES dinp, and ADDS to the gradients of
+parameters, which are summed over micro-batches. In derivations x, y, w mean inp, out, weight.
+`omp parallel for` splits the iterations of a loop among threads; `simd` lets the compiler compute
+several in one instruction. The order of every sum is the same for any number of threads, and
+therefore so are the results.
 */
-#include "dev/gemm.h"          // defines: Matrix, transpose, gemm, dot, exp_fast
-#include "dev/gate.h"          // defines: gate_value, gate_slope: a(g) and its derivative a'(g)
-#include "dev/parameters.h"    // defines: Config, norm_comes_last, ...; TensorList, rope_angles
+#include "dev/gemm.h"          // defines: Matrix, gemm, Packed, pack, gemm_packed, dot, exp_fast
+#include "dev/gate.h"          // defines: gate_value, gate_slope, which are a(g) and a'(g)
+#include "dev/parameters.h"    // defines: Config, norm_comes_last, TensorList, rope_angles, ...
 #include "dev/arrays.h"        // defines: Arrays, new_array, check_arrays
 #include "dev/schedule.h"      // defines: learning_rate, clip_factors
 #include "dev/command_line.h"  // defines: Options, parse_options
 #include "dev/run.h"           // defines: Run, open_run, close_run, validate
-#include "dev/logs.h"          // defines: open_logs, log_step, ..., save, sample, report
+#include "dev/logs.h"          // defines: open_logs, log_step, report, sample, save, ...
 #include "dev/evaluation.h"    // defines: evaluate
 
 /* ------------------------------------------------------------------------------------------------
 1. GPAS
 */
 
-// GPAS, paper section 3: y = x - a(g) sg(x). Forward, sg(x) is x, so y = (1 - a(g)) x.
-// out, inp (n); gate: the number g; activation: which a (GATE_SILU, ...).
+// GPAS, paper section 3: y = x - a(g) sg(x), in the forward pass y = (1 - a(g)) x.
+// out, inp: n numbers; gate: g; activation: which function a() is (GATE_SILU, ...).
 static void gpas_forward(float *out, const float *inp, float gate, int activation, size_t n) {
     float scale = 1 - gate_value(gate, activation);
     #pragma omp parallel for simd
@@ -65,44 +68,51 @@ static void gpas_forward(float *out, const float *inp, float gate, int activatio
 }
 
 // Given dy, compute dx and dg.
-//   dx: sg(x) counts as a constant when we differentiate, so dy/dx = 1, and       dx = dy
-//       This is deliberately not the derivative of y = (1 - a) x, which would be (1 - a) dy: with
-//       that, the gradient would shrink by 1 - a at each of the 2L sites, and the first layer would
-//       get only about (1 - a)^(2L) of it.
-//   dg: dy_i/dg = -a'(g) x_i for each element i, so                   dg = -a'(g) sum_i x_i dy_i
-//       A layer's two sites share its gate, so both add to dg.
-// With stop_grad 0 there is no sg(), only a plain learned scale: then dx = (1 - a) dy, and dg is
-// the same. dinp, dout, inp (n), dinp may be dout; dgate: one number, or NULL if the gate is fixed.
+//   dx: sg(x) is treated as a constant, so the derivative of y by x is 1, and
+//           dx = dy
+//       The true derivative of y = (1 - a) x would give dx = (1 - a) dy. With that, each of the 2L
+//       sites where a network applies GPAS would multiply the gradient of the residual stream by
+//       1 - a, and the first layer would get about (1 - a)^(2L) of what reaches the last.
+//   dg: the derivative of y_i by g is -a'(g) x_i for each of the n elements i, so
+//           dg = -a'(g) sum_i x_i dy_i
+//       For SiLU, a'(0) = 1/2, so a gate can learn from the start. The two sites of a layer share
+//       its gate, so both add to dg.
+// With stop_grad = 0, for comparison, there is no sg(): the gate is a plain learned scale. Then
+// dx = (1 - a) dy, and dg is the same.
+// dinp, dout, inp: n numbers, dinp and dout may be the same array; dgate: one number, or NULL.
 static void gpas_backward(float *dinp, float *dgate, const float *dout, const float *inp,
                           float gate, int activation, int stop_grad, size_t n) {
     if (dgate) *dgate -= gate_slope(gate, activation) * (float)dot(inp, dout, n);
-    if (stop_grad && dinp == dout) return;  // dx = dy is already there
-    float scale = stop_grad ? 1 : 1 - gate_value(gate, activation);
+    if (stop_grad) {
+        if (dinp != dout) memcpy(dinp, dout, n * sizeof(float));  // dx = dy
+        return;
+    }
+    float scale = 1 - gate_value(gate, activation);
     #pragma omp parallel for simd
-    for (size_t i = 0; i < n; i++) dinp[i] = scale * dout[i];  // after dot(): dinp may be dout
+    for (size_t i = 0; i < n; i++) dinp[i] = scale * dout[i];
 }
 
 /* ------------------------------------------------------------------------------------------------
-2. The other layers
+2. The other operations
 */
 
-// The residual sum y = A x + b: x is the shortcut, b the branch. A is DeepNorm's constant, else 1.
-// out, shortcut, branch (n); out may be shortcut.
+// The residual sum y = A x + b, where x is the shortcut and b the branch. A is DeepNorm's constant,
+// and 1 otherwise. out, shortcut, branch: n numbers; out and shortcut may be the same array.
 static void residual_forward(float *out, const float *shortcut, const float *branch, float A,
                              size_t n) {
     #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) out[i] = A * shortcut[i] + branch[i];
 }
 
-// Given dy, compute dx. The gradient of the branch is dy itself.
-//   dy/dx = A, dy/db = 1:  dx = A dy,  db = dy
-// dshortcut, dout (n); dshortcut may be dout.
+// Given dy, compute dx.
+//   y = A x + b: dx = A dy, and db = dy, for which there is nothing to compute.
+// dshortcut, dout: n numbers; they may be the same array.
 static void residual_backward(float *dshortcut, const float *dout, float A, size_t n) {
     #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) dshortcut[i] = A * dout[i];
 }
 
-// Looks up each token's row of the table: out[n,:] = weight[tokens[n],:].
+// Looks up each token's row in the table: row n of out is row tokens[n] of weight.
 // out (N,C); weight (V,C); tokens (N).
 static void embedding_forward(float *out, const int *tokens, const float *weight, int N, int C) {
     #pragma omp parallel for
@@ -111,10 +121,10 @@ static void embedding_forward(float *out, const int *tokens, const float *weight
 }
 
 // Given dy, compute dw.
-//   A row of the table was copied to every position of its token, so its gradient is the sum over
-//   those positions.
-// dweight (V,C), added to; dout (N,C). Each thread owns some channels, so that no two threads add
-// to the same number.
+//   A row of the table was copied to every position where its token occurs, so its gradient is the
+//   sum over those positions.
+// dweight (V,C), added to; dout (N,C). Each thread owns BLOCK channels at a time, so that no two
+// threads add to the same number.
 static void embedding_backward(float *dweight, const float *dout, const int *tokens, int N, int C) {
     enum { BLOCK = 32 };
     #pragma omp parallel for
@@ -127,9 +137,8 @@ static void embedding_backward(float *dweight, const float *dout, const int *tok
     }
 }
 
-// RMSNorm (arXiv 1910.07467): y = w x r over the channels of each row, where
-// r = 1 / sqrt(mean(x^2) + eps) and eps = 1e-6.
-// out, inp (N,C); weight (C); rstd (N) keeps r for the backward pass.
+// RMSNorm (arXiv 1910.07467): y_c = w_c x_c r in each row, where r = 1 / sqrt(mean_c(x_c^2) + eps)
+// and eps = 1e-6. out, inp (N,C); weight (C); rstd (N) keeps r for the backward pass.
 static void rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int N,
                             int C) {
     #pragma omp parallel for
@@ -146,13 +155,12 @@ static void rmsnorm_forward(float *out, float *rstd, const float *inp, const flo
 }
 
 // Given dy, compute dx and dw.
-//   In one row let u_c = w_c dy_c, the gradient of x_c r. x_c occurs in its own y_c and, through r,
-//   in every y_k. With r = (mean(x^2) + eps)^(-1/2):
-//   dr/dx_c = -1/2 r^3 (2 x_c / C) = -r^3 x_c / C
-//   dx_c = u_c r + sum_k u_k x_k dr/dx_c = r (u_c - x_c p),  where p = r^2 sum_k u_k x_k / C
-//   dw_c = the sum over all rows of dy_c x_c r
-// dinp, dout, inp (N,C); weight (C); rstd (N); dweight (C), added to. dinp must not be dout, which
-// is read again for dw.
+//   In one row let u_c = w_c dy_c, the gradient of the product x_c r. x_c affects its own y_c and,
+//   through r, every y_k. The derivative of r = (mean + eps)^(-1/2) by x_c is -r^3 x_c / C, so
+//       dx_c = u_c r - sum_k u_k x_k r^3 x_c / C = r (u_c - x_c p),  p = r^2 sum_k u_k x_k / C
+//       dw_c = the sum over all rows of dy_c x_c r
+// dinp, dout, inp (N,C); weight (C); rstd (N); dweight (C), added to. dinp must not be the same
+// array as dout, because dout is read again for dw.
 static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, const float *inp,
                              const float *weight, const float *rstd, int N, int C) {
     enum { BLOCK = 32 };
@@ -167,7 +175,7 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
         for (int c = 0; c < C; c++) dx[c] = r * (weight[c] * dy[c] - x[c] * p);
     }
     #pragma omp parallel for
-    for (int c0 = 0; c0 < C; c0 += BLOCK) {  // each thread owns some channels
+    for (int c0 = 0; c0 < C; c0 += BLOCK) {  // as in embedding_backward()
         for (int n = 0; n < N; n++) {
             const float *x = inp + (size_t)n * C, *dy = dout + (size_t)n * C;
             for (int c = c0; c < imin(C, c0 + BLOCK); c++) dweight[c] += dy[c] * x[c] * rstd[n];
@@ -176,8 +184,8 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
 }
 
 // RoPE (arXiv 2104.09864) rotates each pair (x0, x1) of adjacent channels of every query and key by
-// an angle that is proportional to the position. If q is rotated by a and k by b, then q . k
-// depends only on a - b, that is on how far apart the two positions are. Values are not rotated.
+// an angle that is proportional to its position. (Each pair of a head has its own frequency.) The
+// product q . k then depends only on how far apart the two positions are. Values are not rotated.
 // qkv (B,T,3C), in place; table (T,hs/2,2) from rope_angles(): the cosine and sine of each angle.
 // direction: 1, or -1 to rotate back.
 static void rope_rotate(float *qkv, const float *table, int B, int T, int C, int hs,
@@ -197,20 +205,19 @@ static void rope_rotate(float *qkv, const float *table, int B, int T, int C, int
     }
 }
 
-// y = R x for every pair x of queries and keys, R the rotation by the pair's angle.
+// Computes y = R x for every pair x, where R is the rotation by the angle of the pair.
 static void rope_forward(float *qkv, const float *table, int B, int T, int C, int hs) {
     rope_rotate(qkv, table, B, T, C, hs, 1);
 }
 
 // Given dy, compute dx.
-//   y = R x with a rotation R, so dx = R^T dy, and the transpose of a rotation is its inverse: the
-//   rotation by the opposite angle.
+//   y = R x, so dx = R^T dy. The transpose of a rotation is the rotation by the opposite angle.
 // dqkv (B,T,3C), in place.
 static void rope_backward(float *dqkv, const float *table, int B, int T, int C, int hs) {
     rope_rotate(dqkv, table, B, T, C, hs, -1);
 }
 
-// Returns 1 / (1 + e^-x). With s = sigmoid(x), its derivative is s (1 - s).
+// Returns s = 1 / (1 + e^-x). Its derivative is s (1 - s).
 static inline float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
 
 // SwiGLU (arXiv 2002.05202): y = silu(h1) h3, where silu(x) = x sigmoid(x).
@@ -244,11 +251,12 @@ static void swiglu_backward(float *dinp, const float *dout, const float *inp, in
 }
 
 /*
-Matrix products. A Matrix {x, row, column} has its element (i,j) at x[i * row + j * column], so a
-transpose is the same memory with the two strides swapped. gemm() computes C = A B, or C += A B.
-gemm_packed() does the same on one thread, with a B that pack() has prepared. What follows says what
-they compute; it is used by `make train_gpas PLAIN=1`, and then every operation of the network is in
-this file. Otherwise dev/gemm.h has versions that are a hundred times faster.
+Matrix products. A Matrix {x, row, column} has its element (i,j) at x[i * row + j * column]; so its
+transpose is the same memory with the two strides swapped. gemm() computes the product of A (M,K)
+and B (K,N) and writes it to c, whose rows are ldc numbers apart, or adds it. gemm_packed() does the
+same on one thread, with a B that pack() has prepared. The functions below define what these
+compute, and `make train_gpas PLAIN=1` uses them. Otherwise the program uses those in dev/gemm.h,
+which are a hundred times faster.
 */
 #ifdef PLAIN
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate) {
@@ -283,17 +291,18 @@ static double dot(const float *a, const float *b, size_t n) {
 static inline float exp_fast(float x) { return expf(x); }
 #endif
 
-// A linear layer without bias: out = inp weight^T. out (N,OC); inp (N,C); weight (OC,C).
+// A linear layer without bias: out = inp weight^T. out (N,OC), for OC output channels; inp (N,C);
+// weight (OC,C).
 static void matmul_forward(float *out, const float *inp, const float *weight, int N, int C,
                            int OC) {
     gemm(out, OC, matrix(inp, C), transpose(matrix(weight, C)), N, OC, C, 0);
 }
 
 // Given dout, compute dinp and dweight.
-//   out_no = sum_c inp_nc w_oc. Each inp_nc is used for all outputs o of its row n, and each w_oc
-//   in all rows n:
-//   dinp_nc = sum_o dout_no w_oc        dinp    = dout weight      (N,C) = (N,OC) (OC,C)
-//   dw_oc   = sum_n dout_no inp_nc      dweight = dout^T inp       (OC,C) = (OC,N) (N,C)
+//   y_no = sum_c x_nc w_oc. Each x_nc is used for all outputs o of its row n, and each w_oc is used
+//   in all rows n, so their gradients are sums over o and over n:
+//       dx_nc = sum_o dy_no w_oc        dinp    = dout weight      (N,C) = (N,OC) (OC,C)
+//       dw_oc = sum_n dy_no x_nc        dweight = dout^T inp       (OC,C) = (OC,N) (N,C)
 // dinp, inp (N,C); dout (N,OC); weight, dweight (OC,C), dweight added to.
 static void matmul_backward(float *dinp, float *dweight, const float *dout, const float *inp,
                             const float *weight, int N, int C, int OC) {
@@ -302,30 +311,29 @@ static void matmul_backward(float *dinp, float *dweight, const float *dout, cons
 }
 
 /*
-Causal attention, each head by itself. A row t of the head's queries, keys and values is q_t, k_t,
-v_t (hs numbers each), and [s <= t] makes it causal:
+Causal attention, for each head by itself. Its query, key and value at position t are q_t, k_t and
+v_t, hs numbers each. Position t sees the positions s <= t; [condition] is 1 if it holds, else 0:
 
-    S_ts = scale q_t . k_s,  scale = 1/sqrt(hs)        lse_t = log sum_(s <= t) e^S_ts
-    P_ts = e^(S_ts - lse_t) [s <= t], the softmax      y_t = sum_s P_ts v_s
+    S_ts = scale q_t . k_s                  the scores, with scale = 1/sqrt(hs)
+    P_ts = [s <= t] e^(S_ts - lse_t)        their softmax, with lse_t = log sum_(s <= t) e^S_ts
+    y_t  = sum_s P_ts v_s
 
-We compute QUERIES queries at a time, so that S and P are blocks of (QUERIES,T) numbers. With the
-head's keys and values as matrices K and V (T,hs): S = scale Q K^T, P the softmax of its rows, and
-Y = P V.
+In matrices: S = scale Q K^T, P is the softmax of the rows of S, and Y = P V. We compute them for a
+block of QUERY_BLOCK queries at a time, so that S and P need (QUERY_BLOCK,T) numbers, not (T,T).
 */
-enum { QUERIES = 24 };
+enum { QUERY_BLOCK = 24 };  // two tiles of the fast gemm; 24 to 64 are about equally fast
 
-// Which of a thread's buffers holds what.
-enum { KEYS, KEYS_T, VALUES, ROWS, SCALED_Q, SCORES, DSCORES };
+// The names of a thread's buffers.
+enum { KEYS, KEYS_T, VALUES, BLOCK_ROWS, SCALED_Q, SCORES, DSCORES };
 
-// The softmax of the first n numbers of x, in place; those from n to width become 0. Returns the
-// logarithm of the sum of e^x.
+// Replaces x[0 .. n-1] by their softmax and x[n .. width-1] by 0. Returns log sum_i e^x_i.
 static float softmax_row(float *x, int n, int width) {
     float largest = x[0], sum = 0;
     #pragma omp simd reduction(max : largest)
     for (int s = 0; s < n; s++) largest = x[s] > largest ? x[s] : largest;
     #pragma omp simd reduction(+ : sum)
     for (int s = 0; s < n; s++) {
-        x[s] = exp_fast(x[s] - largest);  // at most 1: it does not overflow
+        x[s] = exp_fast(x[s] - largest);  // at most 1, so it does not overflow
         sum += x[s];
     }
     for (int s = 0; s < n; s++) x[s] *= 1 / sum;
@@ -333,45 +341,46 @@ static float softmax_row(float *x, int n, int width) {
     return largest + logf(sum);
 }
 
-// A block of queries, multiplied by scale: the row-major matrix (n,hs) in this thread's buffer.
+// Returns a copy of n queries (n,hs), multiplied by scale. Rows of q are 3C apart.
 static Matrix scaled_queries(const float *q, int n, int C, int hs) {
-    float *out = thread_memory(SCALED_Q, QUERIES * hs), scale = 1 / sqrtf((float)hs);
+    float *out = thread_memory(SCALED_Q, QUERY_BLOCK * hs), scale = 1 / sqrtf((float)hs);
     for (int t = 0; t < n; t++) {
         for (int i = 0; i < hs; i++) out[t * hs + i] = scale * q[(size_t)t * 3 * C + i];
     }
     return matrix(out, hs);
 }
 
-// Only the queries from position `first` on; all positions have keys and values.
+// Computes y for the positions from `first` on, over all keys: a story continues there.
 // qkv (B,T,3C): a row holds the queries of all heads, then their keys, then their values;
 // out (B,T-first,C); lse (B,NH,T-first).
 static void attention_forward(float *out, float *lse, const float *qkv, int first, int B, int T,
                               int C, int NH) {
     int hs = C / NH, rows = T - first;
-    int width = T + 16;  // a power of two would make all rows compete for the same cache lines
+    int width = T + 16;  // not T, often a power of two: rows would compete for the same cache sets
     #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < B * NH; head++) {
         int b = head / NH, h = head % NH;
         const float *q = qkv + (size_t)b * T * 3 * C + h * hs, *k = q + C, *v = k + C;
         float *y = out + (size_t)b * rows * C + h * hs;
-        float *S = thread_memory(SCORES, (size_t)QUERIES * width);
-        Packed keys = pack(KEYS, transpose(matrix(k, 3 * C)), hs, T, rows);
+        float *S = thread_memory(SCORES, (size_t)QUERY_BLOCK * width);
+        Packed keys_t = pack(KEYS_T, transpose(matrix(k, 3 * C)), hs, T, rows);
         Packed values = pack(VALUES, matrix(v, 3 * C), T, hs, rows);
-        for (int t0 = first; t0 < T; t0 += QUERIES) {
-            int n = imin(QUERIES, T - t0), seen = t0 + n;  // no query sees a later key
-            Matrix Q = scaled_queries(q + (size_t)t0 * 3 * C, n, C, hs);
-            gemm_packed(S, width, Q, keys, n, seen, hs, 0);
-            for (int t = 0; t < n; t++) {
-                float *P = S + t * width;
-                lse[(size_t)head * rows + t0 - first + t] = softmax_row(P, t0 + t + 1, seen);
+        for (int t0 = first; t0 < T; t0 += QUERY_BLOCK) {
+            int n = imin(QUERY_BLOCK, T - t0), seen = t0 + n;  // these n queries see `seen` keys
+            Matrix scaled_q = scaled_queries(q + (size_t)t0 * 3 * C, n, C, hs);
+            gemm_packed(S, width, scaled_q, keys_t, n, seen, hs, 0);
+            for (int i = 0; i < n; i++) {  // position t = t0 + i; S becomes P
+                float row_lse = softmax_row(S + i * width, t0 + i + 1, seen);
+                lse[(size_t)head * rows + t0 - first + i] = row_lse;
             }
-            gemm_packed(y + (size_t)(t0 - first) * C, C, matrix(S, width), values, n, hs, seen, 0);
+            float *block_y = y + (size_t)(t0 - first) * C;
+            gemm_packed(block_y, C, matrix(S, width), values, n, hs, seen, 0);
         }
     }
 }
 
-// Given one row of S and of dP, computes P in place of S and dS in place of dP for the first n
-// keys; the numbers from n to width become 0.
+// Computes P in place of a row of S, and dS in place of a row of dP, for the first n keys.
+// The rest, up to width, becomes 0.
 static void softmax_row_backward(float *S, float *dP, float lse, float delta, int n, int width) {
     #pragma omp simd
     for (int s = 0; s < n; s++) {
@@ -382,56 +391,57 @@ static void softmax_row_backward(float *S, float *dP, float lse, float delta, in
 }
 
 // Given dy, compute dq, dk and dv: the chain rule, backwards through Y = P V, the softmax and S.
+// The derivative of lse_t by S_ts is P_ts, so the derivative of P_tr by S_ts is
+// P_tr ([r = s] - P_ts), for positions r and s up to t.
 //   y_t  = sum_s P_ts v_s        dv_s = sum_t P_ts dy_t          dP_ts = dy_t . v_s
-//   P_ts = e^(S_ts - lse_t)      d(P_tr)/d(S_ts) = P_tr ([r = s] - P_ts), so
-//                                dS_ts = sum_r dP_tr P_tr ([r = s] - P_ts)
-//                                      = P_ts (dP_ts - delta_t),
-//                                delta_t = sum_r P_tr dP_tr = dy_t . sum_r P_tr v_r = dy_t . y_t
+//   P_ts = e^(S_ts - lse_t)      dS_ts = sum_r dP_tr P_tr ([r = s] - P_ts)
+//                                      = P_ts (dP_ts - delta_t),  delta_t = sum_r P_tr dP_tr
 //   S_ts = scale q_t . k_s       dq_t = scale sum_s dS_ts k_s    dk_s = sum_t dS_ts (scale q_t)
-// dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T). P is computed again from lse. A key gets
-// gradients from all later queries; we begin with the last block of them, which sees all keys.
+// delta_t needs no P: it is sum_r P_tr (dy_t . v_r) = dy_t . sum_r P_tr v_r = dy_t . y_t.
+// dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T). S is computed again, and P from it and lse.
+// All queries at or after a key contribute to its dk and dv. We begin with the last block, which
+// sees every key: it writes dk and dv, and the other blocks add to them.
 static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse,
                                const float *qkv, int B, int T, int C, int NH) {
-    int hs = C / NH, width = T + 16, last = (T - 1) / QUERIES * QUERIES;  // the last block
+    int hs = C / NH, width = T + 16, last = (T - 1) / QUERY_BLOCK * QUERY_BLOCK;
     float scale = 1 / sqrtf((float)hs);
     #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < B * NH; head++) {
-        size_t at = (size_t)(head / NH) * T, h = head % NH;
-        const float *q = qkv + at * 3 * C + h * hs, *k = q + C, *v = k + C;
-        float *dq = dqkv + at * 3 * C + h * hs, *dk = dq + C, *dv = dk + C;
-        float *S = thread_memory(SCORES, (size_t)QUERIES * width);
-        float *dS = thread_memory(DSCORES, (size_t)QUERIES * width);
+        size_t row = (size_t)(head / NH) * T, h = head % NH;  // row: of position 0
+        const float *q = qkv + row * 3 * C + h * hs, *k = q + C, *v = k + C;
+        float *dq = dqkv + row * 3 * C + h * hs, *dk = dq + C, *dv = dk + C;
+        float *S = thread_memory(SCORES, (size_t)QUERY_BLOCK * width);
+        float *dS = thread_memory(DSCORES, (size_t)QUERY_BLOCK * width);
         Packed keys = pack(KEYS, matrix(k, 3 * C), T, hs, T);
         Packed keys_t = pack(KEYS_T, transpose(matrix(k, 3 * C)), hs, T, T);
         Packed values_t = pack(VALUES, transpose(matrix(v, 3 * C)), hs, T, T);
-        for (int t0 = last; t0 >= 0; t0 -= QUERIES) {
-            int n = imin(QUERIES, T - t0), seen = t0 + n, add = t0 < last;
-            const float *dy = dout + (at + t0) * C + h * hs, *y = out + (at + t0) * C + h * hs;
-            const float *block_lse = lse + (size_t)head * T + t0;
+        for (int t0 = last; t0 >= 0; t0 -= QUERY_BLOCK) {
+            int n = imin(QUERY_BLOCK, T - t0), seen = t0 + n, accumulate = t0 < last;
+            const float *dy = dout + (row + t0) * C + h * hs, *y = out + (row + t0) * C + h * hs;
             float *block_dq = dq + (size_t)t0 * 3 * C;
-            Matrix Q = scaled_queries(q + (size_t)t0 * 3 * C, n, C, hs), DY = matrix(dy, C);
-            gemm_packed(S, width, Q, keys_t, n, seen, hs, 0);
-            gemm_packed(dS, width, DY, values_t, n, seen, hs, 0);  // dP
-            for (int t = 0; t < n; t++) {
+            Matrix scaled_q = scaled_queries(q + (size_t)t0 * 3 * C, n, C, hs);
+            gemm_packed(S, width, scaled_q, keys_t, n, seen, hs, 0);        // S = scale Q K^T
+            gemm_packed(dS, width, matrix(dy, C), values_t, n, seen, hs, 0);  // dP = dY V^T
+            for (int i = 0; i < n; i++) {
                 float delta = 0;
-                for (int i = 0; i < hs; i++) delta += dy[(size_t)t * C + i] * y[(size_t)t * C + i];
-                softmax_row_backward(S + t * width, dS + t * width, block_lse[t], delta, t0 + t + 1,
-                                     seen);
+                for (int c = i * C; c < i * C + hs; c++) delta += dy[c] * y[c];
+                softmax_row_backward(S + i * width, dS + i * width,
+                                     lse[(size_t)head * T + t0 + i], delta, t0 + i + 1, seen);
             }
-            gemm_packed(block_dq, 3 * C, matrix(dS, width), keys, n, hs, seen, 0);
-            for (int t = 0; t < n; t++) {
-                for (int i = 0; i < hs; i++) block_dq[(size_t)t * 3 * C + i] *= scale;
+            gemm_packed(block_dq, 3 * C, matrix(dS, width), keys, n, hs, seen, 0);  // dQ = dS K
+            for (int i = 0; i < n; i++) {
+                for (int c = 0; c < hs; c++) block_dq[(size_t)i * 3 * C + c] *= scale;
             }
-            Packed packed_q = pack(ROWS, Q, n, hs, seen);
-            gemm_packed(dk, 3 * C, transpose(matrix(dS, width)), packed_q, seen, hs, n, add);
-            Packed packed_dy = pack(ROWS, DY, n, hs, seen);
-            gemm_packed(dv, 3 * C, transpose(matrix(S, width)), packed_dy, seen, hs, n, add);
+            Packed rows = pack(BLOCK_ROWS, scaled_q, n, hs, seen);          // dK += dS^T (scale Q)
+            gemm_packed(dk, 3 * C, transpose(matrix(dS, width)), rows, seen, hs, n, accumulate);
+            rows = pack(BLOCK_ROWS, matrix(dy, C), n, hs, seen);            // dV += P^T dY
+            gemm_packed(dv, 3 * C, transpose(matrix(S, width)), rows, seen, hs, n, accumulate);
         }
     }
 }
 
-// Softmax and cross-entropy in one, in nats: loss = -log softmax(logits)[target], that is
-// lse - logits[target] with lse = log sum_v e^logits[v].
+// Softmax and cross-entropy in one, in nats: loss = -log softmax(x)_target = lse - x_target, where
+// x are the logits of a row and lse = log sum_v e^x_v.
 // losses, lse (N); logits (N,V), only read; targets (N).
 static void crossentropy_forward(float *losses, float *lse, const float *logits, const int *targets,
                                  int N, int V) {
@@ -448,9 +458,9 @@ static void crossentropy_forward(float *losses, float *lse, const float *logits,
     }
 }
 
-// Given the gradient of each loss, `scale` (1/N for their mean), compute that of the logits x.
-//   d(lse)/d(x_v) = e^x_v / sum_u e^x_u = e^(x_v - lse), the probability p_v, so
-//   dx_v = scale (p_v - [v is the target])        [condition] is 1 if it holds, else 0
+// Given `scale`, the gradient of each loss (1/N for their mean), compute dx.
+//   The derivative of lse by x_v is e^x_v / sum_u e^x_u = e^(x_v - lse), the probability p_v, so
+//       dx_v = scale (p_v - [v is the target])
 // In place: logits (N,V) become their gradients. lse, targets (N).
 static void crossentropy_backward(float *logits, const float *lse, const int *targets, float scale,
                                   int N, int V) {
@@ -466,66 +476,71 @@ static void crossentropy_backward(float *logits, const float *lse, const int *ta
 /* ------------------------------------------------------------------------------------------------
 3. The model
 
-Config (dev/parameters.h) says what a network is: its sizes V, L, C, H, NH, T; norm, where the norms
-are; gpas and the options of its gates.
+A Config (dev/parameters.h) says what a network is. Its fields are the sizes V, L, C, H, NH and T;
+norm, the placement of the norms; gpas, 0 or 1; and the options of the gates.
 */
 
-// The parameters of a layer, or their gradients. Index 0: attention, 1: feed-forward network.
+// The parameters of a layer, or their gradients. norm[0] is attention's, norm[1] the feed-forward
+// network's.
 typedef struct {
-    float *wqkv, *wo;     // (3C,C): wq, wk, wv one below the other; (C,C)
-    float *w13, *w2;      // (2H,C): w1, w3; (C,H)
-    float *norm[2];       // (C) of N
-    float *post_norm[2];  // (C) of N', sandwich only
-    float *gate;          // (1) with GPAS only
+    float *wqkv, *wo;         // (3C,C): wq, wk and wv stacked; (C,C)
+    float *w13, *w2;          // (2H,C): w1 and w3 stacked; (C,H)
+    float *norm[2];           // (C) the weights of norm
+    float *post_norm[2];      // (C) the weights of post_norm, in sandwich only
+    float *gate;              // (1) g, with GPAS only
 } LayerParameters;
 
+// All parameters of a network, or their gradients.
 typedef struct {
-    float *embedding;     // (V,C)
+    float *embedding;         // (V,C)
     LayerParameters *layers;  // (L)
-    float *final_norm;    // (C)
-    float *output;        // (V,C)
+    float *final_norm;        // (C)
+    float *output;            // (V,C)
 } Parameters;
 
 // What a sublayer computes in its forward pass. Arrays that no backward pass reads are shared by
-// all sublayers. With --recompute (arXiv 1604.06174) so are qkv, pre_act and hidden: the backward
-// pass computes them again, which costs time and saves memory.
+// all sublayers. With --recompute (arXiv 1604.06174) attentions share their qkv and hidden as well,
+// and so do the feed-forward networks their pre_act and hidden: the backward pass computes them
+// again, which takes time and saves memory.
 typedef struct {
     const float *inp;         // (B,T,C) x, the output of the sublayer before
-    float *normed;            // (B,T,C) N x, the input of f; norm last: N s, the output
+    float *normed;            // (B,T,C) norm(x); norm last: norm(s), the output
     float *qkv;               // (B,T,3C) attention: queries and keys after RoPE, values
     float *lse;               // (B,NH,T) attention: log sum exp of each row of scores
-    float *pre_act;           // (B,T,2H) feed-forward: w1 x, w3 x
-    float *hidden;            // (B,T,C) or (B,T,H): the input of wo or w2
+    float *pre_act;           // (B,T,2H) feed-forward: w1 x and w3 x
+    float *hidden;            // (B,T,C) or (B,T,H) the input of wo or of w2
     float *branch;            // (B,T,C) the output of f
-    float *post_normed;       // (B,T,C) sandwich: N' of it
-    float *sum;               // (B,T,C) s, shortcut + branch
-    float *scaled;            // (B,T,C) GPAS of s; norm last: z, GPAS of x
-    float *rstd, *post_rstd;  // (B,T) of N and N'
-    const float *out;         // (B,T,C) y: scaled, sum or normed
+    float *post_normed;       // (B,T,C) sandwich: post_norm of branch
+    float *sum;               // (B,T,C) s = A shortcut + branch
+    float *scaled;            // (B,T,C) GPAS(s); norm last: GPAS(x)
+    float *rstd, *post_rstd;  // (B,T) of norm and post_norm
+    const float *out;         // (B,T,C) y, which is scaled, sum or normed
 } Activations;
 
 struct Model {
     const Options *options;
     Config config;
-    TensorList list;           // names, shapes and places of the parameters
-    Parameters w, d;           // the parameters and their gradients: pointers into the next two
+    TensorList list;           // the names, shapes and places of the parameters
     float *parameters, *gradients, *adam_m, *adam_v;  // (list.size)
+    Parameters w, d;           // pointers to each tensor in parameters and in gradients
     Arrays arrays;             // all memory
     Activations *activations;  // (2L): attention, feed-forward, attention, ...
     float *embedded, *final_normed, *final_rstd;      // (B,T,C), (B,T,C), (B,T)
     float *logits, *logits_lse, *losses;              // (B,T,V), (B,T), (B,T)
     float *rope_table;         // (T,hs/2,2)
-    float *dx;                 // (B,T,C) the gradient of the residual stream
-    float *dsum;               // (B,T,C) of s, where the norm comes last
-    float *dbranch;            // (B,T,C) of the output of f, where N' follows
-    float *dhidden, *dqkv, *dpre_act;                 // of the arrays of this name
-    float *dfinp;        // (B,T,C) of the input of f
-    float *dx_branch;          // (B,T,C) where N comes first: of x, along the branch
-    int keeps_keys;            // each layer has its own keys and values, for model_extend()
+    int keeps_keys;            // every layer has its own qkv, so that model_extend() can continue
     int first;                 // the position of the first row of the last forward pass
+    // The gradients with respect to:
+    float *dx;                 // (B,T,C) the residual stream
+    float *dsum;               // (B,T,C) s, where the norm comes last
+    float *dbranch;            // (B,T,C) the output of f, where a post_norm follows it
+    float *dhidden, *dqkv, *dpre_act;  // as hidden, qkv and pre_act
+    float *dfinp;              // (B,T,C) the input of f
+    float *dx_branch;          // (B,T,C) x, only through the branch, where the norm comes first
 };
 
-// Returns where a parameter is in `block`, which is laid out as m->list says, or NULL.
+// Returns where a tensor is in `block`, which has the layout of m->list; NULL if the network has no
+// such tensor.
 static float *parameter(const Model *m, float *block, int kind, int l) {
     const Tensor *t = find_tensor(&m->list, kind, l);
     return t ? block + t->offset : NULL;
@@ -557,15 +572,15 @@ static Parameters all_parameters(const Model *m, float *block) {
 }
 
 // Creates the arrays of sublayer i = 0 .. 2L-1 for N rows, in the order in which they are computed.
-// Those inside the branch are the arrays of sublayer `lender`, unless that is i itself; but where
-// keys and values are kept, each layer has its own.
+// With lender < i, those inside the branch are the arrays of sublayer `lender`. The last argument
+// of new_array() is an array to share; NULL creates a new one.
 static void create_activations(Model *m, int i, int lender, size_t N) {
     const Config *c = &m->config;
     size_t C = c->C, H = c->H;
-    int attention = i % 2 == 0, last = norm_comes_last(c, i / 2), post_norm = has_post_norm(c);
+    int attention = i % 2 == 0, norm_last = norm_comes_last(c, i / 2), post_norm = has_post_norm(c);
     Arrays *r = &m->arrays;
-    Activations *a = &m->activations[i], *first = m->activations, *from = &first[lender];
-    if (!last) {
+    Activations *a = &m->activations[i], *shared = m->activations, *from = &m->activations[lender];
+    if (!norm_last) {
         a->rstd = new_array(r, i, "rmsnorm_forward", N, NULL);
         a->normed = new_array(r, i, "rmsnorm_forward", N * C, NULL);
     }
@@ -579,21 +594,22 @@ static void create_activations(Model *m, int i, int lender, size_t N) {
         a->hidden = new_array(r, i, "swiglu_forward", N * H, from->hidden);
     }
     a->branch = new_array(r, i, attention ? "matmul_forward (wo)" : "matmul_forward (w2)", N * C,
-                          post_norm ? NULL : first->branch);
+                          post_norm ? NULL : shared->branch);
     if (post_norm) {
-        a->post_rstd = new_array(r, i, "rmsnorm_forward (N')", N, NULL);
-        a->post_normed = new_array(r, i, "rmsnorm_forward (N')", N * C, first->post_normed);
+        a->post_rstd = new_array(r, i, "rmsnorm_forward (post_norm)", N, NULL);
+        a->post_normed = new_array(r, i, "rmsnorm_forward (post_norm)", N * C, shared->post_normed);
     }
-    if (last && c->gpas) a->scaled = new_array(r, i, "gpas_forward", N * C, first->scaled);
+    if (norm_last && c->gpas) a->scaled = new_array(r, i, "gpas_forward", N * C, shared->scaled);
     a->sum = new_array(r, i, "residual_forward", N * C, NULL);
-    if (!last && c->gpas) a->scaled = new_array(r, i, "gpas_forward", N * C, NULL);
-    if (last) {
+    if (!norm_last && c->gpas) a->scaled = new_array(r, i, "gpas_forward", N * C, NULL);
+    if (norm_last) {
         a->rstd = new_array(r, i, "rmsnorm_forward", N, NULL);
         a->normed = new_array(r, i, "rmsnorm_forward", N * C, NULL);
     }
 }
 
-// Creates what the backward pass needs for N rows, in the order in which it is computed.
+// Creates the gradients for N rows, in the order in which they are computed, and Adam's moments.
+// Arrays that are computed twice, or in two places, are listed twice.
 static void create_gradients(Model *m, size_t N) {
     const Config *c = &m->config;
     size_t C = c->C, H = c->H, n = m->list.size;
@@ -607,7 +623,7 @@ static void create_gradients(Model *m, size_t N) {
     m->dsum = new_array(r, LAYER_BACKWARD, "rmsnorm_backward", N * C, NULL);
     for (int l = 0; l < c->L && c->gpas; l++)
         new_array(r, LAYER_BACKWARD, "gpas_backward", 1, m->d.layers[l].gate);
-    m->dbranch = new_array(r, LAYER_BACKWARD, "rmsnorm_backward (N')", N * C, NULL);
+    m->dbranch = new_array(r, LAYER_BACKWARD, "rmsnorm_backward (post_norm)", N * C, NULL);
     m->dhidden = new_array(r, LAYER_BACKWARD, "matmul_backward (wo or w2)", N * (C > H ? C : H),
                            NULL);
     m->dqkv = new_array(r, LAYER_BACKWARD, "attention_backward or rope_backward", 3 * N * C, NULL);
@@ -622,7 +638,7 @@ void model_create(Model *m, const Options *o, int B, int training) {
     m->options = o;
     m->config = config_of(o);
     m->list = tensor_list(&m->config);
-    m->keeps_keys = training ? !o->recompute : B == 1;
+    m->keeps_keys = training ? !o->recompute : B == 1;  // else the layers share one qkv
     const Config *c = &m->config;
     Arrays *r = &m->arrays;
     size_t C = c->C, V = c->V, N = (size_t)B * c->T;
@@ -655,8 +671,8 @@ void model_free(Model *m) {
     free_thread_memory();
 }
 
-// With --check-finite on: exits if an array or a gradient that was computed at `place` holds NaN or
-// infinity.
+// With --check-finite on, exits if an array or a gradient that is computed at `place` (0 .. 2L-1, a
+// sublayer's forward pass; or EMBED, HEAD, ...) holds NaN or infinity.
 static void check_finite(const Model *m, int place, int sublayer) {
     if (!m->options->check_finite) return;
     check_arrays(&m->arrays, place, sublayer);
@@ -664,16 +680,17 @@ static void check_finite(const Model *m, int place, int sublayer) {
         check_gradients(&m->list, m->gradients, sublayer < 0 ? -1 : sublayer / 2);
 }
 
-// The branch f of layer l, attention (s 0) or the feed-forward network (s 1): out = f(inp).
-// out, inp (rows,C), the rows of B sequences from position `first` to T - 1. With out NULL it stops
-// before its last matrix: the backward pass needs no more.
-static void branch_forward(const Model *m, int l, int s, float *out, const float *inp, int first,
+// Computes the branch f of layer l, attention (sub = 0) or the feed-forward network (sub = 1):
+// out = f(inp), for the positions from `first` to T - 1 of B sequences. B must be 1 if first > 0.
+// out, inp (rows,C). With out = NULL it stops before the last matrix: the backward pass only needs
+// what comes before.
+static void branch_forward(const Model *m, int l, int sub, float *out, const float *inp, int first,
                            int B, int T) {
     int C = m->config.C, H = m->config.H, NH = m->config.NH, rows = B * (T - first);
     const LayerParameters *w = &m->w.layers[l];
-    const Activations *a = &m->activations[2 * l + s];
-    if (s == 0) {
-        float *qkv = a->qkv + (size_t)first * 3 * C;  // before it: those of earlier positions
+    const Activations *a = &m->activations[2 * l + sub];
+    if (sub == 0) {
+        float *qkv = a->qkv + (size_t)first * 3 * C;  // the rows before hold earlier positions
         const float *table = m->rope_table + (size_t)first * (C / NH);
         matmul_forward(qkv, inp, w->wqkv, rows, C, 3 * C);
         rope_forward(qkv, table, B, T - first, C, C / NH);
@@ -686,13 +703,13 @@ static void branch_forward(const Model *m, int l, int s, float *out, const float
     }
 }
 
-// Given dout, the gradient of the branch's output, computes dinp. dinp, dout, inp (B,T,C).
-static void branch_backward(const Model *m, int l, int s, float *dinp, const float *dout,
+// Given dout, the gradient of the branch's output, computes dinp, that of its input. All (B,T,C).
+static void branch_backward(const Model *m, int l, int sub, float *dinp, const float *dout,
                             const float *inp, int B, int T) {
     int C = m->config.C, H = m->config.H, NH = m->config.NH, N = B * T;
     const LayerParameters *w = &m->w.layers[l], *d = &m->d.layers[l];
-    const Activations *a = &m->activations[2 * l + s];
-    if (s == 0) {
+    const Activations *a = &m->activations[2 * l + sub];
+    if (sub == 0) {
         matmul_backward(m->dhidden, d->wo, dout, a->hidden, w->wo, N, C, C);
         attention_backward(m->dqkv, m->dhidden, a->hidden, a->lse, a->qkv, B, T, C, NH);
         rope_backward(m->dqkv, m->rope_table, B, T, C, C / NH);
@@ -706,120 +723,124 @@ static void branch_backward(const Model *m, int l, int s, float *dinp, const flo
 
 /*
 One sublayer of any of the twelve networks: six placements of the norm, each with GPAS or without.
-[G] is GPAS if it is on, f the branch, N and N' are RMSNorms:
+G is GPAS if it is on, else it is left out; f is the branch:
 
-    pre       y = [G](x + f(N x))
-    lns       as pre; the weight of each N starts at 1/sqrt(layer)
-    sandwich  y = [G](x + N' f(N x))
-    post      y = N([G]x + f(x))
-    deepnorm  y = N(A [G]x + f(x)),  A = (2L)^(1/4)
+    pre       y = G(x + f(norm(x)))
+    lns       as pre; in layer l = 1, 2, ... the weights of the norms start at 1/sqrt(l)
+    sandwich  y = G(x + post_norm(f(norm(x))))
+    post      y = norm(G(x) + f(x))
+    deepnorm  y = norm(A G(x) + f(x)),  A = (2L)^(1/4)
     mix       the first L/4 layers are post, the others pre
 
-So there are two orders, norm first and norm last, and some steps that only some networks have.
-Given x, computes the output y of layer l's attention (s 0) or feed-forward network (s 1) for the
-rows of B sequences from position `first` to T - 1. x and y (rows,C).
+So there are two orders, norm first and norm last, and some optional steps. This function computes
+the output y of layer l's attention (sub = 0) or feed-forward network (sub = 1) from its input x,
+for the positions from `first` to T - 1 of B sequences. x and y (rows,C).
 */
-static const float *sublayer_forward(const Model *m, int l, int s, const float *x, int first, int B,
-                                     int T) {
+static const float *sublayer_forward(const Model *m, int l, int sub, const float *x, int first,
+                                     int B, int T) {
     const Config *c = &m->config;
     const LayerParameters *w = &m->w.layers[l];
-    Activations *a = &m->activations[2 * l + s];
+    Activations *a = &m->activations[2 * l + sub];
     int C = c->C, rows = B * (T - first);
     size_t n = (size_t)rows * C;
     a->inp = x;
     if (!norm_comes_last(c, l)) {
+        rmsnorm_forward(a->normed, a->rstd, x, w->norm[sub], rows, C);         // norm(x)
+        branch_forward(m, l, sub, a->branch, a->normed, first, B, T);          // b = f(norm(x))
         const float *b = a->branch;
-        rmsnorm_forward(a->normed, a->rstd, x, w->norm[s], rows, C);                // N x
-        branch_forward(m, l, s, a->branch, a->normed, first, B, T);                 // b = f(N x)
-        if (has_post_norm(c)) {
-            rmsnorm_forward(a->post_normed, a->post_rstd, b, w->post_norm[s], rows, C);
-            b = a->post_normed;                                                     // b = N' f(N x)
+        if (has_post_norm(c)) {                                                // b = post_norm(b)
+            rmsnorm_forward(a->post_normed, a->post_rstd, b, w->post_norm[sub], rows, C);
+            b = a->post_normed;
         }
-        residual_forward(a->sum, x, b, 1, n);                                       // s = x + b
+        residual_forward(a->sum, x, b, 1, n);                                  // s = x + b
         a->out = a->sum;
-        if (c->gpas) {
-            gpas_forward(a->scaled, a->sum, *w->gate, c->gate_activation, n);       // y = GPAS(s)
+        if (c->gpas) {                                                         // y = GPAS(s)
+            gpas_forward(a->scaled, a->sum, *w->gate, c->gate_activation, n);
             a->out = a->scaled;
         }
     } else {
+        branch_forward(m, l, sub, a->branch, x, first, B, T);                  // b = f(x)
         const float *z = x;
-        branch_forward(m, l, s, a->branch, x, first, B, T);                         // b = f(x)
-        if (c->gpas) {
-            gpas_forward(a->scaled, x, *w->gate, c->gate_activation, n);            // z = GPAS(x)
+        if (c->gpas) {                                                         // z = GPAS(x)
+            gpas_forward(a->scaled, x, *w->gate, c->gate_activation, n);
             z = a->scaled;
         }
-        residual_forward(a->sum, z, a->branch, shortcut_scale(c), n);               // s = A z + b
-        rmsnorm_forward(a->normed, a->rstd, a->sum, w->norm[s], rows, C);           // y = N s
+        residual_forward(a->sum, z, a->branch, shortcut_scale(c), n);          // s = A z + b
+        rmsnorm_forward(a->normed, a->rstd, a->sum, w->norm[sub], rows, C);    // y = norm(s)
         a->out = a->normed;
     }
-    check_finite(m, 2 * l + s, 2 * l + s);
+    check_finite(m, 2 * l + sub, 2 * l + sub);
     return a->out;
 }
 
-// dx += dx_branch. Both (n).
-static void add(float *dx, const float *dx_branch, size_t n) {
+// x += y, for n numbers.
+static void add(float *x, const float *y, size_t n) {
     #pragma omp parallel for simd
-    for (size_t i = 0; i < n; i++) dx[i] += dx_branch[i];
+    for (size_t i = 0; i < n; i++) x[i] += y[i];
 }
 
 /*
-The same sublayer backwards. Given dy, compute dx. X^T v is the backward pass of X applied to v. x
-goes two ways, along the shortcut and into the branch, so its two gradients are added:
+The same sublayer backwards. Given dy, compute dx. For an operation F, F^T v means its backward pass
+applied to the gradient v. x goes two ways, along the shortcut and into the branch, so dx is the sum
+of two gradients:
 
-    norm first   s = x + b, b = N' f(N x), y = GPAS(s)             N' only in sandwich
-        ds = dy                          untouched by GPAS
-        dg -= a'(g) sum s dy
-        dx = ds + N^T f^T N'^T ds        along the shortcut, and through the branch
+    norm first   s = x + b,  b = post_norm(f(norm(x))),  y = GPAS(s)
+        ds = dy                                  GPAS lets it pass unscaled
+        dg -= a'(g) sum_i s_i dy_i
+        dx = ds + norm^T f^T post_norm^T ds      shortcut + branch; post_norm only in sandwich
 
-    norm last    z = GPAS(x), s = A z + f(x), y = N s
-        ds = N^T dy,  dz = A ds
-        dg -= a'(g) sum x dz
-        dx = dz + f^T ds                 dz is untouched by GPAS
+    norm last    z = GPAS(x),  s = A z + f(x),  y = norm(s)
+        ds = norm^T dy
+        dz = A ds
+        dg -= a'(g) sum_i x_i dz_i
+        dx = dz + f^T ds                         shortcut + branch; GPAS lets dz pass unscaled
 
-Without the stop-gradient, the gradient on its way through GPAS is multiplied by 1 - a(g).
-It works in place: dx (B,T,C) is dy on entry, and is returned.
+Here all happens in one array, dx (B,T,C): it holds dy at first, then ds or dz, and dx in the end,
+when it is returned. (Without the stop-gradient GPAS multiplies it by 1 - a(g) on the way.)
 */
-static float *sublayer_backward(const Model *m, int l, int s, float *dx, int B, int T) {
+static float *sublayer_backward(const Model *m, int l, int sub, float *dx, int B, int T) {
     const Config *c = &m->config;
     const LayerParameters *w = &m->w.layers[l], *d = &m->d.layers[l];
-    const Activations *a = &m->activations[2 * l + s];
-    const float *x = a->inp, *finp = norm_comes_last(c, l) ? x : a->normed;  // finp: input of f
-    int C = c->C, N = B * T, act = c->gate_activation;
+    const Activations *a = &m->activations[2 * l + sub];
+    const float *x = a->inp, *finp = norm_comes_last(c, l) ? x : a->normed;  // finp: the input of f
+    int C = c->C, N = B * T, activation = c->gate_activation;
     size_t n = (size_t)N * C;
     float *dgate = c->gate_train ? d->gate : NULL;
-    if (m->options->recompute && l < c->L - 1)  // the last layer's arrays are still there
-        branch_forward(m, l, s, NULL, finp, 0, B, T);
+    if (m->options->recompute && l < c->L - 1)  // the arrays of the last layer are still there
+        branch_forward(m, l, sub, NULL, finp, 0, B, T);
     if (!norm_comes_last(c, l)) {
-        float *ds = dx, *db = ds;  // ds = dy: GPAS changes nothing
-        if (c->gpas) gpas_backward(ds, dgate, dx, a->sum, *w->gate, act, c->stop_grad, n);
-        if (has_post_norm(c)) {
+        if (c->gpas)                                                           // ds = dy, and dg
+            gpas_backward(dx, dgate, dx, a->sum, *w->gate, activation, c->stop_grad, n);
+        float *db = dx;                                                        // db = ds
+        if (has_post_norm(c)) {                                                // post_norm^T ds
             db = m->dbranch;
-            rmsnorm_backward(db, d->post_norm[s], ds, a->branch, w->post_norm[s], a->post_rstd,
-                             N, C);                                                 // db = N'^T ds
+            rmsnorm_backward(db, d->post_norm[sub], dx, a->branch, w->post_norm[sub], a->post_rstd,
+                             N, C);
         }
-        branch_backward(m, l, s, m->dfinp, db, finp, B, T);                         // f^T db
-        rmsnorm_backward(m->dx_branch, d->norm[s], m->dfinp, x, w->norm[s], a->rstd, N, C);  // N^T
-        add(dx, m->dx_branch, n);
+        branch_backward(m, l, sub, m->dfinp, db, finp, B, T);                  // dfinp = f^T db
+        rmsnorm_backward(m->dx_branch, d->norm[sub], m->dfinp, x, w->norm[sub], a->rstd, N, C);
+        add(dx, m->dx_branch, n);                                              // ds + norm^T dfinp
     } else {
-        float *ds = m->dsum, *dz = dx;
-        rmsnorm_backward(ds, d->norm[s], dx, a->sum, w->norm[s], a->rstd, N, C);    // ds = N^T dy
-        residual_backward(dz, ds, shortcut_scale(c), n);                            // dz = A ds
-        if (c->gpas) gpas_backward(dx, dgate, dz, x, *w->gate, act, c->stop_grad, n);
-        branch_backward(m, l, s, m->dfinp, ds, finp, B, T);                         // f^T ds
-        add(dx, m->dfinp, n);
+        float *ds = m->dsum;
+        rmsnorm_backward(ds, d->norm[sub], dx, a->sum, w->norm[sub], a->rstd, N, C);
+        residual_backward(dx, ds, shortcut_scale(c), n);                       // dz = A ds
+        if (c->gpas)                                                           // dz, and dg
+            gpas_backward(dx, dgate, dx, x, *w->gate, activation, c->stop_grad, n);
+        branch_backward(m, l, sub, m->dfinp, ds, finp, B, T);                  // dfinp = f^T ds
+        add(dx, m->dfinp, n);                                                  // dz + dfinp
     }
-    check_finite(m, LAYER_BACKWARD, 2 * l + s);
+    check_finite(m, LAYER_BACKWARD, 2 * l + sub);
     return dx;
 }
 
-// The network on the rows of B sequences from position `first` to T - 1, up to the logits, and with
-// targets to the losses. tokens, targets (rows).
+// The whole network, for the positions from `first` to T - 1 of B sequences: the logits, and with
+// targets the losses. tokens, targets (rows). With first > 0, B must be 1.
 static void network_forward(Model *m, const int *tokens, const int *targets, int first, int B,
                             int T) {
     int C = m->config.C, V = m->config.V, L = m->config.L, rows = B * (T - first);
-    const float *x = m->embedded;
     embedding_forward(m->embedded, tokens, m->w.embedding, rows, C);
     check_finite(m, EMBED, -1);
+    const float *x = m->embedded;
     for (int l = 0; l < L; l++) {
         x = sublayer_forward(m, l, 0, x, first, B, T);
         x = sublayer_forward(m, l, 1, x, first, B, T);
@@ -831,23 +852,24 @@ static void network_forward(Model *m, const int *tokens, const int *targets, int
     m->first = first;
 }
 
-// The mean loss in nats of tokens (B,T), each of which should predict its target; without targets
-// only the logits.
+// Computes the logits of tokens (B,T). With targets (B,T) returns the mean loss in nats, else 0.
 double model_forward(Model *m, const int *tokens, const int *targets, int B, int T) {
     network_forward(m, tokens, targets, 0, B, T);
     return targets ? dot(m->losses, NULL, (size_t)B * T) / (B * T) : 0;
 }
 
-// The same for positions `first` to T - 1 of one sequence whose earlier positions have been
-// computed: their keys and values are still in the activations, and nothing else of them is needed.
-// So each token of a story costs one row. Where layers share one qkv, everything is computed again.
+// The same for the positions from `first` to T - 1 of one sequence whose earlier positions have
+// been computed: attention needs their keys and values, which are still in qkv, and nothing else of
+// them. So when we generate a story, each position is computed once. Where the layers share one
+// qkv, all positions are computed again.
 double model_extend(Model *m, const int *tokens, const int *targets, int first, int T) {
     int from = m->keeps_keys ? first : 0, rows = T - first;
     network_forward(m, tokens + from, targets ? targets + from : NULL, from, 1, T);
     return targets ? dot(m->losses + first - from, NULL, rows) / rows : 0;
 }
 
-// Adds to the gradients those of scale times the sum of the losses of the last model_forward().
+// Adds the gradients of scale * (the sum of all losses of the last model_forward(), which had these
+// tokens and targets).
 void model_backward(Model *m, const int *tokens, const int *targets, int B, int T, double scale) {
     int C = m->config.C, V = m->config.V, L = m->config.L, N = B * T;
     const float *x = m->activations[2 * L - 1].out;
@@ -864,7 +886,7 @@ void model_backward(Model *m, const int *tokens, const int *targets, int B, int 
     check_finite(m, EMBED_BACKWARD, -1);
 }
 
-// The rest of the functions that dev/model.h declares, and describes.
+// The other functions that dev/model.h declares; it describes what they do.
 
 void zero_gradients(Model *m) { memset(m->gradients, 0, m->list.size * sizeof(float)); }
 
@@ -903,14 +925,15 @@ void layer_state(Model *m, int l, int B, int T, double variances[2], double *gat
 
 typedef struct {
     float lr, beta1, beta2, eps, weight_decay;
-    float clip;  // the gradient is multiplied by this
+    float clip;  // a factor for the gradient
     int t;       // the number of this update: 1, 2, ...
 } AdamW;
 
-// AdamW (arXiv 1711.05101). With g the clipped gradient:
+// AdamW (arXiv 1711.05101). For each parameter p, with its gradient g after clipping:
 //   m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
 //   p -= lr (mhat / (sqrt(vhat) + eps) + weight_decay p)
-// m and v start at 0; mhat = m / (1 - beta1^t), and vhat likewise, correct for that. Arrays (n).
+// m and v start at 0, for which mhat = m / (1 - beta1^t) and vhat = v / (1 - beta2^t) compensate.
+// p, grad, m, v: n numbers.
 static void adamw_update(float *p, const float *grad, float *m, float *v, size_t n, AdamW adam) {
     float unbias_m = (float)(1 / (1 - pow(adam.beta1, adam.t)));
     float unbias_v = (float)(1 / (1 - pow(adam.beta2, adam.t)));
@@ -939,21 +962,23 @@ double gradient_norms(Model *m, double *layers, double *gates) {
     return sqrt(sum);
 }
 
-// Only matrices decay, not norms and gates. The gates have a clip of their own.
-void model_update(Model *m, int t, double norm, double gate_norm) {
+// Makes the update of step 0, 1, ... Weight decay is for matrices only, not for norms and gates.
+// Gates have their own clipping.
+void model_update(Model *m, int step, double norm, double gate_norm) {
     const Options *o = m->options;
     double clip, gate_clip;
     clip_factors(o, norm, gate_norm, &clip, &gate_clip);
-    for (const Tensor *w = m->list.tensors; w < m->list.tensors + m->list.count; w++) {
-        AdamW adam = {
-            .lr = learning_rate(o, t), .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f,
-            .weight_decay = w->cols ? o->weight_decay : 0,
-            .clip = w->kind == GATE ? gate_clip : clip,
-            .t = t + 1,
-        };
-        if (w->kind == GATE && !m->config.gate_train) continue;
-        adamw_update(m->parameters + w->offset, m->gradients + w->offset, m->adam_m + w->offset,
-                     m->adam_v + w->offset, w->size, adam);
+    AdamW adam = {.lr = learning_rate(o, step), .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f,
+                  .t = step + 1};
+    for (int i = 0; i < m->list.count; i++) {
+        const Tensor *t = &m->list.tensors[i];
+        int is_gate = t->kind == GATE, is_matrix = t->cols > 0;
+        size_t at = t->offset;
+        if (is_gate && !m->config.gate_train) continue;
+        adam.weight_decay = is_matrix ? o->weight_decay : 0;
+        adam.clip = is_gate ? gate_clip : clip;
+        adamw_update(m->parameters + at, m->gradients + at, m->adam_m + at, m->adam_v + at, t->size,
+                     adam);
     }
     check_finite(m, UPDATE, -1);
 }
@@ -965,9 +990,9 @@ void model_update(Model *m, int t, double norm, double gate_norm) {
 const char program[] = "train_gpas", default_dtype[] = "fp32";
 const int on_gpu = 0;
 
-// One step: the gradient of the mean loss over --total-batch sequences, one micro-batch of --batch
-// after the other, then an AdamW update. Returns the loss; *grad_norm is the norm of the gradient
-// before clipping.
+// Makes one training step: computes the gradient of the mean loss over --total-batch sequences, in
+// micro-batches of --batch, and updates the parameters. Returns the loss, and writes the norm of
+// the gradient before clipping to *grad_norm.
 static double train_step(Run *run, double *grad_norm) {
     const Options *o = run->o;
     Model *m = run->model;
@@ -989,6 +1014,7 @@ static double train_step(Run *run, double *grad_norm) {
     return loss;
 }
 
+// Trains for --steps steps, or until a signal asks it to stop.
 static void train(Run *run) {
     const Options *o = run->o;
     print_configuration(run);
@@ -1002,8 +1028,10 @@ static void train(Run *run) {
     }
     run->start_time = omp_get_wtime();
     do {
-        double start = omp_get_wtime(), lr = learning_rate(o, run->progress.step), val = NAN;
-        double grad_norm, loss = train_step(run, &grad_norm), ms = 1000 * (omp_get_wtime() - start);
+        double grad_norm, val = NAN, lr = learning_rate(o, run->progress.step);
+        double start = omp_get_wtime();
+        double loss = train_step(run, &grad_norm);
+        double ms = 1000 * (omp_get_wtime() - start);
         int step = run->progress.step, last = step == o->steps;
         if (last || (o->val_every && step % o->val_every == 0)) {
             val = validate(run);

@@ -33,8 +33,8 @@ void zero_gradients(Model *m);
 // and the joint norm of all gates' gradients to *gates.
 double gradient_norms(Model *m, double *layers, double *gates);
 
-// Makes one AdamW update, t = 0, 1, ..., given the norms that gradient_norms() found.
-void model_update(Model *m, int t, double norm, double gate_norm);
+// Makes the AdamW update of step 0, 1, ..., given the norms that gradient_norms() found.
+void model_update(Model *m, int step, double norm, double gate_norm);
 
 // Writes the variances of the outputs of layer l's two sublayers in the last model_forward(), and
 // the layer's gate, NAN if it has none.
