@@ -1479,6 +1479,7 @@ static void test_gemm_threads(void) {
         omp_set_num_threads(threads);
         gemm(out, N, matrix(a, K), transpose(matrix(b, K)), M, N, K, 0);
         gemm(out, N, transpose(matrix(a, M)), matrix(b, N), M, N, K, 1);
+        free_thread_memory();  // of each thread, while there are so many
     }
     omp_set_num_threads(most);
     for (int i = 1; i < 4; i++) {
@@ -1635,9 +1636,9 @@ static const NotFinite not_finite[] = {
     {'f', "", "layers.0.attention.wq.weight", 1e30f, "attention_forward of layer 1, attention"},
     {'f', "", "layers.1.attention.wo.weight", 0, "matmul_forward (wo) of layer 2, attention"},
     {'f', "--norm sandwich", "layers.0.attention_post_norm.weight", 0,
-     "rmsnorm_forward (post_norm) of layer 1, attention"},
+     "rmsnorm_forward (N') of layer 1, attention"},
     {'f', "--norm sandwich", "layers.1.ffn_post_norm.weight", 0,
-     "rmsnorm_forward (post_norm) of layer 2, feed-forward"},
+     "rmsnorm_forward (N') of layer 2, feed-forward"},
     {'f', "--norm deepnorm", "tok_embeddings.weight", 3e38f,
      "residual_forward of layer 1, attention"},
     {'f', "", "layers.1.gate", 0, "gpas_forward of layer 2, attention"},
@@ -1653,7 +1654,7 @@ static const NotFinite not_finite[] = {
     {'b', "", "output.weight", 0, "that matmul_backward (output) computed"},
     {'b', "", "final_rstd", 0, "that rmsnorm_backward (final) computed"},
     {'b', "--stop-grad off", "layers.1.gate", 0, "gpas_backward of layer 2, feed-forward"},
-    {'b', "--norm sandwich", "post_rstd", 0, "rmsnorm_backward (post_norm) of layer 2, feed-forward"},
+    {'b', "--norm sandwich", "post_rstd", 0, "rmsnorm_backward (N') of layer 2, feed-forward"},
     {'b', "", "layers.1.feed_forward.w2.weight", 0,
      "matmul_backward (wo or w2) of layer 2, feed-forward"},
     {'b', "", "pre_act", 0, "swiglu_backward of layer 2, feed-forward"},
