@@ -45,7 +45,7 @@ parameters, which are summed over micro-batches. In derivations x, y, w mean inp
 several in one instruction. The order of every sum is the same for any number of threads, and
 therefore so are the results.
 */
-#include "dev/gemm.h"          // defines: Matrix, gemm, Packed, pack, gemm_packed, dot, exp_fast
+#include "dev/gemm.h"          // defines: Matrix, gemm, Packed, pack, gemm_packed, dot, max_of, ...
 #include "dev/gate.h"          // defines: gate_value, gate_slope, which are a(g) and a'(g)
 #include "dev/parameters.h"    // defines: Config, norm_comes_last, TensorList, rope_angles, ...
 #include "dev/arrays.h"        // defines: Arrays, new_array, check_arrays
@@ -288,6 +288,12 @@ static double dot(const float *a, const float *b, size_t n) {
     return sum;
 }
 
+static float max_of(const float *x, int n) {
+    float largest = x[0];
+    for (int i = 1; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
 static inline float exp_fast(float x) { return expf(x); }
 #endif
 
@@ -328,9 +334,7 @@ enum { KEYS, KEYS_T, VALUES, BLOCK_ROWS, SCALED_Q, SCORES, DSCORES };
 
 // Replaces x[0 .. n-1] by their softmax and x[n .. width-1] by 0. Returns log sum_i e^x_i.
 static float softmax_row(float *x, int n, int width) {
-    float largest = x[0], sum = 0;
-    #pragma omp simd reduction(max : largest)
-    for (int s = 0; s < n; s++) largest = x[s] > largest ? x[s] : largest;
+    float largest = max_of(x, n), sum = 0;
     #pragma omp simd reduction(+ : sum)
     for (int s = 0; s < n; s++) {
         x[s] = exp_fast(x[s] - largest);  // at most 1, so it does not overflow
@@ -448,9 +452,7 @@ static void crossentropy_forward(float *losses, float *lse, const float *logits,
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float *x = logits + (size_t)n * V;
-        float largest = x[0], sum = 0;  // the largest is subtracted, so that no e^x overflows
-        #pragma omp simd reduction(max : largest)
-        for (int v = 0; v < V; v++) largest = x[v] > largest ? x[v] : largest;
+        float largest = max_of(x, V), sum = 0;  // it is subtracted, so that no e^x overflows
         #pragma omp simd reduction(+ : sum)
         for (int v = 0; v < V; v++) sum += exp_fast(x[v] - largest);
         lse[n] = largest + logf(sum);

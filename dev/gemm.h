@@ -1,7 +1,7 @@
-// gemm.h: defines Matrix, matrix, transpose, gemm; Packed, pack, gemm_packed; dot, exp_fast;
-// thread_memory, free_thread_memory. All code that is written for the machine is here.
+// gemm.h: defines Matrix, matrix, transpose, gemm; Packed, pack, gemm_packed; dot, max_of,
+// exp_fast; thread_memory, free_thread_memory. All code written for the machine is here.
 //
-// With PLAIN defined, train_gpas.c itself defines gemm, pack, gemm_packed, dot and exp_fast.
+// With PLAIN defined, train_gpas.c itself defines gemm, pack, gemm_packed, dot, max_of, exp_fast.
 #ifndef GEMM_H
 #define GEMM_H
 #include "utils.h"
@@ -48,6 +48,9 @@ static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, 
 // depend on the number of threads.
 static double dot(const float *a, const float *b, size_t n);
 
+// Returns the largest of x (n).
+static float max_of(const float *x, int n);
+
 // Returns e^x to about 1e-7 relative.
 static inline float exp_fast(float x);
 
@@ -92,6 +95,18 @@ static double dot(const float *a, const float *b, size_t n) {
     }
     for (int chunk = 0; chunk < CHUNKS; chunk++) sum += part[chunk];
     return sum;
+}
+
+// Sixteen running maxima, which the compiler keeps in vectors.
+static float max_of(const float *x, int n) {
+    float lane[16], largest = x[0];
+    int i = 0;
+    for (int k = 0; k < 16; k++) lane[k] = largest;
+    for (; i + 16 <= n; i += 16)
+        for (int k = 0; k < 16; k++) lane[k] = x[i + k] > lane[k] ? x[i + k] : lane[k];
+    for (; i < n; i++) lane[0] = x[i] > lane[0] ? x[i] : lane[0];
+    for (int k = 0; k < 16; k++) largest = lane[k] > largest ? lane[k] : largest;
+    return largest;
 }
 
 // Written so that the compiler turns a loop over it into vector code: x = n ln2 + r with
