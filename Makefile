@@ -56,18 +56,22 @@ CUDA_ON_CPU = train_gpas_cuda_on_cpu build/test_cuda_on_cpu build/test_cuda_on_c
     build/test_fp32 build/test_bf16
 CUDA_ON_CPU_TESTS = ./build/test_cuda_on_cpu ./build/test_cuda_on_cpu_unchecked \
     ./build/test_fp32 ./build/test_bf16 \
+    "$(PYTHON) dev/test/test_program.py ./train_gpas_cuda_on_cpu fp32" \
+    "$(PYTHON) dev/test/test_program.py ./train_gpas_cuda_on_cpu bf16" \
     "$(PYTHON) dev/test/test_export.py ./train_gpas_cuda_on_cpu"
 endif
 
 C_PROGRAMS = train_gpas test_gpas test_gpas_double build/test_gpas_plain build/train_gpas_plain \
     build/test_headers
 C_TESTS = ./test_gpas ./test_gpas_double build/test_gpas_plain build/test_headers \
+    "$(PYTHON) dev/test/test_program.py" \
     "$(PYTHON) dev/test/test_plain.py ./train_gpas build/train_gpas_plain"
 test: $(C_PROGRAMS) $(CUDA_ON_CPU)
 	@sh dev/test/run_tests.sh $(C_TESTS) "$(PYTHON) dev/test/test_prepro.py" \
 	    "$(PYTHON) dev/test/test_export.py" "$(PYTHON) dev/test/reference.py --check" \
 	    "$(PYTHON) dev/test/test_assignment.py" "$(PYTHON) dev/test/test_figures.py" \
-	    "$(PYTHON) dev/test/test_mutations.py" "$(PYTHON) dev/test/soak.py --kills 20" $(CUDA_ON_CPU_TESTS)
+	    "$(PYTHON) dev/test/test_mutations.py" "$(PYTHON) dev/test/soak.py --kills 20" \
+	    $(CUDA_ON_CPU_TESTS)
 
 # ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
 
@@ -98,6 +102,8 @@ bench_cuda: dev/gpu/bench.cu $(CUDA_SOURCES)
 
 test-cuda: train_gpas train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16
 	@sh dev/test/run_tests.sh ./test_gpas_cuda_fp32 ./test_gpas_cuda_bf16 \
+	    "$(PYTHON) dev/test/test_program.py ./train_gpas_cuda fp32" \
+	    "$(PYTHON) dev/test/test_program.py ./train_gpas_cuda bf16" \
 	    "$(PYTHON) dev/test/test_export.py ./train_gpas_cuda"
 
 bench-cuda: bench_cuda
