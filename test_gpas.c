@@ -543,8 +543,6 @@ static void for_each_network(void (*test)(const char *, const char *, const char
     test("sandwich", "tanh", "--gpas on --gate-act tanh");
 }
 
-static void test_networks(void) { for_each_network(test_network); }
-
 // --recompute saves memory and changes no bit of any gradient. A model without a backward pass has
 // nothing left to save.
 static void test_recompute(void) {
@@ -669,26 +667,6 @@ static void test_initial_streams(void) {
         model_free(&m);
         model_free(&b);
         model_free(&seeded);
-    }
-}
-
-// A small network on tokens that occur only once each: it can learn them by heart.
-static void test_learning(void) {
-    static const int tokens[] = {3, 7, 1, 9, 4, 12, 8, 2, 5, 11, 6, 10, 0};
-    for (int i = 0; i < 12; i++) {
-        Options o;
-        Model m;
-        char name[100];
-        double loss = 0;
-        options_from(&o, "--norm %s --gpas %s --layers 4 --channels 32 --hidden 48 --heads 4 "
-                     "--seq-len 12 --vocab-size 13 --batch 1 --lr 0.01 --warmup 20 --steps 200",
-                     schemes[i / 2], i % 2 ? "on" : "off");
-        model_create(&m, &o, 1, 1);
-        for (int t = 0; t <= 200; t++) loss = step(&m, t, tokens, tokens + 1, 1, 12);
-        snprintf(name, sizeof name, "learning: %s, gpas %s, is below 0.05 after 200 steps",
-                 schemes[i / 2], i % 2 ? "on" : "off");
-        check(loss < 0.05, name, "the loss is %.4f", loss);
-        model_free(&m);
     }
 }
 
@@ -1005,7 +983,7 @@ static void open_cpu(void) {
 // Compares what a kernel gave (n) with what train_gpas.c gives.
 static void against_cpu(const char *what, const char *shape, const float *got,
                         const float *expected, size_t n, int pass) {
-    char name[200];
+    char name[300];
     snprintf(name, sizeof name, "%s, %s, against the CPU's", what, shape);
     check_close(name, got, expected, n, tolerances[pass], 0);
 }
@@ -1338,8 +1316,30 @@ int main() { return kernels::run_tests(); }
 
 #else
 /* ------------------------------------------------------------------------------------------------
-train_gpas.c alone: attention's two forms, matrix products, threads
+train_gpas.c alone: learning, shapes, threads
 */
+
+static void test_networks(void) { for_each_network(test_network); }
+
+// A small network on tokens that occur only once each: it can learn them by heart.
+static void test_learning(void) {
+    static const int tokens[] = {3, 7, 1, 9, 4, 12, 8, 2, 5, 11, 6, 10, 0};
+    for (int i = 0; i < 12; i++) {
+        Options o;
+        Model m;
+        char name[100];
+        double loss = 0;
+        options_from(&o, "--norm %s --gpas %s --layers 4 --channels 32 --hidden 48 --heads 4 "
+                     "--seq-len 12 --vocab-size 13 --batch 1 --lr 0.01 --warmup 20 --steps 200",
+                     schemes[i / 2], i % 2 ? "on" : "off");
+        model_create(&m, &o, 1, 1);
+        for (int t = 0; t <= 200; t++) loss = step(&m, t, tokens, tokens + 1, 1, 12);
+        snprintf(name, sizeof name, "learning: %s, gpas %s, is below 0.05 after 200 steps",
+                 schemes[i / 2], i % 2 ? "on" : "off");
+        check(loss < 0.05, name, "the loss is %.4f", loss);
+        model_free(&m);
+    }
+}
 
 // Heads of 70 channels are wider than a panel and no multiple of one.
 static void test_wide_attention(void) {
