@@ -59,13 +59,14 @@ TOOLS = set("sigmoid load_gradients block_max mma load_rows load_tile multiply_t
             "multiply_add store_rows group_sum group_max copy_async copies_arrive load_b "
             "fast_sigmoid".split())
 
-# Lines of comments elsewhere that have the result of a layer's derivation.
-SPOILERS = {"gpas": r"^ +dg -?= "}
+# Lines of comments that belong to a layer's derivation, but are not indented below a "Given".
+SPOILERS = {"gpas": r"^ +dg -?= ",
+            "attention": r"^// (The derivative of lse_t|P_tr |delta_t needs)"}
 
 # Copied as they are. So are all headers of dev/.
 COPIED = ["LICENSE", "dev/class/grade.py", "dev/class/grade.c", "dev/class/grade.h",
           "dev/class/submission.c", "dev/tools/compare.py", "prepro_tinystories.py"]
-COPIED_CUDA = ["dev/gpu/cuda_on_cpu.h", "dev/test/on_gpu.h"]
+COPIED_CUDA = ["dev/gpu/cuda_on_cpu.h", "dev/gpu/ptx.h", "dev/test/on_gpu.h"]
 RULES = ["train_gpas", "build/flags", "data/toy/tokenizer.bin", "run", "grade", "build/%.cu",
          "train_gpas_cuda_on_cpu"]
 CUDA_RULES = ["build/%.cu", "train_gpas_cuda_on_cpu"]

@@ -17,8 +17,7 @@ counts = {True: 0, False: 0}
 # Mistakes, one in each layer, all planted at once: layer, what was there, what stands there now,
 # and what the hint must say.
 MISTAKES = [
-    ("gpas", "stop_grad ? 1 : 1 - gate_value(gate, activation)",
-     "1 - gate_value(gate, activation)", "stop-gradient"),
+    ("gpas", "if (stop_grad) {", "if (stop_grad < 0) {", "stop-gradient"),
     ("residual", "= A * shortcut[i] +", "= shortcut[i] + A *", "A scales the branch"),
     ("embedding", "dw[c] += dy[c]", "dw[c] = dy[c]", r"\+="),
     ("rmsnorm", "r * r * sum / C", "r * r * sum", "factor C"),
@@ -36,7 +35,7 @@ READINGS = [
     ("rmsnorm", "sum += x[c] * x[c]", "sum += x[c]", "square is missing"),
     ("rope", "x1 = x[c + j + 1]", "x1 = x[c + j + 2]", "too far.*too far"),
     ("swiglu", "*h3 = h1 + H;\n        float *y", "*h3 = h1 + 1;\n        float *y", "h3 begins H"),
-    ("attention", "softmax_row(P, t0 + t + 1,", "softmax_row(P, t0 - first + t + 1,",
+    ("attention", "width, t0 + i + 1, seen);", "width, t0 - first + i + 1, seen);",
      "first is missing in the mask.*all cases with first = 0 are right"),
     ("crossentropy", "(size_t)n * V;\n        float la", "(size_t)n;\n        float la",
      "from element n on")]
@@ -182,9 +181,9 @@ def test_empty(folder):
         check(len(formulas) > 40 and not told,
               "assignment: the solution of %s is nowhere in it" % file, told[:3] or len(formulas))
     text = read(folder, "train_gpas.c")
-    check("(arXiv 2104.09864) rotates" in text and "direction" not in text and
-          not re.search(r"^ +dg ", text, re.M),
-          "assignment: RoPE's definition is left, and no derivation of the gate's gradient")
+    told = re.findall(r"^ +dg .*|.*delta_t.*|.*P_tr.*|// direction.*", text, re.M)
+    check("(arXiv 2104.09864) rotates" in text and not told,
+          "assignment: RoPE's definition is left, and no derivation of the gate or attention", told)
     result = grade(folder)
     wrong = [row["file"] + " " + row["layer"] for row in result["layers"] if row["points"]]
     check(result["points"] == 0 and result["max"] == 180 and not wrong,
