@@ -583,8 +583,8 @@ static void test_recompute(void) {
     }
 }
 
-// Compares the mean, the standard deviation and the fourth moment of a tensor with those of the
-// normal distribution that DESIGN and README name. Prints a line if they differ.
+// Compares the mean, the standard deviation and the kurtosis of a tensor with those of the normal
+// distribution from which it should be drawn. Prints a line if they differ.
 static int has_initial_values(const Config *c, const Tensor *t, const float *x) {
     double mean = 0, std = 0.02, gain = pow(8.0 * c->L, -0.25), sum[3] = {0};
     if (t->kind == EMBEDDING) std = sqrt(2.0 / 5);
@@ -680,11 +680,12 @@ enum { STORY = 20, STORY_VOCABULARY = 31 };
 static void large_parameters(Model *m) {
     Snapshot s = model_snapshot(m);
     uint64_t state = 9;
-    for (const Tensor *t = s.list.tensors; t < s.list.tensors + s.list.count; t++)
+    for (const Tensor *t = s.list.tensors; t < s.list.tensors + s.list.count; t++) {
         for (size_t i = 0; i < t->size; i++) {
             double u = 2 * random_uniform(&state) - 1;
             s.parameters[t->offset + i] = (float)(t->cols ? 0.5 * u : t->size > 1 ? 1 + u / 2 : u);
         }
+    }
     model_restore(m);
 }
 
@@ -862,9 +863,10 @@ static void test_clipping(double norm, double gate_norm, double clip, double gat
     float *expected = copy(model_snapshot(&m).gradients, n);
     model_update(&m, 0, norm, gate_norm);
     Snapshot s = model_snapshot(&m);
-    for (const Tensor *t = s.list.tensors; t < s.list.tensors + s.list.count; t++)
+    for (const Tensor *t = s.list.tensors; t < s.list.tensors + s.list.count; t++) {
         for (size_t i = t->offset; i < t->offset + t->size; i++)
             expected[i] *= (float)(0.1 * (t->kind == GATE ? gate_clip : clip));
+    }
     snprintf(name, sizeof name, "model_update: a gradient of %g, of the gates %g, is clipped", norm,
              gate_norm);
     check_close(name, s.adam_m, expected, n, 1e-5, 0);
@@ -1446,9 +1448,11 @@ static void test_gemm(void) {
     static const int shapes[][3] = {{1, 1, 1},       {12, 32, 8},  {13, 33, 17},
                                     {100, 70, 1100}, {5, 4100, 3}, {4090, 3, 5},
                                     {1, 64, 600},    {97, 1, 31},  {24, 64, 512}};
-    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const int *n = shapes[i];
         for (int form = 0; form < 8; form++)
-            test_product(shapes[i][0], shapes[i][1], shapes[i][2], form & 1, !(form & 2), form / 4);
+            test_product(n[0], n[1], n[2], form & 1, !(form & 2), form / 4);
+    }
 }
 
 static void test_dot(void) {
@@ -2059,11 +2063,12 @@ static void test_networks(void) {
                      i % 2 ? "--gpas on --stop-grad off --gate-init 0.4" : "--gpas off");
         model_create(&m, &o, 2, 1);
         const Tensor *end = m.list.tensors + m.list.count;
-        for (const Tensor *t = m.list.tensors; t < end; t++)
+        for (const Tensor *t = m.list.tensors; t < end; t++) {
             for (size_t j = t->offset; j < t->offset + t->size; j++) {
                 double u = w[j % SIZE];
                 m.parameters[j] = t->cols ? 0.6 * u : m.parameters[j] * (0.5 + u * u);
             }
+        }
         network_loss(&m);
         model_backward(&m, text, text + 1, 2, 6, 1.0 / 12);
         for (const Tensor *t = m.list.tensors; t < end; t++) {
@@ -2079,8 +2084,9 @@ static void test_networks(void) {
 int main(void) {
     uint64_t random = 5;
     double *start[] = {x, w, dy};
-    for (int a = 0; a < 3; a++)
+    for (int a = 0; a < 3; a++) {
         for (int i = 0; i < SIZE; i++) start[a][i] = 2 * random_uniform(&random) - 1;
+    }
     test_gates();
     test_gpas();
     test_layers();
