@@ -1,21 +1,22 @@
 /*
-train_gpas.c: trains a LLaMA-like Transformer with GPAS on the CPU. No framework, no library.
+train_gpas.c: trains a LLaMA-like Transformer with GPAS on the CPU, without any framework.
 
 A Transformer is a stack of layers. Each has two sublayers, attention and a feed-forward network,
 which add something to the residual stream x: x = x + f(norm(x)). In this usual arrangement, Pre-LN,
 the input of f is normalized, but its output is not. As a result the variance of x grows with depth,
 until what the last layers add hardly changes it. GPAS (Gradient-Preserving Activation Scaling,
-arXiv 2506.22049) multiplies the stream by a learned factor at each sum, so that it stops growing:
+arXiv 2506.22049) holds back this growth: in each sublayer it multiplies the stream by a learned
+factor, after the sum x + f(norm(x)):
 
     y = x - a(g) sg(x)
 
-The gate g is one learned number per layer. a() is its activation, by default SiLU: g sigmoid(g). A
-gate starts at 0, and a(0) = 0, so GPAS does nothing at first. sg() is the stop-gradient: it returns
-its argument, but is treated as a constant when we differentiate. So the forward pass computes
-y = (1 - a(g)) x, while the backward pass gives dx = dy: the gradient passes GPAS unscaled. That is
-the whole idea, and gpas_forward() and gpas_backward() below implement it.
+The gate g is one learned number per layer. a() is its activation function, by default SiLU, which
+is g sigmoid(g). A gate starts at 0, and a(0) = 0, so at first GPAS does nothing. sg() is the
+stop-gradient: it returns its argument, but is treated as a constant when we differentiate. So the
+forward pass computes y = (1 - a(g)) x, while the backward pass gives dx = dy: the gradient passes
+GPAS unscaled. That is the whole idea, and gpas_forward() and gpas_backward() below implement it.
 
-Each sublayer applies GPAS once, and the two share the layer's gate. There are three orders:
+Each sublayer applies GPAS once, and the two share the layer's gate. There are three arrangements:
 
     norm first    x ---+-----------------------------------> (+) ---> GPAS ---> y       pre, lns
                        |                                      ^
@@ -31,10 +32,10 @@ Each sublayer applies GPAS once, and the two share the layer's gate. There are t
 
     GPAS itself   x =====> (1 - a(g)) x in the forward pass,  dx <===== dy in the backward pass
 
-The network called mix has its first layers norm last and the others norm first.
+In mix, the first L/4 layers are norm last and the others norm first.
 
-Contents: 1 GPAS. 2 The other operations. 3 The model. 4 AdamW. 5 Training.
-Everything that teaches nothing about GPAS is in the headers of dev/.
+Contents: 1 GPAS. 2 The other operations. 3 The model. 4 AdamW. 5 Training. The headers of dev/ hold
+what supports them: file formats, options, logs, fast matrix products.
 
 Conventions. B batch, T sequence length, C channels, H feed-forward width, L layers, NH heads,
 hs = C/NH, V vocabulary, N = B T rows. Arrays are row-major; comments give their shapes: (B,T,C).
@@ -49,6 +50,7 @@ therefore so are the results.
 #include "dev/gate.h"          // defines: gate_value, gate_slope, which are a(g) and a'(g)
 #include "dev/parameters.h"    // defines: Config, norm_comes_last, TensorList, rope_angles, ...
 #include "dev/arrays.h"        // defines: Arrays, new_array, check_arrays
+#include "dev/model.h"         // declares: Model, Snapshot and the functions of a model
 #include "dev/schedule.h"      // defines: learning_rate, clip_factors
 #include "dev/command_line.h"  // defines: Options, parse_options
 #include "dev/run.h"           // defines: Run, open_run, close_run, validate
@@ -59,7 +61,7 @@ therefore so are the results.
 1. GPAS
 */
 
-// GPAS, paper section 3: y = x - a(g) sg(x), in the forward pass y = (1 - a(g)) x.
+// Applies GPAS (section 3 of the paper), y = x - a(g) sg(x). Its value is (1 - a(g)) x.
 // out, inp: n numbers; gate: g; activation: which function a() is (GATE_SILU, ...).
 static void gpas_forward(float *out, const float *inp, float gate, int activation, size_t n) {
     float scale = 1 - gate_value(gate, activation);
@@ -68,18 +70,18 @@ static void gpas_forward(float *out, const float *inp, float gate, int activatio
 }
 
 // Given dy, compute dx and dg.
-//   dx: sg(x) is treated as a constant, so the derivative of y by x is 1, and
+//   dx: sg(x) is treated as a constant, so the derivative of y with respect to x is 1, and
 //           dx = dy
-//       The true derivative of y = (1 - a) x would give dx = (1 - a) dy. With that, each of the 2L
-//       sites where a network applies GPAS would multiply the gradient of the residual stream by
-//       1 - a, and the first layer would get about (1 - a)^(2L) of what reaches the last.
-//   dg: the derivative of y_i by g is -a'(g) x_i for each of the n elements i, so
+//       The true derivative of y = (1 - a) x would give dx = (1 - a) dy. Then each of the network's
+//       2L GPAS sites would multiply the gradient of the stream by its 1 - a, and with equal gates
+//       the first layer would get about (1 - a)^(2L) of what reaches the last.
+//   dg: the derivative of y_i with respect to g is -a'(g) x_i for each of the n elements i, so
 //           dg = -a'(g) sum_i x_i dy_i
 //       For SiLU, a'(0) = 1/2, so a gate can learn from the start. The two sites of a layer share
 //       its gate, so both add to dg.
-// With stop_grad = 0, for comparison, there is no sg(): the gate is a plain learned scale. Then
-// dx = (1 - a) dy, and dg is the same.
-// dinp, dout, inp: n numbers, dinp and dout may be the same array; dgate: one number, or NULL.
+// With stop_grad = 0, for comparison, there is no sg(), and 1 - a(g) is an ordinary learned scale.
+// Then dx = (1 - a) dy, and dg is the same.
+// dinp, dout, inp: n numbers; dinp and dout may be the same array. dgate: one number, or NULL.
 static void gpas_backward(float *dinp, float *dgate, const float *dout, const float *inp,
                           float gate, int activation, int stop_grad, size_t n) {
     if (dgate) *dgate -= gate_slope(gate, activation) * (float)dot(inp, dout, n);
@@ -156,7 +158,8 @@ static void rmsnorm_forward(float *out, float *rstd, const float *inp, const flo
 
 // Given dy, compute dx and dw.
 //   In one row let u_c = w_c dy_c, the gradient of the product x_c r. x_c affects its own y_c and,
-//   through r, every y_k. The derivative of r = (mean + eps)^(-1/2) by x_c is -r^3 x_c / C, so
+//   through r, every y_k. The derivative of r = (mean + eps)^(-1/2) with respect to x_c is
+//   -r^3 x_c / C, so
 //       dx_c = u_c r - sum_k u_k x_k r^3 x_c / C = r (u_c - x_c p),  p = r^2 sum_k u_k x_k / C
 //       dw_c = the sum over all rows of dy_c x_c r
 // dinp, dout, inp (N,C); weight (C); rstd (N); dweight (C), added to. dinp must not be the same
@@ -184,19 +187,20 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
 }
 
 // RoPE (arXiv 2104.09864) rotates each pair (x0, x1) of adjacent channels of every query and key by
-// an angle that is proportional to its position. (Each pair of a head has its own frequency.) The
-// product q . k then depends only on how far apart the two positions are. Values are not rotated.
+// an angle proportional to the position of that query or key. (Each pair of a head has its own
+// frequency.) The product q . k then depends on the two positions only through their distance.
+// Values are not rotated.
 // qkv (B,T,3C), in place; table (T,hs/2,2) from rope_angles(): the cosine and sine of each angle.
 // direction: 1, or -1 to rotate back.
 static void rope_rotate(float *qkv, const float *table, int B, int T, int C, int hs,
                         int direction) {
     #pragma omp parallel for
     for (int n = 0; n < B * T; n++) {
-        const float *angles = table + (size_t)(n % T) * hs;
+        const float *cos_sin = table + (size_t)(n % T) * hs;
         float *x = qkv + (size_t)n * 3 * C;
         for (int c = 0; c < 2 * C; c += hs) {  // all heads of q, then of k
             for (int j = 0; j < hs; j += 2) {
-                float cosine = angles[j], sine = direction * angles[j + 1];
+                float cosine = cos_sin[j], sine = direction * cos_sin[j + 1];
                 float x0 = x[c + j], x1 = x[c + j + 1];
                 x[c + j] = x0 * cosine - x1 * sine;
                 x[c + j + 1] = x0 * sine + x1 * cosine;
@@ -252,11 +256,11 @@ static void swiglu_backward(float *dinp, const float *dout, const float *inp, in
 
 /*
 Matrix products. A Matrix {x, row, column} has its element (i,j) at x[i * row + j * column]; so its
-transpose is the same memory with the two strides swapped. gemm() computes the product of A (M,K)
-and B (K,N) and writes it to c, whose rows are ldc numbers apart, or adds it. gemm_packed() does the
-same on one thread, with a B that pack() has prepared. The functions below define what these
-compute, and `make train_gpas PLAIN=1` uses them. Otherwise the program uses those in dev/gemm.h,
-which are a hundred times faster.
+transpose is the same memory with the two strides swapped. gemm() (general matrix multiplication)
+computes the product of a (M,K) and b (K,N), and stores it in c, whose rows are ldc numbers apart,
+or adds it to c. gemm_packed() does the same on one thread, with a b that pack() has prepared. The
+simple versions below specify the results, and `make train_gpas PLAIN=1` builds with them. The
+default versions, in dev/gemm.h, are about a hundred times faster.
 */
 #ifdef PLAIN
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate) {
@@ -317,8 +321,8 @@ static void matmul_backward(float *dinp, float *dweight, const float *dout, cons
 }
 
 /*
-Causal attention, for each head by itself. Its query, key and value at position t are q_t, k_t and
-v_t, hs numbers each. Position t sees the positions s <= t; [condition] is 1 if it holds, else 0:
+Causal attention. Each head is computed by itself; its query, key and value at position t are q_t,
+k_t and v_t, hs numbers each. Position t sees the positions s <= t. [condition] is 1 or 0:
 
     S_ts = scale q_t . k_s                  the scores, with scale = 1/sqrt(hs)
     P_ts = [s <= t] e^(S_ts - lse_t)        their softmax, with lse_t = log sum_(s <= t) e^S_ts
@@ -327,13 +331,13 @@ v_t, hs numbers each. Position t sees the positions s <= t; [condition] is 1 if 
 In matrices: S = scale Q K^T, P is the softmax of the rows of S, and Y = P V. We compute them for a
 block of QUERY_BLOCK queries at a time, so that S and P need (QUERY_BLOCK,T) numbers, not (T,T).
 */
-enum { QUERY_BLOCK = 24 };  // two tiles of the fast gemm; 24 to 64 are about equally fast
+enum { QUERY_BLOCK = 24 };  // a few tiles of the fast gemm; 24 to 64 are about equally fast
 
 // The names of a thread's buffers.
 enum { KEYS, KEYS_T, VALUES, BLOCK_ROWS, SCALED_Q, SCORES, DSCORES };
 
-// Replaces x[0 .. n-1] by their softmax and x[n .. width-1] by 0. Returns log sum_i e^x_i.
-static float softmax_row(float *x, int n, int width) {
+// Replaces x[0 .. n-1] by their softmax and x[n .. seen-1] by 0. Returns log sum_i e^x_i.
+static float softmax_row(float *x, int n, int seen) {
     float largest = max_of(x, n), sum = 0;
     #pragma omp simd reduction(+ : sum)
     for (int s = 0; s < n; s++) {
@@ -341,7 +345,7 @@ static float softmax_row(float *x, int n, int width) {
         sum += x[s];
     }
     for (int s = 0; s < n; s++) x[s] *= 1 / sum;
-    for (int s = n; s < width; s++) x[s] = 0;
+    for (int s = n; s < seen; s++) x[s] = 0;
     return largest + logf(sum);
 }
 
@@ -354,68 +358,69 @@ static Matrix scaled_queries(const float *q, int n, int C, int hs) {
     return matrix(out, hs);
 }
 
-// Computes y for the positions from `first` on, over all keys: a story continues there.
+// Computes y for the positions from `first` to T - 1, which see the keys from position 0 on. first
+// is above 0 when a story is continued.
 // qkv (B,T,3C): a row holds the queries of all heads, then their keys, then their values;
 // out (B,T-first,C); lse (B,NH,T-first).
 static void attention_forward(float *out, float *lse, const float *qkv, int first, int B, int T,
                               int C, int NH) {
     int hs = C / NH, rows = T - first;
-    int width = T + 16;  // not T, often a power of two: rows would compete for the same cache sets
+    int stride = T + 16;  // with a power of two, rows would compete for the same cache sets
     #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < B * NH; head++) {
         int b = head / NH, h = head % NH;
         const float *q = qkv + (size_t)b * T * 3 * C + h * hs, *k = q + C, *v = k + C;
         float *y = out + (size_t)b * rows * C + h * hs;
-        float *S = thread_memory(SCORES, (size_t)QUERY_BLOCK * width);
+        float *S = thread_memory(SCORES, (size_t)QUERY_BLOCK * stride);
         Packed keys_t = pack(KEYS_T, transpose(matrix(k, 3 * C)), hs, T, rows);
         Packed values = pack(VALUES, matrix(v, 3 * C), T, hs, rows);
         for (int t0 = first; t0 < T; t0 += QUERY_BLOCK) {
             int n = imin(QUERY_BLOCK, T - t0), seen = t0 + n;  // these n queries see `seen` keys
             Matrix scaled_q = scaled_queries(q + (size_t)t0 * 3 * C, n, C, hs);
-            gemm_packed(S, width, scaled_q, keys_t, n, seen, hs, 0);
+            gemm_packed(S, stride, scaled_q, keys_t, n, seen, hs, 0);
             for (int i = 0; i < n; i++) {  // position t = t0 + i; S becomes P
-                float row_lse = softmax_row(S + i * width, t0 + i + 1, seen);
+                float row_lse = softmax_row(S + i * stride, t0 + i + 1, seen);
                 lse[(size_t)head * rows + t0 - first + i] = row_lse;
             }
             float *block_y = y + (size_t)(t0 - first) * C;
-            gemm_packed(block_y, C, matrix(S, width), values, n, hs, seen, 0);
+            gemm_packed(block_y, C, matrix(S, stride), values, n, hs, seen, 0);
         }
     }
 }
 
 // Computes P in place of a row of S, and dS in place of a row of dP, for the first n keys.
-// The rest, up to width, becomes 0.
-static void softmax_row_backward(float *S, float *dP, float lse, float delta, int n, int width) {
+// The rest, up to `seen`, becomes 0.
+static void softmax_row_backward(float *S, float *dP, float lse, float delta, int n, int seen) {
     #pragma omp simd
     for (int s = 0; s < n; s++) {
         S[s] = exp_fast(S[s] - lse);
         dP[s] = S[s] * (dP[s] - delta);
     }
-    for (int s = n; s < width; s++) S[s] = dP[s] = 0;
+    for (int s = n; s < seen; s++) S[s] = dP[s] = 0;
 }
 
 // Given dy, compute dq, dk and dv: the chain rule, backwards through Y = P V, the softmax and S.
-// The derivative of lse_t by S_ts is P_ts, so the derivative of P_tr by S_ts is
-// P_tr ([r = s] - P_ts), for positions r and s up to t.
+// The derivative of lse_t with respect to S_ts is P_ts, so that of P_tr is P_tr ([r = s] - P_ts),
+// for positions r and s up to t.
 //   y_t  = sum_s P_ts v_s        dv_s = sum_t P_ts dy_t          dP_ts = dy_t . v_s
 //   P_ts = e^(S_ts - lse_t)      dS_ts = sum_r dP_tr P_tr ([r = s] - P_ts)
 //                                      = P_ts (dP_ts - delta_t),  delta_t = sum_r P_tr dP_tr
 //   S_ts = scale q_t . k_s       dq_t = scale sum_s dS_ts k_s    dk_s = sum_t dS_ts (scale q_t)
 // delta_t needs no P: it is sum_r P_tr (dy_t . v_r) = dy_t . sum_r P_tr v_r = dy_t . y_t.
-// dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T). S is computed again, and P from it and lse.
+// dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T). S is computed again, and P from S and lse.
 // All queries at or after a key contribute to its dk and dv. We begin with the last block, which
 // sees every key: it writes dk and dv, and the other blocks add to them.
 static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse,
                                const float *qkv, int B, int T, int C, int NH) {
-    int hs = C / NH, width = T + 16, last = (T - 1) / QUERY_BLOCK * QUERY_BLOCK;
+    int hs = C / NH, stride = T + 16, last = (T - 1) / QUERY_BLOCK * QUERY_BLOCK;
     float scale = 1 / sqrtf((float)hs);
     #pragma omp parallel for schedule(dynamic)
     for (int head = 0; head < B * NH; head++) {
-        size_t row = (size_t)(head / NH) * T, h = head % NH;  // row: of position 0
+        size_t row = (size_t)(head / NH) * T, h = head % NH;  // row of position 0
         const float *q = qkv + row * 3 * C + h * hs, *k = q + C, *v = k + C;
         float *dq = dqkv + row * 3 * C + h * hs, *dk = dq + C, *dv = dk + C;
-        float *S = thread_memory(SCORES, (size_t)QUERY_BLOCK * width);
-        float *dS = thread_memory(DSCORES, (size_t)QUERY_BLOCK * width);
+        float *S = thread_memory(SCORES, (size_t)QUERY_BLOCK * stride);
+        float *dS = thread_memory(DSCORES, (size_t)QUERY_BLOCK * stride);
         Packed keys = pack(KEYS, matrix(k, 3 * C), T, hs, T);
         Packed keys_t = pack(KEYS_T, transpose(matrix(k, 3 * C)), hs, T, T);
         Packed values_t = pack(VALUES, transpose(matrix(v, 3 * C)), hs, T, T);
@@ -424,29 +429,29 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
             const float *dy = dout + (row + t0) * C + h * hs, *y = out + (row + t0) * C + h * hs;
             float *block_dq = dq + (size_t)t0 * 3 * C;
             Matrix scaled_q = scaled_queries(q + (size_t)t0 * 3 * C, n, C, hs);
-            gemm_packed(S, width, scaled_q, keys_t, n, seen, hs, 0);        // S = scale Q K^T
-            gemm_packed(dS, width, matrix(dy, C), values_t, n, seen, hs, 0);  // dP = dY V^T
+            gemm_packed(S, stride, scaled_q, keys_t, n, seen, hs, 0);        // S = scale Q K^T
+            gemm_packed(dS, stride, matrix(dy, C), values_t, n, seen, hs, 0);  // dP = dY V^T
             for (int i = 0; i < n; i++) {
                 float delta = 0;
                 for (int c = i * C; c < i * C + hs; c++) delta += dy[c] * y[c];
-                softmax_row_backward(S + i * width, dS + i * width,
+                softmax_row_backward(S + i * stride, dS + i * stride,
                                      lse[(size_t)head * T + t0 + i], delta, t0 + i + 1, seen);
             }
-            gemm_packed(block_dq, 3 * C, matrix(dS, width), keys, n, hs, seen, 0);  // dQ = dS K
-            for (int i = 0; i < n; i++) {
+            gemm_packed(block_dq, 3 * C, matrix(dS, stride), keys, n, hs, seen, 0);  // dS K
+            for (int i = 0; i < n; i++) {                                   // dQ = scale dS K
                 for (int c = 0; c < hs; c++) block_dq[(size_t)i * 3 * C + c] *= scale;
             }
             Packed rows = pack(BLOCK_ROWS, scaled_q, n, hs, seen);          // dK += dS^T (scale Q)
-            gemm_packed(dk, 3 * C, transpose(matrix(dS, width)), rows, seen, hs, n, accumulate);
+            gemm_packed(dk, 3 * C, transpose(matrix(dS, stride)), rows, seen, hs, n, accumulate);
             rows = pack(BLOCK_ROWS, matrix(dy, C), n, hs, seen);            // dV += P^T dY
-            gemm_packed(dv, 3 * C, transpose(matrix(S, width)), rows, seen, hs, n, accumulate);
+            gemm_packed(dv, 3 * C, transpose(matrix(S, stride)), rows, seen, hs, n, accumulate);
         }
     }
 }
 
-// Softmax and cross-entropy in one, in nats: loss = -log softmax(x)_target = lse - x_target, where
-// x are the logits of a row and lse = log sum_v e^x_v.
-// losses, lse (N); logits (N,V), only read; targets (N).
+// Softmax and cross-entropy combined, in nats: loss = -log softmax(x)_target = lse - x_target,
+// where x are the logits of a row and lse = log sum_v e^x_v. losses, lse (N); logits (N,V), only
+// read; targets (N).
 static void crossentropy_forward(float *losses, float *lse, const float *logits, const int *targets,
                                  int N, int V) {
     #pragma omp parallel for
@@ -460,8 +465,9 @@ static void crossentropy_forward(float *losses, float *lse, const float *logits,
     }
 }
 
-// Given `scale`, the gradient of each loss (1/N for their mean), compute dx.
-//   The derivative of lse by x_v is e^x_v / sum_u e^x_u = e^(x_v - lse), the probability p_v, so
+// Given `scale`, the weight of each loss in the total (1/N for the mean), compute dx.
+//   The derivative of lse with respect to x_v is e^x_v / sum_u e^x_u = e^(x_v - lse), which is the
+//   probability p_v, so
 //       dx_v = scale (p_v - [v is the target])
 // In place: logits (N,V) become their gradients. lse, targets (N).
 static void crossentropy_backward(float *logits, const float *lse, const int *targets, float scale,
@@ -479,7 +485,7 @@ static void crossentropy_backward(float *logits, const float *lse, const int *ta
 3. The model
 
 A Config (dev/parameters.h) says what a network is. Its fields are the sizes V, L, C, H, NH and T;
-norm, the placement of the norms; gpas, 0 or 1; and the options of the gates.
+norm, one of the six values of --norm; gpas, 0 or 1; and the options of the gates.
 */
 
 // The parameters of a layer, or their gradients. norm[0] is attention's, norm[1] the feed-forward
@@ -501,9 +507,9 @@ typedef struct {
 } Parameters;
 
 // What a sublayer computes in its forward pass. Arrays that no backward pass reads are shared by
-// all sublayers. With --recompute (arXiv 1604.06174) attentions share their qkv and hidden as well,
-// and so do the feed-forward networks their pre_act and hidden: the backward pass computes them
-// again, which takes time and saves memory.
+// all sublayers. With --recompute (arXiv 1604.06174) all attention sublayers also share one qkv and
+// one hidden, and all feed-forward sublayers one pre_act and one hidden: the backward pass computes
+// them again, trading time for memory. Without training they are shared too.
 typedef struct {
     const float *inp;         // (B,T,C) x, the output of the sublayer before
     float *normed;            // (B,T,C) norm(x); norm last: norm(s), the output
@@ -538,11 +544,11 @@ struct Model {
     float *dbranch;            // (B,T,C) the output of f, where a post_norm follows it
     float *dhidden, *dqkv, *dpre_act;  // as hidden, qkv and pre_act
     float *dfinp;              // (B,T,C) the input of f
-    float *dx_branch;          // (B,T,C) x, only through the branch, where the norm comes first
+    float *dx_branch;          // (B,T,C) the branch's part of dx, where the norm comes first
 };
 
-// Returns where a tensor is in `block`, which has the layout of m->list; NULL if the network has no
-// such tensor.
+// Returns a pointer to a tensor in `block`, which has the layout of m->list; NULL if the network
+// has no such tensor.
 static float *parameter(const Model *m, float *block, int kind, int l) {
     const Tensor *t = find_tensor(&m->list, kind, l);
     return t ? block + t->offset : NULL;
@@ -550,9 +556,9 @@ static float *parameter(const Model *m, float *block, int kind, int l) {
 
 static LayerParameters layer_parameters(const Model *m, float *block, int l) {
     LayerParameters w = {
-        .wqkv = parameter(m, block, WQ, l),
+        .wqkv = parameter(m, block, WQ, l),  // wk and wv follow wq in memory
         .wo = parameter(m, block, WO, l),
-        .w13 = parameter(m, block, W1, l),
+        .w13 = parameter(m, block, W1, l),   // w3 follows w1
         .w2 = parameter(m, block, W2, l),
         .norm = {parameter(m, block, ATTENTION_NORM, l), parameter(m, block, FFN_NORM, l)},
         .post_norm = {parameter(m, block, ATTENTION_POST_NORM, l),
@@ -574,8 +580,9 @@ static Parameters all_parameters(const Model *m, float *block) {
 }
 
 // Creates the arrays of sublayer i = 0 .. 2L-1 for N rows, in the order in which they are computed.
-// With lender < i, those inside the branch are the arrays of sublayer `lender`. The last argument
-// of new_array() is an array to share; NULL creates a new one.
+// The last argument of new_array() is an array to share; NULL creates a new one. If lender < i,
+// this sublayer shares the arrays inside lender's branch. If lender = i, its own pointers are still
+// NULL.
 static void create_activations(Model *m, int i, int lender, size_t N) {
     const Config *c = &m->config;
     size_t C = c->C, H = c->H;
@@ -678,7 +685,7 @@ void model_free(Model *m) {
 static void check_finite(const Model *m, int place, int sublayer) {
     if (!m->options->check_finite) return;
     check_arrays(&m->arrays, place, sublayer);
-    if (place <= HEAD_BACKWARD)
+    if (place <= HEAD_BACKWARD)  // one of the places in the backward pass
         check_gradients(&m->list, m->gradients, sublayer < 0 ? -1 : sublayer / 2);
 }
 
@@ -724,17 +731,17 @@ static void branch_backward(const Model *m, int l, int sub, float *dinp, const f
 }
 
 /*
-One sublayer of any of the twelve networks: six placements of the norm, each with GPAS or without.
-G is GPAS if it is on, else it is left out; f is the branch:
+One sublayer of any of the twelve networks: six values of --norm, each with GPAS or without. G is
+GPAS if it is on, else it is left out; f is the branch:
 
     pre       y = G(x + f(norm(x)))
-    lns       as pre; in layer l = 1, 2, ... the weights of the norms start at 1/sqrt(l)
+    lns       as pre; in layer l = 0, 1, ... the weights of the norms start at 1/sqrt(l + 1)
     sandwich  y = G(x + post_norm(f(norm(x))))
     post      y = norm(G(x) + f(x))
     deepnorm  y = norm(A G(x) + f(x)),  A = (2L)^(1/4)
     mix       the first L/4 layers are post, the others pre
 
-So there are two orders, norm first and norm last, and some optional steps. This function computes
+So there are two orders, norm first (sandwich adds post_norm) and norm last. This function computes
 the output y of layer l's attention (sub = 0) or feed-forward network (sub = 1) from its input x,
 for the positions from `first` to T - 1 of B sequences. x and y (rows,C).
 */
@@ -782,9 +789,9 @@ static void add(float *x, const float *y, size_t n) {
 }
 
 /*
-The same sublayer backwards. Given dy, compute dx. For an operation F, F^T v means its backward pass
-applied to the gradient v. x goes two ways, along the shortcut and into the branch, so dx is the sum
-of two gradients:
+The same sublayer backwards. Given dy, compute dx. F^T v is the transposed Jacobian of an operation
+F times v, which is what F's backward function computes from v. x goes two ways, along the shortcut
+and into the branch, so dx is the sum of two gradients:
 
     norm first   s = x + b,  b = post_norm(f(norm(x))),  y = GPAS(s)
         ds = dy                                  GPAS lets it pass unscaled
@@ -797,8 +804,9 @@ of two gradients:
         dg -= a'(g) sum_i x_i dz_i
         dx = dz + f^T ds                         shortcut + branch; GPAS lets dz pass unscaled
 
-Here all happens in one array, dx (B,T,C): it holds dy at first, then ds or dz, and dx in the end,
-when it is returned. (Without the stop-gradient GPAS multiplies it by 1 - a(g) on the way.)
+The gradient of the stream stays in one array, dx (B,T,C): it holds dy on entry, then ds (norm
+first) or dz (norm last), and dx in the end, when it is returned. The branch has arrays of its own.
+(Without the stop-gradient, GPAS multiplies what is in dx by 1 - a(g).)
 */
 static float *sublayer_backward(const Model *m, int l, int sub, float *dx, int B, int T) {
     const Config *c = &m->config;
@@ -811,9 +819,9 @@ static float *sublayer_backward(const Model *m, int l, int sub, float *dx, int B
     if (m->options->recompute && l < c->L - 1)  // the arrays of the last layer are still there
         branch_forward(m, l, sub, NULL, finp, 0, B, T);
     if (!norm_comes_last(c, l)) {
-        if (c->gpas)                                                           // ds = dy, and dg
+        if (c->gpas)                                                           // dg; ds = dy
             gpas_backward(dx, dgate, dx, a->sum, *w->gate, activation, c->stop_grad, n);
-        float *db = dx;                                                        // db = ds
+        float *db = dx;                                       // db = ds, if there is no post_norm
         if (has_post_norm(c)) {                                                // post_norm^T ds
             db = m->dbranch;
             rmsnorm_backward(db, d->post_norm[sub], dx, a->branch, w->post_norm[sub], a->post_rstd,
@@ -826,7 +834,7 @@ static float *sublayer_backward(const Model *m, int l, int sub, float *dx, int B
         float *ds = m->dsum;
         rmsnorm_backward(ds, d->norm[sub], dx, a->sum, w->norm[sub], a->rstd, N, C);
         residual_backward(dx, ds, shortcut_scale(c), n);                       // dz = A ds
-        if (c->gpas)                                                           // dz, and dg
+        if (c->gpas)                                                           // dg; dz stays
             gpas_backward(dx, dgate, dx, x, *w->gate, activation, c->stop_grad, n);
         branch_backward(m, l, sub, m->dfinp, ds, finp, B, T);                  // dfinp = f^T ds
         add(dx, m->dfinp, n);                                                  // dz + dfinp
@@ -835,8 +843,8 @@ static float *sublayer_backward(const Model *m, int l, int sub, float *dx, int B
     return dx;
 }
 
-// The whole network, for the positions from `first` to T - 1 of B sequences: the logits, and with
-// targets the losses. tokens, targets (rows). With first > 0, B must be 1.
+// Runs the whole network on the positions from `first` to T - 1 of B sequences: computes the logits
+// and, given targets, the losses. tokens, targets (rows). B must be 1 if first > 0.
 static void network_forward(Model *m, const int *tokens, const int *targets, int first, int B,
                             int T) {
     int C = m->config.C, V = m->config.V, L = m->config.L, rows = B * (T - first);
@@ -862,20 +870,22 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
 
 // The same for the positions from `first` to T - 1 of one sequence whose earlier positions have
 // been computed: attention needs their keys and values, which are still in qkv, and nothing else of
-// them. So when we generate a story, each position is computed once. Where the layers share one
-// qkv, all positions are computed again.
+// them. So a story is told by computing each new position once. Where the layers share one qkv, all
+// positions are computed again.
 double model_extend(Model *m, const int *tokens, const int *targets, int first, int T) {
     int from = m->keeps_keys ? first : 0, rows = T - first;
     network_forward(m, tokens + from, targets ? targets + from : NULL, from, 1, T);
     return targets ? dot(m->losses + first - from, NULL, rows) / rows : 0;
 }
 
-// Adds the gradients of scale * (the sum of all losses of the last model_forward(), which had these
-// tokens and targets).
+// Adds to the gradients those of scale times the sum of all losses of the last model_forward(),
+// which must have had these tokens and targets.
 void model_backward(Model *m, const int *tokens, const int *targets, int B, int T, double scale) {
     int C = m->config.C, V = m->config.V, L = m->config.L, N = B * T;
     const float *x = m->activations[2 * L - 1].out;
     float *dx = m->dx;
+    // In place, the logits become their gradients. dfinp is free here; it gets that of
+    // final_normed.
     crossentropy_backward(m->logits, m->logits_lse, targets, (float)scale, N, V);
     matmul_backward(m->dfinp, m->d.output, m->logits, m->final_normed, m->w.output, N, C, V);
     rmsnorm_backward(dx, m->d.final_norm, m->dfinp, x, m->w.final_norm, m->final_rstd, N, C);
@@ -888,7 +898,7 @@ void model_backward(Model *m, const int *tokens, const int *targets, int B, int 
     check_finite(m, EMBED_BACKWARD, -1);
 }
 
-// The other functions that dev/model.h declares; it describes what they do.
+// Small functions that dev/model.h declares and describes.
 
 void zero_gradients(Model *m) { memset(m->gradients, 0, m->list.size * sizeof(float)); }
 
@@ -931,8 +941,8 @@ typedef struct {
     int t;       // the number of this update: 1, 2, ...
 } AdamW;
 
-// AdamW (arXiv 1711.05101). For each parameter p, with its gradient g after clipping:
-//   m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+// AdamW (arXiv 1711.05101). For each parameter p, with its gradient dp after clipping:
+//   m = beta1 m + (1 - beta1) dp       v = beta2 v + (1 - beta2) dp^2
 //   p -= lr (mhat / (sqrt(vhat) + eps) + weight_decay p)
 // m and v start at 0, for which mhat = m / (1 - beta1^t) and vhat = v / (1 - beta2^t) compensate.
 // p, grad, m, v: n numbers.
@@ -941,9 +951,9 @@ static void adamw_update(float *p, const float *grad, float *m, float *v, size_t
     float unbias_v = (float)(1 / (1 - pow(adam.beta2, adam.t)));
     #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) {
-        float g = grad[i] * adam.clip;
-        m[i] = adam.beta1 * m[i] + (1 - adam.beta1) * g;
-        v[i] = adam.beta2 * v[i] + (1 - adam.beta2) * g * g;
+        float dp = grad[i] * adam.clip;
+        m[i] = adam.beta1 * m[i] + (1 - adam.beta1) * dp;
+        v[i] = adam.beta2 * v[i] + (1 - adam.beta2) * dp * dp;
         float mhat = m[i] * unbias_m, vhat = v[i] * unbias_v;
         p[i] -= adam.lr * (mhat / (sqrtf(vhat) + adam.eps) + adam.weight_decay * p[i]);
     }
@@ -964,12 +974,12 @@ double gradient_norms(Model *m, double *layers, double *gates) {
     return sqrt(sum);
 }
 
-// Makes the update of step 0, 1, ... Weight decay is for matrices only, not for norms and gates.
-// Gates have their own clipping.
-void model_update(Model *m, int step, double norm, double gate_norm) {
+// Makes the AdamW update of one step; steps count from 0. Weight decay applies to matrices only,
+// not to the weights of norms and gates. Gates are clipped by their own factor.
+void model_update(Model *m, int step, double grad_norm, double gate_norm) {
     const Options *o = m->options;
     double clip, gate_clip;
-    clip_factors(o, norm, gate_norm, &clip, &gate_clip);
+    clip_factors(o, grad_norm, gate_norm, &clip, &gate_clip);
     AdamW adam = {.lr = learning_rate(o, step), .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f,
                   .t = step + 1};
     for (int i = 0; i < m->list.count; i++) {

@@ -102,9 +102,9 @@ static inline void gradients_write(const char *path, const Snapshot *s, const Pr
     write_safetensors(path, make_header(s, p, 1, &bytes), parts, 5);
 }
 
-// Opens a checkpoint and reads its header and, from that, the progress. Writes where the options
-// begin to *options, and the size of the numbers to *bytes. The caller closes the file and frees
-// the header.
+// Opens a checkpoint and reads its header and, from that, the progress. Sets *options to the start
+// of the options, and *bytes to the size of the numbers. The caller closes the file and frees the
+// header.
 static inline FILE *checkpoint_open(const char *path, char **header, char **options, Progress *p,
                                     uint64_t *bytes) {
     size_t size;
@@ -122,7 +122,7 @@ static inline FILE *checkpoint_open(const char *path, char **header, char **opti
            "\"%n", &step, &p->position, &p->rng_state, &used);
     if (!used || step < 0 || step > MOST_STEPS || p->position < 0 ||
         p->position > step * MOST_BATCH)
-        die("%s is not a checkpoint of this program: its metadata are missing", path);
+        die("%s is not a checkpoint of this program: its metadata is missing or invalid", path);
     p->step = (int)step;
     *options = *header + used;
     return file;

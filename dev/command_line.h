@@ -51,9 +51,9 @@ static inline void check_options(const Options *o, const char *const given[NUM_R
         die("--dump-grads takes one batch; it excludes --resume, --total-batch and --steps 0");
 }
 
-// Exits if the network needs about as much memory as there is, before the system kills the program.
-// A small checkpoint, which may be damaged, must not fill the memory either because of the --batch
-// and --seq-len that it stores, unless the command line gives the same.
+// Exits if the network needs more memory than the machine has, before the system kills the program.
+// Also rejects a small checkpoint, possibly damaged, whose stored --batch and --seq-len ask for a
+// lot, unless the command line gives them too.
 static inline void check_memory(const Options *o, const char *const given[NUM_ROWS]) {
     const char *path = *o->resume ? o->resume : o->load;
     struct stat info;

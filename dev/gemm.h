@@ -1,5 +1,5 @@
 // gemm.h: defines Matrix, matrix, transpose, gemm; Packed, pack, gemm_packed; dot, max_of,
-// exp_fast; thread_memory, free_thread_memory. All code written for the machine is here.
+// exp_fast; thread_memory, free_thread_memory. All code that is written for the hardware is here.
 //
 // With PLAIN defined, train_gpas.c itself defines gemm, pack, gemm_packed, dot, max_of, exp_fast.
 #ifndef GEMM_H
@@ -26,7 +26,7 @@ static inline Matrix transpose(Matrix a) {
     return t;
 }
 
-// A matrix that gemm_packed() multiplies with. Where `panels` is not NULL, they hold a copy of it.
+// The right-hand operand of gemm_packed(). Where `panels` is not NULL, they hold a copy of it.
 typedef struct {
     Matrix b;
     const float *panels;
@@ -36,7 +36,7 @@ typedef struct {
 // C = A B, or C += A B with accumulate. C (M,N) has rows ldc apart; A (M,K); B (K,N). M, N, K > 0.
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate);
 
-// Prepares B (K,N) to be multiplied with about `rows` rows by this thread. A copy that this makes
+// Prepares B (K,N) to be multiplied by about `rows` rows on this thread. A copy that this makes
 // is in thread_memory(which) and stays valid until that is used again.
 static Packed pack(int which, Matrix b, int K, int N, int rows);
 
@@ -51,7 +51,7 @@ static double dot(const float *a, const float *b, size_t n);
 // Returns the largest of x (n).
 static float max_of(const float *x, int n);
 
-// Returns e^x to about 1e-7 relative.
+// Returns e^x with a relative error of about 1e-7.
 static inline float exp_fast(float x);
 
 // Returns room for n floats that belongs to the calling thread: its buffer number `which`, which is
@@ -112,7 +112,7 @@ static float max_of(const float *x, int n) {
 // Written so that the compiler turns a loop over it into vector code: x = n ln2 + r with
 // |r| <= ln2 / 2; e^r by its series; 2^n by writing n into the exponent's bits. Underflow gives 0,
 // overflow 3e38. They are selected last, because gcc's code is twice as slow if x is clamped first.
-// (The finite differences in the tests define float as double.)
+// (The tests with finite differences compile this with float defined as double.)
 static inline float exp_fast(float x) {
     if (sizeof x > 4) return exp(x);
     float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
@@ -220,8 +220,8 @@ typedef struct {
     int rows, length, at;
 } Prefetch;
 
-// Prefetches the next cache line (16 floats) of it. Once in every eighth step of a tile this costs
-// nothing, and over six or more panels of B it covers the whole block.
+// Prefetches the next cache line (16 floats) of it. Called in every eighth step of a tile,
+// it costs nothing, and over six or more panels of B it covers the whole block.
 static inline void prefetch_next_line(Prefetch *p) {
     if (p->rows == 0) return;
     __builtin_prefetch(p->row + p->at);
@@ -233,9 +233,9 @@ static inline void prefetch_next_line(Prefetch *p) {
     }
 }
 
-// C (rows,columns) = or += A B for rows of A, element (i,k) at a[i * row + k * column], and a panel
-// of B. rows <= MR is a constant, columns <= NR, depth > 0. A tile that extends past the edge of C
-// is computed into `edge`, and its valid part copied. next: what to prefetch, or NULL.
+// Computes C = A B, or C += A B, for `rows` rows of A and one panel of B. rows <= MR is a constant,
+// columns <= NR, depth > 0. A tile that extends past the edge of C is computed into `edge`, and its
+// valid part copied. next: what to prefetch, or NULL.
 ALWAYS_INLINE void multiply_tile(int rows, float *c, size_t ldc, Matrix a, const float *b,
                                  int depth, int columns, int accumulate, Prefetch *next) {
     float edge[MR * NR], *out = columns == NR ? c : edge;
@@ -269,7 +269,7 @@ ALWAYS_INLINE void multiply_tile(int rows, float *c, size_t ldc, Matrix a, const
         for (int j = 0; j < columns; j++) c[j] = (accumulate ? c[j] : 0) + edge[i * NR + j];
 }
 
-// Tiles from row i of C on, in as large steps as the remaining rows allow.
+// Computes the tiles of M rows, each as tall as the remaining rows allow.
 ALWAYS_INLINE void multiply_rows(float *c, size_t ldc, Matrix a, size_t a_panel, const float *b,
                                  int M, int columns, int depth, int accumulate, Prefetch *next) {
     const float *panel = a.x;

@@ -1,4 +1,4 @@
-// model.h: declares the functions that the rest of the program asks of a model. train_gpas.c and
+// model.h: declares the interface of a model, as the rest of the program uses it. train_gpas.c and
 // train_gpas.cu each define a struct Model and these functions.
 #ifndef MODEL_H
 #define MODEL_H
@@ -6,8 +6,9 @@
 
 typedef struct Model Model;
 
-// Creates a network with fresh parameters and memory for B sequences of --seq-len tokens. Without
-// `training` it has no gradients. Exits if there is not enough memory. o must outlive the model.
+// Creates a network with memory for B sequences of --seq-len tokens. Its parameters have their
+// initial values, except with --load or --resume, when the caller fills them. Without `training` it
+// has no gradients. Exits if there is not enough memory. o must outlive the model.
 void model_create(Model *m, const Options *o, int B, int training);
 void model_free(Model *m);
 
@@ -43,7 +44,7 @@ void layer_state(Model *m, int l, int B, int T, double variances[2], double *gat
 // Writes a description of the device to text (TEXT_SIZE bytes).
 void model_device(const Model *m, char *text);
 
-// What files hold of a network: `list.size` floats in each array.
+// The part of a network's state that files store: `list.size` floats in each array.
 typedef struct {
     const Options *o;
     TensorList list;

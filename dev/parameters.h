@@ -20,17 +20,17 @@ typedef struct {
     int gpas;                // 1: with GPAS
     int gate_activation;     // GATE_*: a in a(g)
     int gate_train;          // 0: the gates keep their initial value
-    int stop_grad;           // 0: the gate is a plain learned scale, not GPAS
+    int stop_grad;           // 0: 1 - a(g) is an ordinary learned scale, not GPAS
     double gate_init;        // the gates' initial value
 } Config;
 
-// In layer l = 0, 1, ..., does the norm come after the sum: x = N(shortcut + f(x))?
+// In layer l = 0, 1, ..., does the norm come after the sum: y = norm(A x + f(x))?
 static inline int norm_comes_last(const Config *c, int l) {
     if (c->norm == NORM_MIX) return l < c->L / 4;
     return c->norm == NORM_POST || c->norm == NORM_DEEPNORM;
 }
 
-// Does a second norm N' follow the branch: x + N' f(N x)?
+// Does a second norm follow the branch: x + post_norm(f(norm(x)))?
 static inline int has_post_norm(const Config *c) { return c->norm == NORM_SANDWICH; }
 
 // A, by which the shortcut is multiplied where the norm comes last: DeepNorm's (2L)^(1/4)
@@ -52,7 +52,7 @@ typedef struct {
     int kind, layer;      // WQ, ...; 0, 1, ..., or -1 if it belongs to no layer
     int rows, cols;       // of a matrix; a vector has cols 0
     size_t offset, size;  // in floats
-    float mean, std;      // the initial values are normal
+    float mean, std;      // of the normal distribution of its initial values
 } Tensor;
 
 // The tensors of a network, in order; `size` is their total number of floats.
@@ -84,8 +84,8 @@ static inline void add_tensor(TensorList *list, int kind, int layer, int rows, i
 // LNS starts the weight of each norm at 1/sqrt(layer), layer = 1, 2, ..., as the GPAS authors' code
 // does. (The LayerNorm-Scaling paper, arXiv 2502.05795, multiplies the norm's output by this factor
 // and keeps it fixed.) DeepNorm draws from Xavier's normal distribution, std = gain sqrt(2 / (fan
-// in + fan out)), with a gain below 1 for all matrices but wq and wk. It does so with GPAS too,
-// where the authors' code leaves that out.
+// in + fan out)), with a gain below 1 for all matrices but wq and wk. We use this initialization
+// with GPAS too; the authors' code does not.
 static inline void add_layer(TensorList *list, const Config *c, int l) {
     int C = c->C, H = c->H, deep = c->norm == NORM_DEEPNORM;
     double gain = pow(8.0 * c->L, -0.25), norm = c->norm == NORM_LNS ? 1 / sqrt(l + 1.0) : 1;
@@ -112,6 +112,7 @@ static inline void add_layer(TensorList *list, const Config *c, int l) {
 // list.tensors.
 static inline TensorList tensor_list(const Config *c) {
     TensorList list = {(Tensor *)allocate(3 + 12 * c->L, sizeof(Tensor)), 0, 0};
+    // sqrt(2/5) is the standard deviation that the authors' code gives the embedding
     add_tensor(&list, EMBEDDING, -1, c->V, c->C, 0, sqrt(2.0 / 5), "tok_embeddings.weight");
     for (int l = 0; l < c->L; l++) add_layer(&list, c, l);
     add_tensor(&list, FINAL_NORM, -1, c->C, 0, 1, 0, "norm.weight");

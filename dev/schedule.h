@@ -11,10 +11,10 @@ static inline double learning_rate(const Options *o, int t) {
     return o->lr * (0.1 + 0.9 * 0.5 * (1 + cos(3.14159265358979323846 * progress)));
 }
 
-// Computes the factors by which the gradient is scaled down: *clip for all parameters by
-// --grad-clip, a limit for the norm of the whole gradient, gates included; and *gate_clip for the
-// gates, by the same factor and then by --gate-clip, a limit for their joint norm alone. norm and
-// gate_norm are those before any clipping.
+// Computes two factors for gradients. *clip, for all parameters but the gates, limits the norm of
+// the whole gradient, gates included, to --grad-clip. *gate_clip, for the gates, is *clip, reduced
+// further if need be so that their joint norm is at most --gate-clip. norm and gate_norm are those
+// before any clipping.
 static inline void clip_factors(const Options *o, double norm, double gate_norm, double *clip,
                                 double *gate_clip) {
     *clip = o->grad_clip > 0 && norm > o->grad_clip ? o->grad_clip / norm : 1;

@@ -1,7 +1,8 @@
 // utils.h: defines die, allocate, imin, imax; open_file, map_file, make_folder, sync_folder;
 // catch_signals, let_waiting_threads_sleep.
 //
-// Like all headers in this folder it is common to C11 and C++17, because both programs include it.
+// Like all headers in this folder it compiles as C11 and as C++17, because both programs include
+// it.
 #ifndef UTILS_H
 #define UTILS_H
 
@@ -28,7 +29,7 @@ static int current_step;  // the training step that is being computed, for messa
 static inline int imin(int a, int b) { return a < b ? a : b; }
 static inline int imax(int a, int b) { return a > b ? a : b; }
 
-// Prints one line on stderr, whatever names and values it quotes, and exits with status 1. If two
+// Prints exactly one line on stderr (control characters become '?') and exits with status 1. If two
 // threads fail at once, the second one waits here until the program has ended.
 __attribute__((noreturn, format(printf, 1, 2)))
 static inline void die(const char *format, ...) {
@@ -95,7 +96,7 @@ static inline const int32_t *map_file(const char *path, const char *kind, int ma
 }
 
 // Makes sure that the name `path` is on the disk by an fsync() of the folder that contains it: the
-// file's own fsync() only covers its content. Returns 0 if that fails.
+// file's own fsync() only covers its content. Returns 0 if the fsync() fails.
 static inline int sync_folder(const char *path) {
     char folder[2100];
     snprintf(folder, sizeof folder, "%s", path);
