@@ -1455,7 +1455,7 @@ static void test_gemm(void) {
     }
 }
 
-static void test_dot(void) {
+static void test_sums(void) {
     static const int sizes[] = {1, 63, 64, 65, 1000, 100003};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         int n = sizes[i];
@@ -1469,6 +1469,12 @@ static void test_dot(void) {
         snprintf(name, sizeof name, "dot: %d products, and their first factors alone", n);
         check(fabs(dot(a, b, n) - product) < 1e-9 && fabs(dot(a, NULL, n) - sum) < 1e-9, name,
               "%g and %g, not %g and %g", dot(a, b, n), dot(a, NULL, n), product, sum);
+        for (int k = 0; k < n; k++) a[k] = -2 - fabsf(a[k]);
+        a[n - 1] = -1;  // the largest is the last number, then the first
+        int last = max_of(a, n) == -1;
+        a[0] = -0.5f;
+        snprintf(name, sizeof name, "max_of: the last and the first of %d negative numbers", n);
+        check(last && max_of(a, n) == -0.5f, name, "%g", max_of(a, n));
     }
 }
 
@@ -1823,7 +1829,7 @@ static void test_large_arrays(void) {
 
 int main(void) {
     static void (*const tests[])(void) = {
-        test_dot, test_gpas, test_residual, test_embedding, test_rmsnorm, test_rope, test_exp,
+        test_sums, test_gpas, test_residual, test_embedding, test_rmsnorm, test_rope, test_exp,
         test_swiglu, test_gemm, test_matmul, test_attention, test_crossentropy, test_adamw,
         test_long_attention, test_wide_attention, test_attention_lengths,
         test_attention_extended, test_networks, test_recompute, test_stories,
