@@ -186,12 +186,12 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
     }
 }
 
-// RoPE (arXiv 2104.09864) rotates each pair (x0, x1) of adjacent channels of every query and key by
-// an angle proportional to the position of that query or key. (Each pair of a head has its own
-// frequency.) The product q . k then depends on the two positions only through their distance.
-// Values are not rotated.
-// qkv (B,T,3C), in place; table (T,hs/2,2) from rope_angles(): the cosine and sine of each angle.
-// direction: 1, or -1 to rotate back.
+// RoPE (arXiv 2104.09864) rotates each pair (x0, x1) of adjacent channels of every query and key to
+// (x0 cos - x1 sin, x0 sin + x1 cos), by an angle proportional to the position of that query or
+// key. (Each pair of a head has its own frequency.) The product q . k then depends on the two
+// positions only through their distance. Values are not rotated. qkv (B,T,3C), in place; table
+// (T,hs/2,2) from rope_angles(): the cosine and sine of each angle. direction: 1, or -1 to rotate
+// back.
 static void rope_rotate(float *qkv, const float *table, int B, int T, int C, int hs,
                         int direction) {
     #pragma omp parallel for
@@ -400,13 +400,13 @@ static void softmax_row_backward(float *S, float *dP, float lse, float delta, in
 }
 
 // Given dy, compute dq, dk and dv: the chain rule, backwards through Y = P V, the softmax and S.
-// The derivative of lse_t with respect to S_ts is P_ts, so that of P_tr is P_tr ([r = s] - P_ts),
-// for positions r and s up to t.
+//   The derivative of lse_t with respect to S_ts is P_ts, so that of P_tr is P_tr ([r = s] - P_ts),
+//   for positions r and s up to t. Line by line:
 //   y_t  = sum_s P_ts v_s        dv_s = sum_t P_ts dy_t          dP_ts = dy_t . v_s
 //   P_ts = e^(S_ts - lse_t)      dS_ts = sum_r dP_tr P_tr ([r = s] - P_ts)
 //                                      = P_ts (dP_ts - delta_t),  delta_t = sum_r P_tr dP_tr
 //   S_ts = scale q_t . k_s       dq_t = scale sum_s dS_ts k_s    dk_s = sum_t dS_ts (scale q_t)
-// delta_t needs no P: it is sum_r P_tr (dy_t . v_r) = dy_t . sum_r P_tr v_r = dy_t . y_t.
+//   delta_t needs no P: it is sum_r P_tr (dy_t . v_r) = dy_t . sum_r P_tr v_r = dy_t . y_t.
 // dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T). S is computed again, and P from S and lse.
 // All queries at or after a key contribute to its dk and dv. We begin with the last block, which
 // sees every key: it writes dk and dv, and the other blocks add to them.

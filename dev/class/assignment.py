@@ -60,8 +60,7 @@ TOOLS = set("sigmoid load_gradients block_max mma load_rows load_tile multiply_t
             "fast_sigmoid".split())
 
 # Lines of comments that belong to a layer's derivation, but are not indented below a "Given".
-SPOILERS = {"gpas": r"^ +dg -?= ",
-            "attention": r"^// (The derivative of lse_t|P_tr |delta_t needs)"}
+SPOILERS = {"gpas": r"^ +dg -?= "}
 
 # Copied as they are. So are all headers of dev/.
 COPIED = ["LICENSE", "dev/class/grade.py", "dev/class/grade.c", "dev/class/grade.h",
