@@ -35,7 +35,7 @@ READINGS = [
     ("rmsnorm", "sum += x[c] * x[c]", "sum += x[c]", "square is missing"),
     ("rope", "x1 = x[c + j + 1]", "x1 = x[c + j + 2]", "too far.*too far"),
     ("swiglu", "*h3 = h1 + H;\n        float *y", "*h3 = h1 + 1;\n        float *y", "h3 begins H"),
-    ("attention", "width, t0 + i + 1, seen);", "width, t0 - first + i + 1, seen);",
+    ("attention", "stride, t0 + i + 1, seen);", "stride, t0 - first + i + 1, seen);",
      "first is missing in the mask.*all cases with first = 0 are right"),
     ("crossentropy", "(size_t)n * V;\n        float la", "(size_t)n;\n        float la",
      "from element n on")]
