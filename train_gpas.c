@@ -433,6 +433,7 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
             gemm_packed(dS, stride, matrix(dy, C), values_t, n, seen, hs, 0);  // dP = dY V^T
             for (int i = 0; i < n; i++) {
                 float delta = 0;
+                #pragma omp simd reduction(+ : delta)
                 for (int c = i * C; c < i * C + hs; c++) delta += dy[c] * y[c];
                 softmax_row_backward(S + i * stride, dS + i * stride,
                                      lse[(size_t)head * T + t0 + i], delta, t0 + i + 1, seen);

@@ -317,7 +317,8 @@ static Packed pack(int which, Matrix b, int K, int N, int rows) {
 
 static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, int K,
                         int accumulate) {
-    if (!b.panels && K > 1 && !contiguous(a, b.b)) die("gemm_packed: the row of A is not contiguous");
+    if (!b.panels && K > 1 && !contiguous(a, b.b))
+        die("gemm_packed: a row of A is not contiguous");
     for (int i = 0; i < M && !b.panels; i++)
         multiply_row(c + i * ldc, a.x + i * a.row, b.b, N, K, accumulate);
     for (int j = 0; j < N && b.panels; j += NR) {
