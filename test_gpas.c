@@ -6,7 +6,7 @@ test_gpas.c: is train_gpas.c right? One line for each check, `N passed, N failed
                           what the dump does not hold: larger shapes, stories, training rules,
                           threads, --check-finite, sizes beyond 2^31.
     ./test_gpas_double    (compiled with -DDOUBLE) The same layers with every float a double, where
-                          finite differences are exact enough to check each gradient by themselves.
+                          finite differences alone are exact enough to check each gradient.
     ./test_gpas_cuda_fp32, ./test_gpas_cuda_bf16
                           (compiled as C++ with -DCUDA_REAL=float, -DCUDA_REAL=bf16) The layers and
                           networks of train_gpas.cu against the same dump, and larger shapes against
@@ -1182,7 +1182,7 @@ static void share_parameters(Model *m, CpuModel *c) {
     model_restore(m);
 }
 
-// bf16 rounds the weights of the dump to begin with, and that is no fault of the kernels. So there
+// bf16 rounds the weights of the dump to begin with, which is not the kernels' fault. So there
 // the reference is the network of train_gpas.c, which is itself checked against the dump, with the
 // rounded weights. Rounding errors grow from layer to layer: the gradient as a whole must be within
 // the tolerance, each tensor within 0.1, so that a mistake is named.
@@ -1228,8 +1228,8 @@ static void test_rounded_network(const char *scheme, const char *kind, const cha
     cpu->destroy(c);
 }
 
-// A network whose C is no multiple of 16 bytes and whose rows fill tiles: loss, gradients and what
-// layers.csv gets, against the same network of train_gpas.c.
+// A network with more rows than a tile has, of a length that is not a multiple of 16 bytes: its
+// loss, its gradients and its numbers for layers.csv, against the same network of train_gpas.c.
 static void test_odd_network(const char *scheme) {
     enum { B = 2, T = 70 };
     int tokens[B * T + 1];

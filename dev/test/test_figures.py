@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """
-Checks figures.py on a table of tiny runs: what is missing is run, an interrupted set goes on
-and ends with the same numbers, a wrong table ends with one line. Drawing is checked where
-matplotlib is there.
+Checks figures.py on a table of tiny runs: missing runs are trained, an interrupted set
+continues and ends with the same numbers, and a wrong table gives one line. Drawing is checked where
+matplotlib is installed.
 
     python3 dev/test/test_figures.py
 """

@@ -540,7 +540,7 @@ def test_learning_rate():
 
 
 def test_weight_decay():
-    """AdamW subtracts lr * decay * p from each matrix p; the decay is no part of the gradient."""
+    """AdamW subtracts lr * decay * p from each matrix p; the decay is not part of the gradient."""
     options, factor = "--norm sandwich --gate-init 0.3 --batch 2", 0.01 * 50
     begin = gradients_of(options)
     ends = []
