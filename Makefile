@@ -80,7 +80,7 @@ NVCC = nvcc
 NVCC_FLAGS = -std=c++17 -O3 -ftz=true -gencode arch=compute_80,code=sm_80 \
     -gencode arch=compute_90,code=[sm_90,compute_90] -Xcompiler -Wall,-Wextra,-fopenmp,-march=native
 CUBLASLT = -lcublasLt
-CUDA_SOURCES = train_gpas.cu dev/gpu/ptx.h $(wildcard dev/*.h)
+CUDA_SOURCES = train_gpas.cu $(wildcard dev/gpu/*.h dev/*.h)
 
 train_gpas_cuda: $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUBLASLT)
@@ -115,19 +115,23 @@ bench-cuda: bench_cuda
 CXX = g++
 CXXFLAGS = -O2 -march=native
 ON_CPU = $(CXX) -std=c++17 -g -Wall -Wextra -fno-strict-aliasing -fopenmp -U_FORTIFY_SOURCE \
-    -DCUDA_ON_CPU -I. $(CXXFLAGS) -x c++
+    -DCUDA_ON_CPU -I. -Idev/gpu $(CXXFLAGS) -x c++
 # Checked: the compiler calls the header before each access to memory. Compiled with
 # -fsanitize=thread, linked without it. No optimization that splits or joins accesses.
 CHECKED = -O1 -fno-tree-sra -fno-ipa-sra -fsanitize=thread -DTRAIN_GPAS_CU='"build/train_gpas.cu"'
-ON_CPU_SOURCES = build/train_gpas.cu dev/gpu/cuda_on_cpu.h $(wildcard dev/*.h)
+ON_CPU_SOURCES = build/train_gpas.cu $(patsubst %,build/dev/gpu/%.h,device cublaslt tiles) \
+    dev/gpu/cuda_on_cpu.h $(wildcard dev/*.h)
 
-build/%.cu: %.cu Makefile
+define as_cpp
 	@mkdir -p $(@D)
 	(echo '#line 1 "$<"'; sed -E \
 	    -e 's/(\w+(<[^<>]*>)?)<<<(.*)>>>\(/launch("\1", \1, \3)(/' \
 	    -e 's/extern __shared__ (.*) (\w+)\[\];/auto *\2 = dynamic_shared<\1>();/' \
 	    -e 's/__shared__ (.*) (\w+)((\[[^]]*\])*);/auto \&\2 = shared_array<\1 \3>("\2", []{});/' \
 	    $<) > $@
+endef
+build/%.cu: %.cu Makefile ; $(as_cpp)
+build/%.h: %.h Makefile ; $(as_cpp)
 
 train_gpas_cuda_on_cpu: $(ON_CPU_SOURCES)
 	$(ON_CPU) $< -o $@

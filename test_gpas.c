@@ -408,6 +408,41 @@ static void test_long_attention(void) {
                 tolerances[FORWARD], 0);
 }
 
+// Queries from position `first` on give the last rows of what all queries give.
+static void test_attention_extended(void) {
+    static const struct { int B, T, first, hs; } cases[] = {
+        {1, 9, 4, 10},     {2, 9, 8, 10},    {1, 70, 1, 32},  {2, 70, 64, 48},
+        {3, 40, 39, 6},    {1, 300, 256, 10}, {2, 300, 130, 64}, {1, 600, 599, 10},
+        {1, 64, 63, 100},  {2, 65, 64, 128}, {1, 129, 0, 10}, {2, 150, 37, 70},
+        {1, 200, 135, 36}, {2, 130, 66, 16},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int B = cases[i].B, T = cases[i].T, first = cases[i].first, NH = 2, C = NH * cases[i].hs;
+        int rows = T - first;
+        size_t n = (size_t)B * rows * C, lse_n = (size_t)B * NH * rows;
+        char name[100];
+        float *qkv = random_floats((size_t)B * T * 3 * C, 2, 5);
+        float *out = random_floats((size_t)B * T * C, 1, 1);
+        float *lse = random_floats((size_t)B * NH * T, 1, 1);
+        float *expected = zeros(n), *expected_lse = zeros(lse_n);
+        float *got = random_floats(n, 1, 2), *got_lse = random_floats(lse_n, 1, 2);
+        attention_forward(out, lse, qkv, 0, B, T, C, NH);
+        for (int b = 0; b < B; b++)
+            memcpy(expected + (size_t)b * rows * C, out + ((size_t)b * T + first) * C,
+                   (size_t)rows * C * sizeof(float));
+        for (int h = 0; h < B * NH; h++)
+            memcpy(expected_lse + (size_t)h * rows, lse + (size_t)h * T + first,
+                   rows * sizeof(float));
+        attention_forward(got, got_lse, qkv, first, B, T, C, NH);
+        snprintf(name, sizeof name, "attention_forward: B %d, queries %d to %d, head of %d", B,
+                 first, T - 1, cases[i].hs);
+        check_close(name, got, expected, n, 2e-6, 0);
+        strcat(name, ", lse");
+        check_close(name, got_lse, expected_lse, lse_n, 2e-6, 0);
+        free_floats();
+    }
+}
+
 // The dump's logits are large, so rounding them to bf16 matters: there the definition, applied to
 // the rounded logits, is the reference.
 static void test_crossentropy(void) {
@@ -1063,113 +1098,177 @@ static void test_crossentropy_tiles(void) {
     }
 }
 
-// The arrays of a residual sum, GPAS and RMSNorm: N rows of C channels.
-enum { FUSED_N = 9, FUSED_C = 72, FUSED = FUSED_N * FUSED_C };
+// Rows of logits may be longer than V. What lies beyond must not count, and its gradient is 0.
+static void test_crossentropy_padding(void) {
+    enum { N = 3, V = 19, STRIDE = 24 };
+    static const int targets[N] = {18, 0, 7};
+    float *x = random_floats(N * STRIDE, 4, 1), *cpu_x = zeros(N * V);
+    float *losses = zeros(N), *cpu_losses = zeros(N), *cpu_lse = zeros(N), *dx = zeros(N * V);
+    int clean = 1;
+    for (int n = 0; n < N; n++) {
+        for (int v = V; v < STRIDE; v++) x[n * STRIDE + v] = 50;
+        memcpy(cpu_x + n * V, x + n * STRIDE, V * sizeof(float));
+    }
+    {
+        OnGpu<real> logits(x, N * STRIDE);
+        OnGpu<float> e(losses, N);
+        Scratch<float> lse(N);
+        Constants<int> t(targets, N);
+        crossentropy<real>(e.p, lse.p, logits.p, t.p, 0.2f, N, V, STRIDE);
+    }
+    cpu->crossentropy_forward(cpu_losses, cpu_lse, cpu_x, targets, N, V);
+    cpu->crossentropy_backward(cpu_x, cpu_lse, targets, 0.2f, N, V);
+    for (int n = 0; n < N; n++) {
+        memcpy(dx + n * V, x + n * STRIDE, V * sizeof(float));
+        for (int v = V; v < STRIDE; v++) clean = clean && x[n * STRIDE + v] == 0;
+    }
+    against_cpu("crossentropy", "rows of 24 with V 19, losses", losses, cpu_losses, N, FORWARD);
+    against_cpu("crossentropy", "rows of 24 with V 19, dlogits", dx, cpu_x, N * V, BACKWARD);
+    check(clean, "crossentropy: the gradient beyond V is 0", "it is not");
+}
 
+// A residual sum, GPAS and RMSNorm of N rows of C channels, and their gradients.
 typedef struct {
-    int norm_last, stop_grad;
-    float A, gate, dgate;
-    float *inp, *branch, *weight, *dnext, *dnormed;  // given; dnext: the gradient of out
-    float *sum, *out, *normed, *rstd;                // the forward pass
-    float *dsum, *dinp, *dweight;                    // the backward pass
-} Fused;
+    int N, C, norm_last, stop_grad, activation;
+    float A, inp_gate, sum_gate;              // norm last, sum_gate is not used
+    float *inp, *branch, *weight;             // given
+    float *sum, *normed, *rstd;               // the forward pass
+    float *dx, *dfinp;                        // given; dx is overwritten
+    float *dsum, *dweight, dgate;             // the backward pass
+    double dgate_scale;                       // a'(g) ||x|| ||dy||, to which its error is relative
+} Operations;
 
-static Fused fused_arrays(int norm_last, int stop_grad) {
-    Fused f;
+static double gate_scale(float gate, int activation, const float *x, const float *dy, size_t n) {
+    return fabs(gate_slope(gate, activation)) * norm_of(x, n) * norm_of(dy, n);
+}
+
+static Operations operations(int N, int C, int norm_last, int stop_grad, int zero) {
+    size_t n = (size_t)N * C;
+    Operations f;
+    f.N = N;
+    f.C = C;
     f.norm_last = norm_last;
     f.stop_grad = stop_grad;
+    f.activation = zero ? GATE_IDENTITY : GATE_SILU;
     f.A = norm_last ? 1.7f : 1;
-    f.gate = 0.6f;
+    f.inp_gate = norm_last && zero ? 1 : 0.6f;  // 1 - a(1) is exactly 0
+    f.sum_gate = zero ? 1 : -0.4f;
+    f.inp = random_floats(n, 1, 1);
+    f.branch = random_floats(n, 1, 2);
+    f.weight = random_floats(C, 1, 3);
+    f.sum = random_floats(n, 1, 4);
+    f.normed = random_floats(n, 1, 4);
+    f.rstd = random_floats(N, 1, 4);
+    f.dx = random_floats(n, 1, 5);
+    f.dfinp = random_floats(n, 1, 6);
+    f.dsum = random_floats(n, 1, 4);
+    f.dweight = random_floats(C, 1, 7);
     f.dgate = 0.3f;
-    f.inp = random_floats(FUSED, 1, 1);
-    f.branch = random_floats(FUSED, 1, 2);
-    f.weight = random_floats(FUSED_C, 1, 3);
-    f.dnext = random_floats(FUSED, 1, 4);
-    f.dnormed = random_floats(FUSED, 1, 5);
-    f.sum = random_floats(FUSED, 1, 6);
-    f.out = random_floats(FUSED, 1, 6);
-    f.normed = random_floats(FUSED, 1, 6);
-    f.rstd = random_floats(FUSED_N, 1, 6);
-    f.dsum = random_floats(FUSED, 1, 6);
-    f.dinp = random_floats(FUSED, 1, 6);
-    f.dweight = random_floats(FUSED_C, 1, 7);
     return f;
 }
 
-// By the layers of train_gpas.c, one after the other.
-static void fused_on_cpu(Fused *f) {
-    float *scaled = zeros(FUSED), *dout = copy(f->dnormed, FUSED), *dy = zeros(FUSED);
+// One plain kernel after the other.
+static void run_plain(Operations *f) {
+    int N = f->N, C = f->C;
+    size_t n = (size_t)N * C;
+    float *x = zeros(n), *y = zeros(n), *g = zeros(n);
+    gpas_forward(x, f->inp, f->inp_gate, f->activation, n);
+    residual_forward(f->sum, x, f->branch, f->A, n);
     if (f->norm_last) {
-        cpu->gpas_forward(scaled, f->inp, f->gate, GATE_SILU, FUSED);
-        cpu->residual_forward(f->sum, scaled, f->branch, f->A, FUSED);
-        memcpy(f->out, f->sum, FUSED * sizeof(float));
-        for (int i = 0; i < FUSED; i++) dout[i] += f->dnext[i];
-    } else {
-        cpu->residual_forward(f->sum, f->inp, f->branch, 1, FUSED);
-        cpu->gpas_forward(f->out, f->sum, f->gate, GATE_SILU, FUSED);
+        rmsnorm_forward(f->normed, f->rstd, f->sum, f->weight, N, C);
+        residual_forward(y, f->dfinp, f->dx, 1, n);  // dy
+        rmsnorm_backward(f->dsum, f->dweight, y, f->sum, f->weight, f->rstd, N, C);
+        residual_backward(g, f->dsum, f->A, n);
+        f->dgate_scale = gate_scale(f->inp_gate, f->activation, f->inp, g, n);
+        gpas_backward(f->dx, &f->dgate, g, f->inp, f->inp_gate, f->activation, f->stop_grad, n);
+        return;
     }
-    cpu->rmsnorm_forward(f->normed, f->rstd, f->out, f->weight, FUSED_N, FUSED_C);
-    cpu->rmsnorm_backward(dy, f->dweight, dout, f->out, f->weight, f->rstd, FUSED_N, FUSED_C);
-    if (f->norm_last) {
-        memcpy(f->dsum, dy, FUSED * sizeof(float));
-        cpu->residual_backward(dy, f->dsum, f->A, FUSED);
-        cpu->gpas_backward(f->dinp, &f->dgate, dy, f->inp, f->gate, GATE_SILU, f->stop_grad, FUSED);
-    } else {
-        for (int i = 0; i < FUSED; i++) dy[i] += f->dnext[i];
-        cpu->gpas_backward(f->dsum, &f->dgate, dy, f->sum, f->gate, GATE_SILU, f->stop_grad, FUSED);
-    }
+    gpas_forward(y, f->sum, f->sum_gate, f->activation, n);
+    rmsnorm_forward(f->normed, f->rstd, y, f->weight, N, C);
+    rmsnorm_backward(g, f->dweight, f->dfinp, y, f->weight, f->rstd, N, C);
+    residual_forward(g, g, f->dx, 1, n);
+    f->dgate_scale = gate_scale(f->sum_gate, f->activation, f->sum, g, n);
+    gpas_backward(f->dx, &f->dgate, g, f->sum, f->sum_gate, f->activation, f->stop_grad, n);
 }
 
-// By one kernel for each pass. The backward pass gets what the CPU's forward pass computed.
-static void fused_on_gpu(Fused *f, const Fused *c) {
-    const float *gate = &f->gate, *weight = f->weight, *cpu_rstd = c->rstd, *cpu_out = c->out;
-    const float *inp = f->inp, *scaled = f->norm_last ? inp : c->sum, *branch = f->branch;
-    OnGpu<float> g(gate, 1), w(weight, FUSED_C);
-    Gpas gpas = {g.p, GATE_SILU, f->stop_grad, f->norm_last, f->A};
+// One fused kernel for each pass. The backward pass gets what the plain forward pass computed.
+static void run_fused(Operations *f, const Operations *plain) {
+    int N = f->N, C = f->C;
+    size_t n = (size_t)N * C;
+    float *sum = copy(plain->sum, n);
+    OnGpu<float> inp_gate((const float *)&f->inp_gate, 1), sum_gate((const float *)&f->sum_gate, 1);
+    OnGpu<float> w((const float *)f->weight, C);
+    OnGpu<real> x((const float *)f->inp, n), b((const float *)f->branch, n);
+    Scratch<float> partial((size_t)MOST_BLOCKS * C), gate_partial(MOST_BLOCKS);
+    Fused<real> a = {};
+    a.N = N;
+    a.C = C;
+    a.weight = w.p;
+    a.A = f->A;
+    a.inp_gate = {inp_gate.p, f->activation, f->stop_grad};
+    a.sum_gate = {f->norm_last ? NULL : sum_gate.p, f->activation, f->stop_grad};
+    a.inp = x.p;
+    a.branch = b.p;
     {
-        OnGpu<real> sum(f->sum, FUSED), out(f->out, FUSED), normed(f->normed, FUSED);
-        OnGpu<real> x(inp, FUSED), b(branch, FUSED);
-        OnGpu<float> rstd(f->rstd, FUSED_N);
-        residual_gpas_rmsnorm_forward<real>(sum.p, out.p, normed.p, rstd.p, x.p, b.p, w.p, gpas,
-                                            FUSED_N, FUSED_C);
+        OnGpu<real> s(f->sum, n), normed(f->normed, n);
+        OnGpu<float> rstd(f->rstd, N);
+        a.sum = s.p;
+        a.normed = normed.p;
+        a.rstd = rstd.p;
+        residual_gpas_rmsnorm_forward<real>(a);
     }
-    OnGpu<real> dsum(f->dsum, FUSED), dinp(f->dinp, FUSED), y(cpu_out, FUSED), s(scaled, FUSED);
-    OnGpu<real> dnext((const float *)f->dnext, FUSED), dnormed((const float *)f->dnormed, FUSED);
-    OnGpu<float> rstd(cpu_rstd, FUSED_N), dw(f->dweight, FUSED_C), dg(&f->dgate, 1);
-    Scratch<float> partial(ROW_BLOCKS * (FUSED_C + 1));
-    residual_gpas_rmsnorm_backward<real>(dsum.p, f->norm_last ? dinp.p : NULL, dw.p, dg.p,
-                                         partial.p, dnext.p, dnormed.p, y.p, rstd.p, w.p, s.p,
-                                         gpas, FUSED_N, FUSED_C);
+    OnGpu<real> s((const float *)sum, n), dx(f->dx, n), dfinp((const float *)f->dfinp, n);
+    OnGpu<real> dsum(f->dsum, n);
+    OnGpu<float> rstd((const float *)plain->rstd, N), dw(f->dweight, C), dg(&f->dgate, 1);
+    a.sum = s.p;
+    a.rstd = rstd.p;
+    a.dx = dx.p;
+    a.dsum = dsum.p;
+    a.dfinp = dfinp.p;
+    a.dweight = dw.p;
+    a.dgate = dg.p;
+    a.partial = partial.p;
+    a.gate_partial = gate_partial.p;
+    residual_gpas_rmsnorm_backward<real>(a, f->norm_last);
+}
+
+// zero: GPAS multiplies by exactly 0, and the gate's gradient must still be right.
+static void test_fused_kernels(int N, int C, int norm_last, int stop_grad, int zero) {
+    Operations f = operations(N, C, norm_last, stop_grad, zero);
+    Operations p = operations(N, C, norm_last, stop_grad, zero);
+    int n = N * C;
+    const struct {
+        const char *name;
+        float *got, *expected;
+        int n, pass;
+    } results[] = {
+        {"forward: sum", f.sum, p.sum, n, FORWARD},
+        {"forward: normed", f.normed, p.normed, n, FORWARD},
+        {"forward: rstd", f.rstd, p.rstd, N, FORWARD},
+        {"backward: dx", f.dx, p.dx, n, BACKWARD},
+        {"backward: dweight", f.dweight, p.dweight, C, BACKWARD},
+        {"backward: dgate", &f.dgate, &p.dgate, 1, BACKWARD},
+        {"backward: dsum", f.dsum, p.dsum, norm_last ? n : 0, BACKWARD},
+    };
+    run_plain(&p);
+    run_fused(&f, &p);
+    for (size_t i = 0; i < sizeof results / sizeof *results && results[i].n; i++) {
+        char name[200];
+        snprintf(name, sizeof name, "%s_%s, %d x %d, stop-gradient %s%s, against the plain kernels",
+                 norm_last && i > 2 ? "gpas_residual_rmsnorm" : "residual_gpas_rmsnorm",
+                 results[i].name, N, C, stop_grad ? "on" : "off", zero ? ", 1 - a(g) = 0" : "");
+        check_close(name, results[i].got, results[i].expected, results[i].n,
+                    tolerances[results[i].pass],
+                    results[i].got == &f.dgate ? p.dgate_scale : 0);
+    }
+    free_floats();
 }
 
 static void test_fused(void) {
-    for (int k = 0; k < 4; k++) {
-        int norm_last = k / 2, stop_grad = k % 2;
-        Fused f = fused_arrays(norm_last, stop_grad), c = fused_arrays(norm_last, stop_grad);
-        const struct {
-            const char *name;
-            float *got, *expected;
-            int n, pass;
-        } results[] = {
-            {"forward: sum", f.sum, c.sum, FUSED, FORWARD},
-            {"forward: out", f.out, c.out, FUSED, FORWARD},
-            {"forward: normed", f.normed, c.normed, FUSED, FORWARD},
-            {"forward: rstd", f.rstd, c.rstd, FUSED_N, FORWARD},
-            {"backward: dsum", f.dsum, c.dsum, FUSED, BACKWARD},
-            {"backward: dweight", f.dweight, c.dweight, FUSED_C, BACKWARD},
-            {"backward: dgate", &f.dgate, &c.dgate, 1, BACKWARD},
-            {"backward: dinp", f.dinp, c.dinp, norm_last ? FUSED : 0, BACKWARD},
-        };
-        fused_on_cpu(&c);
-        fused_on_gpu(&f, &c);
-        for (size_t i = 0; i < sizeof results / sizeof *results && results[i].n; i++) {
-            char name[100], shape[100];
-            snprintf(name, sizeof name, "residual_gpas_rmsnorm_%s", results[i].name);
-            snprintf(shape, sizeof shape, "norm %s, stop-gradient %s", norm_last ? "last" : "first",
-                     stop_grad ? "on" : "off");
-            against_cpu(name, shape, results[i].got, results[i].expected, results[i].n,
-                        results[i].pass);
-        }
+    static const int shapes[][2] = {{9, 72}, {5, 301}, {2100, 8}};
+    for (int i = 0; i < 3; i++) {
+        for (int k = 0; k < 8; k++)
+            test_fused_kernels(shapes[i][0], shapes[i][1], k / 4, k / 2 % 2, k % 2);
     }
 }
 
@@ -1184,8 +1283,9 @@ static void share_parameters(Model *m, CpuModel *c) {
 
 // bf16 rounds the weights of the dump to begin with, which is not the kernels' fault. So there
 // the reference is the network of train_gpas.c, which is itself checked against the dump, with the
-// rounded weights. Rounding errors grow from layer to layer: the gradient as a whole must be within
-// the tolerance, each tensor within 0.1, so that a mistake is named.
+// rounded weights. Rounding errors grow from layer to layer, so each tensor must be within 0.1. How
+// large the error of the whole gradient becomes in so small a network is a matter of chance: other
+// weights can double it. test_odd_network() compares the whole gradient, in a larger network.
 static void test_rounded_network(const char *scheme, const char *kind, const char *options) {
     enum { B = 2, T = 6, V = 19 };
     Options o;
@@ -1217,8 +1317,6 @@ static void test_rounded_network(const char *scheme, const char *kind, const cha
                 check_close(name, s.gradients + w->offset, gradients + w->offset, w->size,
                             gate ? tolerances[BACKWARD] : 0.1, scale);
             }
-            snprintf(name, sizeof name, "model_backward %s: the whole gradient", of);
-            check_close(name, s.gradients, gradients, s.list.size, tolerances[BACKWARD], 0);
         }
         cpu->update(c, t);
     }
@@ -1230,22 +1328,26 @@ static void test_rounded_network(const char *scheme, const char *kind, const cha
 
 // A network with more rows than a tile has, of a length that is not a multiple of 16 bytes: its
 // loss, its gradients and its numbers for layers.csv, against the same network of train_gpas.c.
-static void test_odd_network(const char *scheme) {
+// Then its last logits, by model_extend() in two pieces, against those of one pass.
+static void test_odd_network(const char *scheme, const char *options, int fused) {
     enum { B = 2, T = 70 };
     int tokens[B * T + 1];
     Options o;
     Model m;
-    char name[100];
+    char name[200];
+    const char *gates = strstr(options, "--gpas off") || strstr(options, "--gate-init")
+                            ? "" : "--gate-init 0.3";
     for (int i = 0; i <= B * T; i++) tokens[i] = i * i % 61;
-    options_from(&o, "--norm %s --gate-init 0.3 --layers 4 --channels 36 --hidden 50 --heads 2 "
-                 "--seq-len %d --vocab-size 61 --batch %d", scheme, T, B);
+    options_from(&o, "--norm %s %s %s --layers 4 --channels 36 --hidden 50 --heads 2 --fused %s "
+                 "--seq-len %d --vocab-size 61 --batch %d", scheme, options, gates,
+                 fused ? "on" : "off", T, B);
     model_create(&m, &o, B, 1);
     CpuModel *c = cpu->create(&o, B);
     share_parameters(&m, c);
     float loss = (float)model_forward(&m, tokens, tokens + 1, B, T);
     float cpu_loss = (float)cpu->differentiate(c, tokens, tokens + 1, B, T);
     model_backward(&m, tokens, tokens + 1, B, T, 1.0 / (B * T));
-    snprintf(name, sizeof name, "model, %s", scheme);
+    snprintf(name, sizeof name, "model, %s %s%s", scheme, options, fused ? "" : " --fused off");
     against_cpu(name, "C 36, H 50, V 61: loss", &loss, &cpu_loss, 1, FORWARD);
     against_cpu(name, "C 36, H 50, V 61: gradients", model_snapshot(&m).gradients,
                 cpu->gradients(c), m.list.size, BACKWARD);
@@ -1253,17 +1355,32 @@ static void test_odd_network(const char *scheme) {
         double v[2], cpu_v[2], gate, cpu_gate;
         layer_state(&m, l, B, T, v, &gate);
         cpu->layer_state(c, l, B, T, cpu_v, &cpu_gate);
-        snprintf(name, sizeof name, "layer_state, %s, layer %d", scheme, l);
+        snprintf(name, sizeof name, "layer_state, %s %s%s, layer %d", scheme, options,
+                 fused ? "" : " --fused off", l);
         check(fabs(v[0] / cpu_v[0] - 1) < tolerances[BACKWARD] &&
-                  fabs(v[1] / cpu_v[1] - 1) < tolerances[BACKWARD] && gate == cpu_gate,
+                  fabs(v[1] / cpu_v[1] - 1) < tolerances[BACKWARD] &&
+                  (gate == cpu_gate || isnan(gate + cpu_gate)),
               name, "%g %g %g, not %g %g %g", v[0], v[1], gate, cpu_v[0], cpu_v[1], cpu_gate);
     }
+    model_forward(&m, tokens, NULL, 1, T);
+    float *logits = copy(model_logits(&m, T - 1), 61);
+    model_extend(&m, tokens, NULL, 0, 41);
+    model_extend(&m, tokens, NULL, 41, T);
+    snprintf(name, sizeof name, "model_extend, %s %s%s", scheme, options,
+             fused ? "" : " --fused off");
+    check_close(name, model_logits(&m, T - 1), logits, 61, tolerances[FORWARD], 0);
     model_free(&m);
     cpu->destroy(c);
 }
 
+static void test_odd_kernels(const char *scheme, const char *, const char *options) {
+    test_odd_network(scheme, options, 1);
+    test_odd_network(scheme, options, 0);
+}
+
 static void test_odd_networks(void) {
-    for (int i = 0; i < 6; i++) test_odd_network(schemes[i]);
+    for_each_network(test_odd_kernels);
+    test_odd_kernels("post", "", "--gate-act identity --gate-init 1");  // GPAS multiplies by 0
 }
 
 // Two steps give the same bits each time, whatever the order in which the CPU runs the blocks.
@@ -1299,9 +1416,10 @@ static int run_tests(void) {
     static void (*const tests[])(void) = {
         test_gpas, test_residual, test_embedding, test_rmsnorm, test_rope, test_swiglu, test_matmul,
         test_attention, test_crossentropy, test_adamw, test_fused, test_attention_tiles,
-        test_row_tiles, test_crossentropy_tiles, test_long_attention, test_all_networks,
-        test_recompute, test_odd_networks, test_stories, test_optimizer, test_initial_values,
-        test_initial_streams, test_order_of_blocks,
+        test_row_tiles, test_crossentropy_tiles,
+        test_crossentropy_padding, test_long_attention, test_attention_extended,
+        test_all_networks, test_recompute, test_odd_networks, test_stories, test_optimizer,
+        test_initial_values, test_initial_streams, test_order_of_blocks,
     };
     open_device();
     open_cpu();
@@ -1378,38 +1496,6 @@ static void test_attention_lengths(void) {
         check_close(name, out, expected, n, 1e-5, 0);
         snprintf(name, sizeof name, "attention_backward: %d positions", T);
         check_close(name, dqkv, dexpected, 3 * n, 1e-4, T == 1 ? norm_of(dout, n) : 0);
-        free_floats();
-    }
-}
-
-// Queries from position `first` on: the last rows of what all queries give.
-static void test_attention_extended(void) {
-    static const int cases[][3] = {{1, 9, 4},     {2, 9, 8},     {1, 70, 1},   {2, 70, 64},
-                                   {1, 300, 256}, {2, 300, 130}, {1, 600, 599}, {1, 64, 63},
-                                   {2, 65, 64},   {1, 129, 0}};
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        int B = cases[i][0], T = cases[i][1], first = cases[i][2], NH = 2, C = 2 * 10;
-        int rows = T - first;
-        char name[100];
-        float *qkv = random_floats((size_t)B * T * 3 * C, 2, 5);
-        float *out = random_floats((size_t)B * T * C, 1, 1);
-        float *lse = random_floats((size_t)B * NH * T, 1, 1);
-        float *expected = zeros((size_t)B * rows * C), *expected_lse = zeros((size_t)B * NH * rows);
-        attention_forward(out, lse, qkv, 0, B, T, C, NH);
-        for (int b = 0; b < B; b++)
-            memcpy(expected + (size_t)b * rows * C, out + ((size_t)b * T + first) * C,
-                   (size_t)rows * C * sizeof(float));
-        for (int h = 0; h < B * NH; h++)
-            memcpy(expected_lse + (size_t)h * rows, lse + (size_t)h * T + first,
-                   rows * sizeof(float));
-        float *got = random_floats((size_t)B * rows * C, 1, 2);
-        float *got_lse = random_floats((size_t)B * NH * rows, 1, 2);
-        attention_forward(got, got_lse, qkv, first, B, T, C, NH);
-        snprintf(name, sizeof name, "attention_forward: B %d, queries %d to %d", B, first, T - 1);
-        check_close(name, got, expected, (size_t)B * rows * C, 2e-6, 0);
-        snprintf(name, sizeof name, "attention_forward: B %d, queries %d to %d, lse", B, first,
-                 T - 1);
-        check_close(name, got_lse, expected_lse, (size_t)B * NH * rows, 2e-6, 0);
         free_floats();
     }
 }

@@ -122,6 +122,8 @@ static inline void parse_options(Options *o, int argc, char **argv) {
         die("--check-finite is an option of ./train_gpas, which resumes from the same checkpoint");
     if (!on_gpu && is_given(given, "dtype") && o->dtype != DTYPE_FP32)
         die("--dtype bf16 needs a GPU and train_gpas_cuda; the CPU computes in fp32");
+    if (!on_gpu && is_given(given, "fused"))
+        die("--fused is an option of ./train_gpas_cuda; the CPU computes one operation at a time");
     if (!on_gpu) o->dtype = DTYPE_FP32;  // even if the checkpoint was written on a GPU in bf16
     if (evaluates(o)) o->steps = 0;
     if (o->total_batch == 0) o->total_batch = o->batch;

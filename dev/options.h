@@ -21,7 +21,7 @@ typedef struct {
     int norm, gpas, gate_activation, gate_train, stop_grad;
     double gate_init;
     int vocab_size, layers, channels, hidden, heads, seq_len;
-    int preset, dtype, batch, total_batch, recompute, steps, warmup, seed;
+    int preset, dtype, fused, batch, total_batch, recompute, steps, warmup, seed;
     double lr, weight_decay, grad_clip, gate_clip;
     int val_every, val_batches, sample_every, save_every, keep, print_every, length;
     double temperature, top_p;
@@ -73,6 +73,8 @@ static const OptionRow option_rows[] = {
     {"preset", "toy", ONE_OF(preset), NOT_STORED, "toy|71m|130m|250m|350m|1b: sizes, steps, rate"},
     {"dtype", default_dtype, ONE_OF(dtype), RUN,
      "fp32|bf16: number format on the GPU; the CPU uses fp32"},
+    {"fused", "on", ONE_OF(fused), NOT_STORED,
+     "off|on: on the GPU, residual sum, GPAS and RMSNorm in one kernel"},
     {"batch", "8", INT(batch), 1, 65536, RUN, "B, sequences computed at once"},
     {"total-batch", "0", INT(total_batch), 0, MOST_BATCH, RUN,
      "sequences in a step, a multiple of B; 0: B"},

@@ -48,39 +48,32 @@ template <class number> struct Scratch {
     ~Scratch() { CUDA_CHECK(cudaFree(p)); }
 };
 
-static void gpas_forward(float *out, const float *inp, float gate, int act, size_t n) {
+static void gpas_forward(float *out, const float *inp, float gate, int activation, size_t n) {
     OnGpu<real> y(out, n), x(inp, n);
     OnGpu<float> g((const float *)&gate, 1);
-    Gpas gpas = {g.p, act, 1, 0, 1};
-    residual_gpas_rmsnorm_forward<real>(NULL, y.p, NULL, NULL, x.p, NULL, NULL, gpas, 1, (int)n);
+    Gate on_gpu = {g.p, activation, 1};
+    ::gpas_forward<real>(y.p, x.p, on_gpu, n);
 }
 
 static void gpas_backward(float *dinp, float *dgate, const float *dout, const float *inp,
-                          float gate, int act, int stop_grad, size_t n) {
+                          float gate, int activation, int stop_grad, size_t n) {
     OnGpu<real> dx(dinp, n), dy(dout, n), x(inp, n);
-    OnGpu<float> g((const float *)&gate, 1), dg(dgate, 1);
-    Scratch<float> partial(n + 1);
-    Gpas gpas = {g.p, act, stop_grad, 0, 1};
-    residual_gpas_rmsnorm_backward<real>(dx.p, NULL, NULL, dg.p, partial.p,
-                                         dinp == dout ? dx.p : dy.p, NULL, NULL, NULL, NULL, x.p,
-                                         gpas, 1, (int)n);
+    float unused = 0;
+    OnGpu<float> g((const float *)&gate, 1), dg(dgate ? dgate : &unused, 1);
+    Gate on_gpu = {g.p, activation, stop_grad};
+    ::gpas_backward<real>(dx.p, dgate ? dg.p : NULL, dinp == dout ? dx.p : dy.p, x.p,
+                          on_gpu, n);
 }
 
-static void residual_forward(float *out, const float *shortcut, const float *branch, float alpha,
+static void residual_forward(float *out, const float *shortcut, const float *branch, float A,
                              size_t n) {
     OnGpu<real> y(out, n), x(shortcut, n), b(branch, n);
-    Gpas gpas = {NULL, 0, 1, 1, alpha};
-    residual_gpas_rmsnorm_forward<real>(y.p, NULL, NULL, NULL, x.p, b.p, NULL, gpas, 1, (int)n);
+    ::residual_forward<real>(y.p, out == shortcut ? y.p : x.p, b.p, A, n);
 }
 
-static void residual_backward(float *dshortcut, const float *dout, float alpha, size_t n) {
+static void residual_backward(float *dshortcut, const float *dout, float A, size_t n) {
     OnGpu<real> dx(dshortcut, n), dy(dout, n);
-    Scratch<real> dbranch(n);
-    Scratch<float> partial(n + 1);
-    Gpas gpas = {NULL, 0, 1, 1, alpha};
-    residual_gpas_rmsnorm_backward<real>(dbranch.p, dx.p, NULL, NULL, partial.p, NULL,
-                                         dshortcut == dout ? dx.p : dy.p, NULL, NULL, NULL, NULL,
-                                         gpas, 1, (int)n);
+    ::residual_backward<real>(dx.p, dshortcut == dout ? dx.p : dy.p, A, n);
 }
 
 static void rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int N,
@@ -95,8 +88,7 @@ static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, con
     size_t n = (size_t)N * C;
     OnGpu<real> dx(dinp, n), dy(dout, n), x(inp, n);
     OnGpu<float> dw(dweight, C), w(weight, C), r(rstd, N);
-    Scratch<float> partial((size_t)ROW_BLOCKS * (C + 1));
-    ::rmsnorm_backward<real>(dx.p, dw.p, partial.p, NULL, dy.p, x.p, w.p, r.p, N, C);
+    ::rmsnorm_backward<real>(dx.p, dw.p, dy.p, x.p, w.p, r.p, N, C);
 }
 
 static void embedding_forward(float *out, const int *tokens, const float *weight, int N, int C) {
@@ -153,14 +145,12 @@ static void matmul_backward(float *dinp, float *dweight, const float *dout, cons
     ::matmul_backward<real>(dx.p, dw.p, dy.p, x.p, w.p, N, C, OC);
 }
 
-// train_gpas.cu computes all queries, so `first` must be 0.
 static void attention_forward(float *out, float *lse, const float *qkv, int first, int B, int T,
                               int C, int NH) {
-    if (first) die("the GPU's attention_forward() begins with the first query");
-    size_t n = (size_t)B * T * C;
-    OnGpu<real> y(out, n), x(qkv, 3 * n);
-    OnGpu<float> l(lse, (size_t)B * NH * T);
-    ::attention_forward<real>(y.p, l.p, x.p, B, T, C, NH);
+    size_t rows = (size_t)B * (T - first);
+    OnGpu<real> y(out, rows * C), x(qkv, (size_t)B * T * 3 * C);
+    OnGpu<float> l(lse, rows * NH);
+    ::attention_forward<real>(y.p, l.p, x.p, first, B, T, C, NH);
 }
 
 static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse,
@@ -168,8 +158,7 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
     size_t n = (size_t)B * T * C, rows = (size_t)B * NH * T;
     OnGpu<real> dx(dqkv, 3 * n), dy(dout, n), y(out, n), x(qkv, 3 * n);
     OnGpu<float> l(lse, rows);
-    Scratch<float> delta(rows);
-    ::attention_backward<real>(dx.p, delta.p, dy.p, y.p, l.p, x.p, B, T, C, NH);
+    ::attention_backward<real>(dx.p, dy.p, y.p, l.p, x.p, B, T, C, NH);
 }
 
 static void crossentropy_forward(float *losses, float *lse, const float *logits, const int *targets,
@@ -177,16 +166,16 @@ static void crossentropy_forward(float *losses, float *lse, const float *logits,
     OnGpu<float> e(losses, N), l(lse, N);
     OnGpu<real> x(logits, (size_t)N * V);
     Constants<int> t(targets, N);
-    crossentropy<real>(e.p, l.p, NULL, x.p, t.p, 1, N, V, V);
+    crossentropy<real>(e.p, l.p, x.p, t.p, 0, N, V, V);
 }
 
 // The kernel computes lse itself.
 static void crossentropy_backward(float *logits, const float *, const int *targets, float scale,
                                   int N, int V) {
     OnGpu<real> x(logits, (size_t)N * V);
-    Scratch<float> e(N);
+    Scratch<float> e(N), l(N);
     Constants<int> t(targets, N);
-    crossentropy<real>(e.p, NULL, x.p, x.p, t.p, scale, N, V, V);
+    crossentropy<real>(e.p, l.p, x.p, t.p, scale, N, V, V);
 }
 
 static void adamw_update(float *p, const float *grad, float *m, float *v, size_t n, float lr,

@@ -1,0 +1,130 @@
+// device.h: defines bf16; CUDA_CHECK, LAUNCH_CHECK, open_device, scratch; Pack, load, store, with_width,
+// threads_for, blocks_for; warp_sum, warp_max, block_sum, block_max: what all kernels are built
+// from.
+#ifndef DEVICE_H
+#define DEVICE_H
+#include "../utils.h"
+#ifdef CUDA_ON_CPU
+#include "dev/gpu/cuda_on_cpu.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include "ptx.h"
+#endif
+#include <type_traits>
+
+typedef __nv_bfloat16 bf16;  // converts from and to float; to bf16 it rounds to the nearest
+
+// ------------------------------------------------------------------------------------------------
+// Errors. A function of CUDA returns a code. A launch returns nothing, so LAUNCH_CHECK() after it
+// asks whether it was possible. An error inside a kernel is only reported by a later call.
+
+#define CUDA_CHECK(call) cuda_check(call, __FILE__, __LINE__)
+#define LAUNCH_CHECK() CUDA_CHECK(cudaGetLastError())
+
+static inline void cuda_check(cudaError_t error, const char *file, int line) {
+    if (error != cudaSuccess) die("CUDA: %s (%s:%d)", cudaGetErrorString(error), file, line);
+}
+
+// Selects the first GPU. Exits if there is none, or if it is too old.
+static inline void open_device(void) {
+    int devices = 0;
+    cudaError_t error = cudaGetDeviceCount(&devices);
+    if (error != cudaSuccess || devices == 0)
+        die("no CUDA device (%s); ./train_gpas trains on the CPU",
+            error != cudaSuccess ? cudaGetErrorString(error) : "none is there");
+    cudaDeviceProp device;
+    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    if (device.major < 8)
+        die("%s has compute capability %d.%d; 8.0 or newer is needed", device.name, device.major,
+            device.minor);
+    CUDA_CHECK(cudaSetDevice(0));
+}
+
+// Returns GPU memory for n floats that a function and its kernels use until the function is called
+// again, or another one calls scratch(): launches run one after another.
+static inline float *scratch(size_t n) {
+    static float *memory;
+    static size_t size;
+    if (n > size) {
+        CUDA_CHECK(cudaFree(memory));
+        CUDA_CHECK(cudaMalloc((void **)&memory, n * sizeof(float)));
+        size = n;
+    }
+    return memory;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Wide loads. One instruction loads up to 16 bytes, so kernels are faster if each thread loads a
+// pack of 16 bytes of neighbouring numbers: 8 in bf16, 4 in float.
+
+template <class real, int W> struct alignas(W * sizeof(real)) Pack { real x[W]; };
+
+// Loads W numbers as floats. `from` must be a multiple of the size of a pack.
+template <class real, int W> __device__ inline void load(float (&to)[W], const real *from) {
+    Pack<real, W> pack = *(const Pack<real, W> *)from;
+    for (int k = 0; k < W; k++) to[k] = pack.x[k];
+}
+
+// Rounds W floats to `real` and stores them.
+template <class real, int W> __device__ inline void store(real *to, const float (&from)[W]) {
+    Pack<real, W> pack;
+    for (int k = 0; k < W; k++) pack.x[k] = from[k];
+    *(Pack<real, W> *)to = pack;
+}
+
+// Calls launch(W) with the number of neighbours that each thread shall load at once, for rows of n
+// numbers: as many as 16 bytes hold, or 1 if n is no multiple of that. W can be a template argument
+// of a kernel.
+template <class real, class Launch> static inline void with_width(size_t n, Launch launch) {
+    constexpr int wide = 16 / sizeof(real);
+    if (n % wide == 0) launch(std::integral_constant<int, wide>());
+    else launch(std::integral_constant<int, 1>());
+}
+
+// Returns n rounded up to whole warps, at most `most`.
+static inline int threads_for(int n, int most) { return imin(most, (n + 31) / 32 * 32); }
+
+// Returns how many blocks of `threads` threads it takes to have n threads.
+static inline unsigned blocks_for(size_t n, int threads) {
+    return (unsigned)((n + threads - 1) / threads);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Sums and maxima that all lanes of a warp, or all threads of a block, get.
+
+// Each step adds the number of the lane whose index differs in one bit. After step 1 each pair of
+// lanes has its sum, after step 2 each four, after step 16 the whole warp.
+template <class number> __device__ inline number warp_sum(number x) {
+    for (int step = 1; step < 32; step *= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+    return x;
+}
+
+__device__ inline float warp_max(float x) {
+    for (int step = 1; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
+    return x;
+}
+
+// The second __syncthreads() makes sure that all threads have read `sums` before the next call
+// writes to it.
+template <class number> __device__ inline number block_sum(number x) {
+    __shared__ number sums[32];
+    number total = 0;
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int w = 0; w < (int)blockDim.x / 32; w++) total += sums[w];
+    __syncthreads();
+    return total;
+}
+
+__device__ inline float block_max(float x) {
+    __shared__ float largest[32];
+    x = warp_max(x);
+    if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int w = 0; w < (int)blockDim.x / 32; w++) x = fmaxf(x, largest[w]);
+    __syncthreads();
+    return x;
+}
+#endif
