@@ -119,7 +119,7 @@ ON_CPU = $(CXX) -std=c++17 -g -Wall -Wextra -fno-strict-aliasing -fopenmp -U_FOR
 # Checked: the compiler calls the header before each access to memory. Compiled with
 # -fsanitize=thread, linked without it. No optimization that splits or joins accesses.
 CHECKED = -O1 -fno-tree-sra -fno-ipa-sra -fsanitize=thread -DTRAIN_GPAS_CU='"build/train_gpas.cu"'
-ON_CPU_SOURCES = build/train_gpas.cu $(patsubst %,build/dev/gpu/%.h,device cublaslt tiles) \
+ON_CPU_SOURCES = build/train_gpas.cu $(patsubst %,build/dev/gpu/%.h,device cublaslt layout tiles) \
     dev/gpu/cuda_on_cpu.h $(wildcard dev/*.h)
 
 define as_cpp

@@ -1205,8 +1205,10 @@ static void run_fused(Operations *f, const Operations *plain) {
     a.C = C;
     a.weight = w.p;
     a.A = f->A;
-    a.inp_gate = {inp_gate.p, f->activation, f->stop_grad};
-    a.sum_gate = {f->norm_last ? NULL : sum_gate.p, f->activation, f->stop_grad};
+    a.inp_gate = inp_gate.p;
+    a.sum_gate = f->norm_last ? NULL : sum_gate.p;
+    a.activation = f->activation;
+    a.stop_grad = f->stop_grad;
     a.inp = x.p;
     a.branch = b.p;
     {

@@ -9,8 +9,7 @@ the forward pass, and lets the gradient pass unscaled:
     y = (1 - a(g)) x      dx = dy      dg = -a'(g) sum_i x_i dy_i
 
 Contents: 1 GPAS. 2 The other operations. 3 The model. 4 AdamW. 5 Training. The headers of dev/gpu/
-hold the tools: device.h wide loads and sums over a block, cublaslt.h matrix products, tiles.h
-tensor cores. Those of dev/ are shared with train_gpas.c.
+hold the tools, those of dev/ what both programs share.
 
 A GPU in ten lines. kernel<<<blocks, threads>>>(...) runs the function `kernel` once for every
 thread of every block, and blockIdx and threadIdx tell a thread which one it is. The threads of a
@@ -40,6 +39,7 @@ Without a GPU the same source runs on the CPU, slowly, through dev/gpu/cuda_on_c
 */
 #include "dev/gpu/device.h"    // defines: bf16, CUDA_CHECK, load, store, with_width, block_sum, ...
 #include "dev/gpu/cublaslt.h"  // defines: gemm
+#include "dev/gpu/layout.h"    // defines: Layout, Chunk, lay_out, offset_of, copy_tensors
 #include "dev/gpu/tiles.h"     // defines: Tile, load_tile, multiply_transposed, multiply_add, ...
 #include "dev/gate.h"          // defines: gate_value, gate_slope, which are a(g) and a'(g)
 #include "dev/parameters.h"    // defines: Config, norm_comes_last, TensorList, rope_angles, ...
@@ -60,12 +60,13 @@ typedef struct {
     int stop_grad;   // 0: without the stop-gradient, for comparison
 } Gate;
 
-// y = (1 - a(g)) x, one thread for each number. out, inp (n).
+// y = (1 - a(g)) x. Each thread takes every (number of threads)-th x. out, inp (n).
 template <class real>
 __global__ void gpas_forward_kernel(real *out, const real *inp, Gate gate, size_t n) {
     float scale = 1 - gate_value(*gate.g, gate.activation);
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) out[i] = scale * (float)inp[i];
+    size_t first = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    size_t threads = (size_t)gridDim.x * blockDim.x;
+    for (size_t i = first; i < n; i += threads) out[i] = scale * (float)inp[i];
 }
 
 // Given dy, compute dx, and the first stage of dg.
@@ -77,7 +78,8 @@ __global__ void gpas_backward_kernel(real *dinp, float *partial, const real *dou
                                      Gate gate, size_t n) {
     float scale = gate.stop_grad ? 1 : 1 - gate_value(*gate.g, gate.activation), sum = 0;
     size_t first = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    for (size_t i = first; i < n; i += (size_t)gridDim.x * blockDim.x) {
+    size_t threads = (size_t)gridDim.x * blockDim.x;
+    for (size_t i = first; i < n; i += threads) {
         float dy = dout[i];
         sum += (float)inp[i] * dy;
         dinp[i] = scale * dy;
@@ -94,13 +96,14 @@ __global__ void gpas_add_partial_kernel(float *dgate, const float *partial, int 
     if (threadIdx.x == 0) *dgate -= gate_slope(*gate.g, gate.activation) * sum;
 }
 
+enum { MOST_BLOCKS = 2048 };  // of kernels that compute something once for many numbers
+
 template <class real>
 static void gpas_forward(real *out, const real *inp, Gate gate, size_t n) {
-    gpas_forward_kernel<real><<<blocks_for(n, 256), 256>>>(out, inp, gate, n);
+    int blocks = imin(blocks_for(n, 256), MOST_BLOCKS);
+    gpas_forward_kernel<real><<<blocks, 256>>>(out, inp, gate, n);
     LAUNCH_CHECK();
 }
-
-enum { MOST_BLOCKS = 2048 };  // in the first stage of a sum
 
 // dgate: one number, added to, or NULL.
 template <class real>
@@ -131,19 +134,6 @@ template <class real>
 static void residual_forward(real *out, const real *shortcut, const real *branch, float A,
                              size_t n) {
     residual_forward_kernel<real><<<blocks_for(n, 256), 256>>>(out, shortcut, branch, A, n);
-    LAUNCH_CHECK();
-}
-
-// y = factor x, or y += factor x. y, x (n).
-template <class to, class from>
-__global__ void scale_kernel(to *y, const from *x, float factor, int accumulate, size_t n) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) y[i] = factor * (float)x[i] + (accumulate ? (float)y[i] : 0);
-}
-
-template <class to, class from>
-static void scale(to *y, const from *x, float factor, int accumulate, size_t n) {
-    scale_kernel<to, from><<<blocks_for(n, 256), 256>>>(y, x, factor, accumulate, n);
     LAUNCH_CHECK();
 }
 
@@ -217,9 +207,10 @@ static void embedding_backward(float *dweight, const real *dout, const int *posi
 /*
 RMSNorm. A block computes a row at a time, and thread i holds the W channels from i W on in
 registers, so that each number is loaded once. Threads beyond the last channel hold zeros: they
-take part in the sums over the block, and store nothing. A block has at most 1024 threads, so a row
-has at most 1024 W channels.
+take part in the sums over the block, and store nothing. A block has at most 1024 threads, or 512 if
+W is 8, because the registers of a processor do not suffice for more.
 */
+#define ROW_THREADS(W) ((W) == 8 ? 512 : 1024)
 
 // Returns r = 1 / sqrt(mean_c(x_c^2) + 1e-6) of a row.
 template <int W> __device__ inline float row_rstd(const float (&x)[W], int C) {
@@ -230,7 +221,7 @@ template <int W> __device__ inline float row_rstd(const float (&x)[W], int C) {
 
 // y_c = w_c x_c r, one block for each row. out, inp (N,C); weight (C); rstd (N) keeps r.
 template <class real, int W>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(ROW_THREADS(W))
 rmsnorm_forward_kernel(real *out, float *rstd, const real *inp, const float *weight, int C) {
     int c = threadIdx.x * W;
     size_t at = (size_t)blockIdx.x * C + c;
@@ -265,7 +256,7 @@ __device__ inline void rmsnorm_backward_row(float (&g)[W], float (&dw)[W], const
 //   Each block takes every gridDim.x-th row, and writes its part of dw to a row of partial.
 // dinp, dout, inp (N,C); weight (C); rstd (N); partial (gridDim.x,C).
 template <class real, int W>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(ROW_THREADS(W))
 rmsnorm_backward_kernel(real *dinp, float *partial, const real *dout, const real *inp,
                         const float *weight, const float *rstd, int N, int C) {
     int c = threadIdx.x * W;
@@ -307,7 +298,7 @@ template <class real>
 static void rmsnorm_forward(real *out, float *rstd, const real *inp, const float *weight, int N,
                             int C) {
     with_width<real>(C, [&](auto W) {
-        int threads = threads_for(C / W, 1024);
+        int threads = threads_for(C / W, ROW_THREADS(W));
         rmsnorm_forward_kernel<real, W><<<N, threads>>>(out, rstd, inp, weight, C);
     });
     LAUNCH_CHECK();
@@ -324,7 +315,7 @@ static void rmsnorm_backward(real *dinp, float *dweight, const real *dout, const
     int blocks = 0;
     float *partial = scratch((size_t)MOST_BLOCKS * C);
     with_width<real>(C, [&](auto W) {
-        int threads = threads_for(C / W, 1024);
+        int threads = threads_for(C / W, ROW_THREADS(W));
         blocks = row_blocks(N, threads);
         rmsnorm_backward_kernel<real, W><<<blocks, threads>>>(
             dinp, partial, dout, inp, weight, rstd, N, C);
@@ -350,7 +341,9 @@ template <class real> struct Fused {
     int N, C;
     const float *weight;        // (C) of the norm
     float A;                    // DeepNorm's constant, or 1
-    Gate inp_gate, sum_gate;    // of the GPAS that is applied to inp, and to sum
+    const float *inp_gate;      // (1) the gate of the GPAS that is applied to inp; NULL: none
+    const float *sum_gate;      // (1) the same for sum
+    int activation, stop_grad;  // as in Gate
     // The forward pass. Given:
     const real *inp, *branch;   // (N,C) x, without the GPAS of inp_gate; b
     // Computed:
@@ -368,29 +361,36 @@ template <class real> struct Fused {
 };
 
 // The factor 1 - a(g); 1 without GPAS.
-__device__ inline float gpas_scale(Gate gate) {
-    return gate.g ? 1 - gate_value(*gate.g, gate.activation) : 1;
+__device__ inline float gpas_scale(const float *gate, int activation) {
+    float a = gate_value(gate ? *gate : 0, activation);  // a(0) is 0
+    return 1 - a;
 }
 
 // One block for each row. In bf16 the norm gets y before it is rounded.
 template <class real, int W>
-__global__ void __launch_bounds__(1024) residual_gpas_rmsnorm_forward_kernel(Fused<real> f) {
-    int c = threadIdx.x * W;
-    size_t at = (size_t)blockIdx.x * f.C + c;
-    float inp_scale = f.A * gpas_scale(f.inp_gate), sum_scale = gpas_scale(f.sum_gate);
+__global__ void __launch_bounds__(ROW_THREADS(W))
+residual_gpas_rmsnorm_forward_kernel(Fused<real> f) {
+    int C = f.C, activation = f.activation, c = threadIdx.x * W;
+    size_t at = (size_t)blockIdx.x * C + c;
+    const real *inp = f.inp + at, *branch = f.branch + at;
+    const float *weight = f.weight + c, *inp_gate = f.inp_gate, *sum_gate = f.sum_gate;
+    real *sum = f.sum + at, *normed = f.normed + at;
+    float *rstd = f.rstd + blockIdx.x;
+    float inp_scale = f.A * gpas_scale(inp_gate, activation);
+    float sum_scale = gpas_scale(sum_gate, activation);
     float x[W] = {0}, b[W] = {0}, w[W] = {0};
-    if (c < f.C) {
-        load(x, f.inp + at);
-        load(b, f.branch + at);
-        load(w, f.weight + c);
+    if (c < C) {
+        load(x, inp);
+        load(b, branch);
+        load(w, weight);
     }
     for (int k = 0; k < W; k++) x[k] = inp_scale * x[k] + b[k];  // s
-    if (c < f.C) store(f.sum + at, x);
+    if (c < C) store(sum, x);
     for (int k = 0; k < W; k++) x[k] *= sum_scale;               // y
-    float r = row_rstd(x, f.C);
+    float r = row_rstd(x, C);
     for (int k = 0; k < W; k++) x[k] = w[k] * x[k] * r;          // norm(y)
-    if (c < f.C) store(f.normed + at, x);
-    if (threadIdx.x == 0) f.rstd[blockIdx.x] = r;
+    if (c < C) store(normed, x);
+    if (threadIdx.x == 0) *rstd = r;
 }
 
 // Given dx, the gradient of y along the shortcut, and dfinp, compute ds in place of dx, and the
@@ -399,31 +399,35 @@ __global__ void __launch_bounds__(1024) residual_gpas_rmsnorm_forward_kernel(Fus
 //   ds = dy, or (1 - a(g)) dy without the stop-gradient
 //   dg = -a'(g) sum_i s_i dy_i
 template <class real, int W>
-__global__ void __launch_bounds__(1024) residual_gpas_rmsnorm_backward_kernel(Fused<real> f) {
-    int c = threadIdx.x * W;
-    float y_scale = gpas_scale(f.sum_gate), dy_scale = f.sum_gate.stop_grad ? 1 : y_scale;
+__global__ void __launch_bounds__(ROW_THREADS(W))
+residual_gpas_rmsnorm_backward_kernel(Fused<real> f) {
+    int N = f.N, C = f.C, stop_grad = f.stop_grad, c = threadIdx.x * W;
+    const real *sum = f.sum + c, *dfinp = f.dfinp + c;
+    const float *weight = f.weight + c, *rstd = f.rstd;
+    real *dx = f.dx + c;
+    float *partial = f.partial + (size_t)blockIdx.x * C + c, *gate_partial = f.gate_partial;
+    float y_scale = gpas_scale(f.sum_gate, f.activation), dy_scale = stop_grad ? 1 : y_scale;
     float w[W] = {0}, dw[W] = {0}, gate_sum = 0;
-    if (c < f.C) load(w, f.weight + c);
-    for (int n = blockIdx.x; n < f.N; n += gridDim.x) {
-        size_t at = (size_t)n * f.C + c;
-        float s[W] = {0}, y[W], dx[W] = {0}, g[W] = {0};
-        if (c < f.C) {
-            load(s, f.sum + at);
-            load(dx, f.dx + at);
-            load(g, f.dfinp + at);
+    if (c < C) load(w, weight);
+    for (int n = blockIdx.x; n < N; n += gridDim.x) {
+        float s[W] = {0}, y[W], d[W] = {0}, g[W] = {0};
+        if (c < C) {
+            load(s, sum + (size_t)n * C);
+            load(d, dx + (size_t)n * C);
+            load(g, dfinp + (size_t)n * C);
         }
         for (int k = 0; k < W; k++) y[k] = y_scale * s[k];
-        rmsnorm_backward_row(g, dw, y, w, f.rstd[n], f.C);  // g = norm^T dfinp
+        rmsnorm_backward_row(g, dw, y, w, rstd[n], C);  // g = norm^T dfinp
         for (int k = 0; k < W; k++) {
-            float dy = dx[k] + g[k];
+            float dy = d[k] + g[k];
             gate_sum += s[k] * dy;
-            dx[k] = dy_scale * dy;
+            d[k] = dy_scale * dy;
         }
-        if (c < f.C) store(f.dx + at, dx);
+        if (c < C) store(dx + (size_t)n * C, d);
     }
-    if (c < f.C) store(f.partial + (size_t)blockIdx.x * f.C + c, dw);
+    if (c < C) store(partial, dw);
     gate_sum = block_sum(gate_sum);
-    if (threadIdx.x == 0) f.gate_partial[blockIdx.x] = gate_sum;
+    if (threadIdx.x == 0) gate_partial[blockIdx.x] = gate_sum;
 }
 
 // Norm last. Given dx and dfinp, whose sum is dy, compute ds in dsum, dx in place of dx, and the
@@ -433,50 +437,54 @@ __global__ void __launch_bounds__(1024) residual_gpas_rmsnorm_backward_kernel(Fu
 //   dx = dz, or (1 - a(g)) dz without the stop-gradient
 //   dg = -a'(g) sum_i x_i dz_i
 template <class real, int W>
-__global__ void __launch_bounds__(1024) gpas_residual_rmsnorm_backward_kernel(Fused<real> f) {
-    int c = threadIdx.x * W;
-    float dz_scale = f.inp_gate.stop_grad ? 1 : gpas_scale(f.inp_gate);
-    float w[W] = {0}, dw[W] = {0}, gate_sum = 0;
-    if (c < f.C) load(w, f.weight + c);
-    for (int n = blockIdx.x; n < f.N; n += gridDim.x) {
-        size_t at = (size_t)n * f.C + c;
-        float x[W] = {0}, s[W] = {0}, g[W] = {0}, dfinp[W] = {0};
-        if (c < f.C) {
-            load(x, f.inp + at);
-            load(s, f.sum + at);
-            load(g, f.dx + at);
-            load(dfinp, f.dfinp + at);
+__global__ void __launch_bounds__(ROW_THREADS(W))
+gpas_residual_rmsnorm_backward_kernel(Fused<real> f) {
+    int N = f.N, C = f.C, stop_grad = f.stop_grad, c = threadIdx.x * W;
+    const real *inp = f.inp + c, *sum = f.sum + c, *dfinp = f.dfinp + c;
+    const float *weight = f.weight + c, *rstd = f.rstd;
+    real *dx = f.dx + c, *dsum = f.dsum + c;
+    float *partial = f.partial + (size_t)blockIdx.x * C + c, *gate_partial = f.gate_partial;
+    float A = f.A, z_scale = gpas_scale(f.inp_gate, f.activation);
+    float dz_scale = stop_grad ? 1 : z_scale, w[W] = {0}, dw[W] = {0}, gate_sum = 0;
+    if (c < C) load(w, weight);
+    for (int n = blockIdx.x; n < N; n += gridDim.x) {
+        float x[W] = {0}, s[W] = {0}, d[W] = {0}, g[W] = {0};
+        if (c < C) {
+            load(x, inp + (size_t)n * C);
+            load(s, sum + (size_t)n * C);
+            load(d, dx + (size_t)n * C);
+            load(g, dfinp + (size_t)n * C);
         }
-        for (int k = 0; k < W; k++) g[k] += dfinp[k];       // dy
-        rmsnorm_backward_row(g, dw, s, w, f.rstd[n], f.C);  // g = ds
-        if (c < f.C) store(f.dsum + at, g);
+        for (int k = 0; k < W; k++) g[k] += d[k];       // dy
+        rmsnorm_backward_row(g, dw, s, w, rstd[n], C);  // g = ds
+        if (c < C) store(dsum + (size_t)n * C, g);
         for (int k = 0; k < W; k++) {
-            float dz = f.A * g[k];
+            float dz = A * g[k];
             gate_sum += x[k] * dz;
-            g[k] = dz_scale * dz;
+            d[k] = dz_scale * dz;
         }
-        if (c < f.C) store(f.dx + at, g);
+        if (c < C) store(dx + (size_t)n * C, d);
     }
-    if (c < f.C) store(f.partial + (size_t)blockIdx.x * f.C + c, dw);
+    if (c < C) store(partial, dw);
     gate_sum = block_sum(gate_sum);
-    if (threadIdx.x == 0) f.gate_partial[blockIdx.x] = gate_sum;
+    if (threadIdx.x == 0) gate_partial[blockIdx.x] = gate_sum;
 }
 
 template <class real> static void residual_gpas_rmsnorm_forward(Fused<real> f) {
     with_width<real>(f.C, [&](auto W) {
-        int threads = threads_for(f.C / W, 1024);
+        int threads = threads_for(f.C / W, ROW_THREADS(W));
         residual_gpas_rmsnorm_forward_kernel<real, W><<<f.N, threads>>>(f);
     });
     LAUNCH_CHECK();
 }
 
 template <class real> static void residual_gpas_rmsnorm_backward(Fused<real> f, int norm_last) {
-    Gate gate = norm_last ? f.inp_gate : f.sum_gate;
+    Gate gate = {norm_last ? f.inp_gate : f.sum_gate, f.activation, f.stop_grad};
     int blocks = 0;
     f.gate_partial = scratch((size_t)MOST_BLOCKS * (f.C + 1));
     f.partial = f.gate_partial + MOST_BLOCKS;
     with_width<real>(f.C, [&](auto W) {
-        int threads = threads_for(f.C / W, 1024);
+        int threads = threads_for(f.C / W, ROW_THREADS(W));
         blocks = row_blocks(f.N, threads);
         if (norm_last) gpas_residual_rmsnorm_backward_kernel<real, W><<<blocks, threads>>>(f);
         else residual_gpas_rmsnorm_backward_kernel<real, W><<<blocks, threads>>>(f);
@@ -635,8 +643,6 @@ asynchronously: while the warps multiply one tile, the next is on its way, so th
 memory. With float the same kernels run without tensor cores, which cannot multiply floats exactly.
 They are slow then, and meant for checking.
 */
-enum { MAX_HEAD = 128 };  // the largest hs
-
 constexpr float LOG2_E = 1.44269504f;  // e^x = 2^(x log2 e), and 2^x is a single instruction
 
 // How many blocks should run on a processor at the same time: while one waits, another computes.
@@ -885,13 +891,6 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
     store_rows(head_of(dqkv + 2 * C, T, 3 * C, shape), s0, dv, {1, 1});
 }
 
-// Calls launch(HS) with the width of the kernels for heads of hs channels.
-template <class Launch> static void with_head(int hs, Launch launch) {
-    if (hs <= 32) launch(std::integral_constant<int, 32>());
-    else if (hs <= 64) launch(std::integral_constant<int, 64>());
-    else launch(std::integral_constant<int, MAX_HEAD>());
-}
-
 // Computes y for the positions from `first` to T - 1, which see the keys from position 0 on. first
 // is above 0 when a story is continued. out (B,T-first,C); lse (B,NH,T-first); qkv (B,T,3C).
 // hs must be even, and at most MAX_HEAD.
@@ -974,7 +973,8 @@ static void crossentropy(float *losses, float *lse, real *logits, const int *tar
                          int N, int V, int stride) {
     with_width<real>(stride, [&](auto W) {
         int threads = threads_for(stride / W, 1024);
-        crossentropy_kernel<real, W><<<N, threads>>>(losses, lse, logits, targets, scale, V, stride);
+        crossentropy_kernel<real, W><<<N, threads>>>(
+            losses, lse, logits, targets, scale, V, stride);
     });
     LAUNCH_CHECK();
 }
@@ -982,11 +982,8 @@ static void crossentropy(float *losses, float *lse, real *logits, const int *tar
 /* ------------------------------------------------------------------------------------------------
 3. The model
 
-The struct Model holds what does not depend on `real`, and Network<real> the rest.
-
-On the GPU H and V are rounded up to multiples of 8, so that rows begin at multiples of 16 bytes:
-w1, w3 and the output matrix have more rows, w2 has more columns, and all of them are 0. Their
-gradients are 0 too, so they stay 0. Files hold the matrices without them.
+The struct Model holds what does not depend on `real`, and Network<real> the rest. H and V are
+rounded up to multiples of 8; dev/gpu/layout.h says why that changes no result.
 */
 
 // The parameters of a layer, or their gradients.
@@ -1014,12 +1011,10 @@ template <class real> struct Activations {
     const real *out;           // (B,T,C) y, which is scaled, sum or normed
 };
 
-enum { MOMENT_BLOCKS = 256 };  // of moments_kernel()
-
 template <class real> struct Network {
     real *weights;                   // the parameters as `real`; in fp32 the parameters themselves
-    Activations<real> *activations;  // (2L): attention, feed-forward, attention, ...
-    real *embedded, *final_normed;   // (B,T,C)
+    Activations<real> *activations;  // (2L + 1); the last holds normed and rstd of the final norm
+    real *embedded;                  // (B,T,C)
     real *post_normed;               // (B,T,C) sandwich: post_norm of branch
     real *logits;                    // (logit_rows(B T),V)
     // The gradients with respect to:
@@ -1032,39 +1027,28 @@ template <class real> struct Network {
     real *dx_branch;                 // (B,T,C) the branch's part of dx, where the norm comes first
 };
 
-// AdamW works on pieces of tensors, see section 4.
-enum { CHUNK = 4096 };  // the most numbers in a piece
-typedef struct {
-    size_t offset;
-    int size;
-    int kind, layer;  // of the tensor: WQ, ...; 0, 1, ..., or -1 if it belongs to no layer
-    int decays;       // 1: AdamW's weight decay applies
-} Chunk;
-
 struct Model {
     const Options *options;
     Config config;
     TensorList list;             // the names and shapes of the parameters, as in files
+    Layout layout;               // where the parameters lie on the GPU
     Snapshot host;               // the state as in files; model_snapshot() and model_restore()
     int H, V;                    // rounded up
-    size_t *offsets, size;       // see offset_of(); the numbers in each of the next four arrays
-    float *parameters, *gradients, *adam_m, *adam_v;    // (size)
+    float *parameters, *gradients, *adam_m, *adam_v;    // (layout.size)
     void *network;               // Network<float> or Network<bf16>, see with_network()
     float *rope_table;           // (T,hs/2,2)
-    float *final_rstd, *losses, *logits_lse;            // (B,T)
+    float *losses, *logits_lse, *host_losses;           // (B,T)
     float *doutput;              // (V,C) see output_forward()
-    Chunk *chunks, *host_chunks;                        // (num_chunks) on the GPU and on the host
-    int num_chunks;
-    float *squares, *host_squares;                      // (num_chunks)
-    Pack<double, 2> *moments;    // (MOMENT_BLOCKS)
-    int *tokens, *targets, *positions, *starts;         // (B,T) three times, (V+1)
-    int *host_positions, *host_starts;                  // see sort_by_token()
-    float *host_losses, *host_logits;                   // (B,T), (2V)
+    float *host_logits;          // (2V) a row as float and as `real`
+    int *tokens, *targets;       // (B,T)
+    int *positions, *starts, *host_positions, *host_starts;  // see sort_by_token()
+    Chunk *chunks;               // (layout.num_chunks) for AdamW
+    float *squares, *host_squares;                      // (layout.num_chunks)
     int keeps_keys, first;       // as in train_gpas.c
     int learning;                // 1 between zero_gradients() and model_update()
     int differentiated;          // 1: output_forward() has begun the backward pass
-    size_t bytes;                // of all GPU memory
     void **pieces;               // all GPU memory, to be freed
+    size_t bytes;                // of all GPU memory
     int num_pieces, planning;    // planning: new_array() only counts bytes
 };
 
@@ -1086,57 +1070,27 @@ template <class number> static void new_array(Model *m, number **array, size_t n
     m->pieces[m->num_pieces++] = *array;
 }
 
-// The place of a tensor in arrays of m->size numbers: in m->parameters, ..., or in weights.
-enum { KINDS = OUTPUT + 1 };
-static size_t &offset_of(const Model *m, int kind, int l) {
-    return m->offsets[(l + 1) * KINDS + kind];  // l is -1 for tensors of no layer
+// Returns a pointer to a tensor in `block`, an array of all tensors; NULL if there is no such one.
+template <class number> static number *parameter(const Model *m, number *block, int kind, int l) {
+    size_t offset = offset_of(&m->layout, kind, l);
+    return offset == ABSENT ? NULL : block + offset;
 }
 
-// Returns a pointer to a tensor in `block`, an array of m->size numbers; NULL if the network has no
-// such tensor.
-template <class number> static number *parameter(const Model *m, number *block, int kind, int l) {
-    return find_tensor(&m->list, kind, l) ? block + offset_of(m, kind, l) : NULL;
+// Returns the weight of the norm of sublayer i, or of the final norm if i = 2L, in `block`.
+static float *norm_weight(const Model *m, float *block, int i) {
+    if (i == 2 * m->config.L) return parameter(m, block, FINAL_NORM, -1);
+    return parameter(m, block, i % 2 == 0 ? ATTENTION_NORM : FFN_NORM, i / 2);
 }
 
 template <class number>
 static LayerParameters<number> layer_parameters(const Model *m, number *block, int l) {
     auto at = [&](int kind) { return parameter(m, block, kind, l); };
-    LayerParameters<number> w = {
-        at(WQ), at(WO), at(W1), at(W2), {at(ATTENTION_NORM), at(FFN_NORM)},
-        {at(ATTENTION_POST_NORM), at(FFN_POST_NORM)}, at(GATE),
-    };
-    return w;
+    return {at(WQ), at(WO), at(W1), at(W2), {at(ATTENTION_NORM), at(FFN_NORM)},
+            {at(ATTENTION_POST_NORM), at(FFN_POST_NORM)}, at(GATE)};
 }
 
 static Gate layer_gate(const Model *m, int l) {
-    Gate gate = {parameter(m, m->parameters, GATE, l), m->config.gate_activation,
-                 m->config.stop_grad};
-    return gate;
-}
-
-// Decides where the tensors lie on the GPU: at multiples of 256 bytes, in bf16 too. wk, wv and w3
-// follow the matrices with which they are multiplied. Counts the chunks, and writes them to
-// m->host_chunks if that is not NULL.
-static void lay_out(Model *m) {
-    m->size = 0;
-    m->num_chunks = 0;
-    for (const Tensor *t = m->list.tensors; t < m->list.tensors + m->list.count; t++) {
-        size_t rows = t->rows, cols = imax(t->cols, 1);
-        if (t->kind == W1 || t->kind == W3) rows = m->H;
-        if (t->kind == W2) cols = m->H;
-        if (t->kind == OUTPUT) rows = m->V;
-        if (t->kind != WK && t->kind != WV && t->kind != W3)
-            m->size = (m->size + 127) / 128 * 128;
-        offset_of(m, t->kind, t->layer) = m->size;
-        for (size_t at = 0; at < rows * cols; at += CHUNK) {
-            size_t left = rows * cols - at;
-            int size = (int)(left < CHUNK ? left : (size_t)CHUNK);
-            Chunk chunk = {m->size + at, size, t->kind, t->layer, t->cols > 0};
-            if (m->host_chunks) m->host_chunks[m->num_chunks] = chunk;
-            m->num_chunks++;
-        }
-        m->size += rows * cols;
-    }
+    return {parameter(m, m->parameters, GATE, l), m->config.gate_activation, m->config.stop_grad};
 }
 
 // Creates the arrays of sublayer i = 0 .. 2L-1 for N tokens. `lender` is the sublayer whose arrays
@@ -1172,27 +1126,26 @@ static void create_arrays(Model *m, Network<real> *net, int B, int training) {
     const Config *c = &m->config;
     size_t T = c->T, C = c->C, H = m->H, N = B * T;
     int share = m->options->recompute || !training;
-    new_array(m, &m->parameters, m->size);
+    new_array(m, &m->parameters, m->layout.size);
     net->weights = (real *)m->parameters;
-    if (sizeof(real) < sizeof(float)) new_array(m, &net->weights, m->size);
+    if (sizeof(real) < sizeof(float)) new_array(m, &net->weights, m->layout.size);
     new_array(m, &net->embedded, N * C);
     for (int i = 0; i < 2 * c->L; i++) create_activations(m, net, i, share ? i % 2 : i, N);
     if (has_post_norm(c)) new_array(m, &net->post_normed, N * C);
-    new_array(m, &net->final_normed, N * C);
-    new_array(m, &m->final_rstd, N);
+    new_array(m, &net->activations[2 * c->L].normed, N * C);
+    new_array(m, &net->activations[2 * c->L].rstd, N);
     new_array(m, &net->logits, (size_t)logit_rows(N) * m->V);
     new_array(m, &m->losses, N);
     new_array(m, &m->logits_lse, N);
     new_array(m, &m->rope_table, T * (C / c->NH));
-    new_array(m, &m->moments, MOMENT_BLOCKS);
     new_array(m, &m->tokens, N);
     new_array(m, &m->targets, N);
     if (!training) return;
-    new_array(m, &m->gradients, m->size);
-    new_array(m, &m->adam_m, m->size);
-    new_array(m, &m->adam_v, m->size);
-    new_array(m, &m->chunks, m->num_chunks);
-    new_array(m, &m->squares, m->num_chunks);
+    new_array(m, &m->gradients, m->layout.size);
+    new_array(m, &m->adam_m, m->layout.size);
+    new_array(m, &m->adam_v, m->layout.size);
+    new_array(m, &m->chunks, m->layout.num_chunks);
+    new_array(m, &m->squares, m->layout.num_chunks);
     new_array(m, &m->doutput, m->V * C);
     new_array(m, &m->positions, N);
     new_array(m, &m->starts, c->V + 1);
@@ -1211,7 +1164,8 @@ template <class real> static void create_network(Model *m, int B, int training) 
     size_t free_bytes, total_bytes;
     Network<real> *net = (Network<real> *)allocate(1, sizeof *net);
     m->network = net;
-    net->activations = (Activations<real> *)allocate(2 * m->config.L, sizeof(Activations<real>));
+    net->activations = (Activations<real> *)allocate(2 * m->config.L + 1,
+                                                     sizeof(Activations<real>));
     m->planning = 1;
     create_arrays(m, net, B, training);
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
@@ -1226,13 +1180,13 @@ template <class real> static void create_network(Model *m, int B, int training) 
 
 // Exits if the kernels cannot compute this network.
 static void check_network(const Config *c, int dtype) {
-    int wide = dtype == DTYPE_BF16 ? 8 : 4, most = 1024 * (c->C % wide ? 1 : wide);
+    int wide = dtype == DTYPE_BF16 ? 8 : 4, W = c->C % wide ? 1 : wide, most = ROW_THREADS(W) * W;
     if (c->C / c->NH > MAX_HEAD)
         die("--channels %d divided by --heads %d is more than %d, the widest head on the GPU", c->C,
             c->NH, MAX_HEAD);
     if (c->C > most)
-        die("--channels %d is more than %d, the most on the GPU in this --dtype%s", c->C, most,
-            c->C % wide ? " for what is no multiple of 16 bytes" : "");
+        die("--channels %d is more than %d, the most on the GPU%s", c->C, most,
+            W == 1 ? " for a number that is not a multiple of 8" : "");
 }
 
 void model_create(Model *m, const Options *o, int B, int training) {
@@ -1242,15 +1196,12 @@ void model_create(Model *m, const Options *o, int B, int training) {
     m->keeps_keys = training ? !o->recompute : B == 1;  // else the layers share one qkv
     const Config *c = &m->config;
     size_t N = (size_t)B * c->T, angles = (size_t)c->T * (c->C / c->NH);
-    m->H = (c->H + 7) / 8 * 8;
-    m->V = (c->V + 7) / 8 * 8;
     check_network(c, o->dtype);
     open_device();
-    m->list = tensor_list(c);
-    m->offsets = (size_t *)allocate((c->L + 1) * KINDS, sizeof(size_t));
-    lay_out(m);
-    m->host_chunks = (Chunk *)allocate(m->num_chunks, sizeof(Chunk));
-    lay_out(m);
+    m->layout = lay_out(c);
+    m->list = m->layout.list;
+    m->H = m->layout.H;
+    m->V = m->layout.V;
     m->pieces = (void **)allocate(40 + 20 * c->L, sizeof(void *));
     if (o->dtype == DTYPE_BF16) create_network<bf16>(m, B, training);
     else create_network<float>(m, B, training);
@@ -1258,17 +1209,16 @@ void model_create(Model *m, const Options *o, int B, int training) {
     m->host_starts = (int *)allocate(c->V + 1, sizeof(int));
     m->host_losses = (float *)allocate(N, sizeof(float));
     m->host_logits = (float *)allocate(2 * m->V, sizeof(float));
-    m->host_squares = (float *)allocate(m->num_chunks, sizeof(float));
+    m->host_squares = (float *)allocate(m->layout.num_chunks, sizeof(float));
     float *table = (float *)allocate(angles, sizeof(float));
     rope_angles(table, c->T, c->C / c->NH);
-    CUDA_CHECK(cudaMemcpy(m->rope_table, table, angles * sizeof(float), cudaMemcpyHostToDevice));
+    upload(m->rope_table, table, angles);
     free(table);
-    CUDA_CHECK(cudaMemset(m->parameters, 0, m->size * sizeof(float)));
+    CUDA_CHECK(cudaMemset(m->parameters, 0, m->layout.size * sizeof(float)));
     if (training) {
-        CUDA_CHECK(cudaMemset(m->adam_m, 0, m->size * sizeof(float)));
-        CUDA_CHECK(cudaMemset(m->adam_v, 0, m->size * sizeof(float)));
-        CUDA_CHECK(cudaMemcpy(m->chunks, m->host_chunks, m->num_chunks * sizeof(Chunk),
-                              cudaMemcpyHostToDevice));
+        CUDA_CHECK(cudaMemset(m->adam_m, 0, m->layout.size * sizeof(float)));
+        CUDA_CHECK(cudaMemset(m->adam_v, 0, m->layout.size * sizeof(float)));
+        upload(m->chunks, m->layout.chunks, m->layout.num_chunks);
         zero_gradients(m);
     }
     m->host.o = o;
@@ -1281,10 +1231,10 @@ void model_create(Model *m, const Options *o, int B, int training) {
 void model_free(Model *m) {
     while (m->num_pieces) CUDA_CHECK(cudaFree(m->pieces[--m->num_pieces]));
     with_network(m, [](auto *net) { free(net->activations); });
+    free_layout(&m->layout);
     void *on_host[] = {
-        m->host.parameters, m->host.gradients, m->host.adam_m, m->host.adam_v, m->list.tensors,
-        m->offsets, m->host_chunks, m->host_squares, m->network, m->pieces, m->host_positions,
-        m->host_starts, m->host_losses, m->host_logits,
+        m->host.parameters, m->host.gradients, m->host.adam_m, m->host.adam_v, m->host_squares,
+        m->network, m->pieces, m->host_positions, m->host_starts, m->host_losses, m->host_logits,
     };
     for (void *memory : on_host) free(memory);
 }
@@ -1295,42 +1245,25 @@ void model_device(const Model *m, char *text) {
     snprintf(text, TEXT_SIZE, "%s, %zu MiB of its memory", device.name, m->bytes >> 20);
 }
 
-// Copies all tensors between an array on the host, laid out as in files, and one on the GPU.
-static void copy_tensors(const Model *m, float *host, float *device, cudaMemcpyKind kind) {
-    int to_device = kind == cudaMemcpyHostToDevice;
-    for (const Tensor *t = m->list.tensors; t < m->list.tensors + m->list.count; t++) {
-        size_t rows = t->cols ? t->rows : 1, width = (t->cols ? t->cols : t->rows) * sizeof(float);
-        size_t pitch = t->kind == W2 ? m->H * sizeof(float) : width;  // of a row on the GPU
-        float *here = host + t->offset, *there = device + offset_of(m, t->kind, t->layer);
-        float *to = to_device ? there : here, *from = to_device ? here : there;
-        size_t to_pitch = to_device ? pitch : width, from_pitch = to_device ? width : pitch;
-        if (pitch == width) CUDA_CHECK(cudaMemcpy(to, from, rows * width, kind));
-        else CUDA_CHECK(cudaMemcpy2D(to, to_pitch, from, from_pitch, width, rows, kind));
-    }
-}
-
-static void download(const Model *m, float **host, float *device) {
-    if (!device) return;
-    if (!*host) *host = (float *)allocate(m->list.size, sizeof(float));
-    copy_tensors(m, *host, device, cudaMemcpyDeviceToHost);
-}
-
 Snapshot model_snapshot(Model *m) {
-    download(m, &m->host.parameters, m->parameters);
-    download(m, &m->host.gradients, m->gradients);
-    download(m, &m->host.adam_m, m->adam_m);
-    download(m, &m->host.adam_v, m->adam_v);
+    float **host[] = {&m->host.parameters, &m->host.gradients, &m->host.adam_m, &m->host.adam_v};
+    float *device[] = {m->parameters, m->gradients, m->adam_m, m->adam_v};
+    for (int i = 0; i < 4 && device[i]; i++) {
+        if (!*host[i]) *host[i] = (float *)allocate(m->list.size, sizeof(float));
+        copy_tensors(&m->layout, *host[i], device[i], cudaMemcpyDeviceToHost);
+    }
     return m->host;
 }
 
 void model_restore(Model *m) {
-    copy_tensors(m, m->host.parameters, m->parameters, cudaMemcpyHostToDevice);
+    copy_tensors(&m->layout, m->host.parameters, m->parameters, cudaMemcpyHostToDevice);
     if (m->host.adam_m) {
-        copy_tensors(m, m->host.adam_m, m->adam_m, cudaMemcpyHostToDevice);
-        copy_tensors(m, m->host.adam_v, m->adam_v, cudaMemcpyHostToDevice);
+        copy_tensors(&m->layout, m->host.adam_m, m->adam_m, cudaMemcpyHostToDevice);
+        copy_tensors(&m->layout, m->host.adam_v, m->adam_v, cudaMemcpyHostToDevice);
     }
     with_network(m, [&](auto *net) {
-        if ((void *)net->weights != m->parameters) scale(net->weights, m->parameters, 1, 0, m->size);
+        if ((void *)net->weights == m->parameters) return;
+        scale(net->weights, m->parameters, 1, 0, m->layout.size);
     });
 }
 
@@ -1380,70 +1313,60 @@ static void branch_backward(const Model *m, const Network<real> *net, int l, int
 }
 
 /*
-One sublayer of any of the twelve networks, as in train_gpas.c:
-
-    pre, lns, sandwich    y = G(x + f(norm(x)))       norm first; sandwich: post_norm(f(norm(x)))
-    post, deepnorm        y = norm(A G(x) + f(x))     norm last
-    mix                   the first L/4 layers norm last, the others norm first
-
-The fused kernel at the end of a norm-first sublayer also computes the norm that the next one begins
-with, or the final norm. Sublayer 2L stands for what follows the last one, the output matrix.
+How the fused kernels fit together. The one at the end of a norm-first sublayer also computes the
+norm that the next sublayer begins with, or the final norm. It leaves s, not y = GPAS(s), and the
+next kernel that reads s applies GPAS to it. On the way back, a fused kernel begins by adding to dx
+what comes out of the branch above, through the norm if that comes first. Sublayer i = 2 l + sub;
+i = 2L stands for the output matrix, which follows the last sublayer.
 */
-template <class real> struct Norm {
-    real *normed;           // (B,T,C)
-    float *rstd;            // (B,T)
-    float *weight, *dweight;  // (C)
-};
 
 // Does sublayer i end with the fused kernel that computes the next norm?
 static int computes_next_norm(const Model *m, int i) {
     return m->options->fused && i >= 0 && !norm_comes_last(&m->config, i / 2);
 }
 
-// The norm of sublayer i; the final norm if i = 2L.
-template <class real> static Norm<real> norm_of(const Model *m, const Network<real> *net, int i) {
-    int final = i == 2 * m->config.L, l = final ? -1 : i / 2;
-    int kind = final ? FINAL_NORM : i % 2 == 0 ? ATTENTION_NORM : FFN_NORM;
-    Norm<real> norm = {
-        final ? net->final_normed : net->activations[i].normed,
-        final ? m->final_rstd : net->activations[i].rstd,
-        parameter(m, m->parameters, kind, l),
-        m->gradients ? parameter(m, m->gradients, kind, l) : NULL,
-    };
-    return norm;
+// Does the fused backward kernel of sublayer i begin by adding the contribution of the next branch
+// to dx? Otherwise the next sublayer has done that.
+static int completes_dx(const Model *m, int i) {
+    int end = 2 * m->config.L - 1, last = norm_comes_last(&m->config, i / 2);
+    if (i == end || !last) return computes_next_norm(m, i);
+    return m->options->fused && i >= 0 && norm_comes_last(&m->config, (i + 1) / 2);
 }
 
-// What the fused kernels of layer l get.
+// Returns the arguments of a sublayer's fused kernels, except for what only one of them needs.
 template <class real>
-static Fused<real> fused_arrays(const Model *m, const Network<real> *net, int l, int sub, int N) {
+static Fused<real> fused_arguments(const Model *m, const Network<real> *net, int l, int sub,
+                                   int N) {
     const Config *c = &m->config;
-    int i = 2 * l + sub, last = norm_comes_last(c, l);
-    const Activations<real> *a = &net->activations[i];
-    Norm<real> norm = norm_of(m, net, last ? i : i + 1);
-    const Gate none = {NULL, 0, 1};
+    int i = 2 * l + sub, last = norm_comes_last(c, l), norm = last ? i : i + 1;
+    Gate gate = layer_gate(m, l);
     Fused<real> f = {};
     f.N = N;
     f.C = c->C;
-    f.weight = norm.weight;
+    f.weight = norm_weight(m, m->parameters, norm);
     f.A = last ? shortcut_scale(c) : 1;
     // Norm first, x still lacks the GPAS of the sublayer before, if that was norm first too.
-    f.inp_gate = last ? layer_gate(m, l) : computes_next_norm(m, i - 1) ? layer_gate(m, (i - 1) / 2)
-                                                                        : none;
-    f.sum_gate = last ? none : layer_gate(m, l);
-    f.inp = a->inp;
-    f.sum = a->sum;
-    f.normed = norm.normed;
-    f.rstd = norm.rstd;
-    f.dx = net->dx;
-    f.dsum = net->dsum;
-    f.dfinp = net->dfinp;
-    f.dweight = norm.dweight;
-    if (c->gate_train && m->gradients) f.dgate = parameter(m, m->gradients, GATE, l);
+    if (last) f.inp_gate = gate.g;
+    else if (computes_next_norm(m, i - 1)) f.inp_gate = layer_gate(m, (i - 1) / 2).g;
+    if (!last) f.sum_gate = gate.g;
+    f.activation = gate.activation;
+    f.stop_grad = gate.stop_grad;
+    f.inp = net->activations[i].inp;
+    f.sum = net->activations[i].sum;
+    f.rstd = net->activations[norm].rstd;
     return f;
 }
 
-// Computes the output y of a sublayer from its input x, for the positions from `first` to T - 1 of
-// B sequences. x and y (rows,C).
+/*
+One sublayer of any of the twelve networks, as in train_gpas.c:
+
+    pre, lns, sandwich    y = G(x + f(norm(x)))       norm first; sandwich: post_norm(f(norm(x)))
+    post, deepnorm        y = norm(A G(x) + f(x))     norm last
+    mix                   the first L/4 layers norm last, the others norm first
+
+Computes y from x for the positions from `first` to T - 1 of B sequences. x and y (rows,C). After
+the fused kernel the returned array is s where the norm comes first.
+*/
 template <class real>
 static const real *sublayer_forward(const Model *m, const Network<real> *net, int l, int sub,
                                     const real *x, int first, int B, int T) {
@@ -1463,8 +1386,9 @@ static const real *sublayer_forward(const Model *m, const Network<real> *net, in
         b = net->post_normed;
     }
     if (m->options->fused) {                                   // s, GPAS and norm in one kernel
-        Fused<real> f = fused_arrays(m, net, l, sub, rows);
+        Fused<real> f = fused_arguments(m, net, l, sub, rows);
         f.branch = b;
+        f.normed = net->activations[last ? i : i + 1].normed;
         residual_gpas_rmsnorm_forward(f);
         return a->out = last ? a->normed : a->sum;
     }
@@ -1482,14 +1406,6 @@ static const real *sublayer_forward(const Model *m, const Network<real> *net, in
     return a->out = a->scaled;
 }
 
-// Does the fused backward kernel of sublayer i begin by adding the contribution of the next branch
-// to dx? Otherwise the next sublayer has done that.
-static int completes_dx(const Model *m, int i) {
-    int end = 2 * m->config.L - 1, last = norm_comes_last(&m->config, i / 2);
-    if (i == end || !last) return computes_next_norm(m, i);
-    return m->options->fused && i >= 0 && norm_comes_last(&m->config, (i + 1) / 2);
-}
-
 /*
 The same sublayer backwards. Given dy, compute dx. train_gpas.c has the derivation; in short:
 
@@ -1497,8 +1413,8 @@ The same sublayer backwards. Given dy, compute dx. train_gpas.c has the derivati
     norm last     ds = norm^T dy,  dz = A ds,  dg -= a'(g) sum_i x_i dz_i,        dx = dz + f^T ds
 
 The gradient of the stream stays in net->dx: it holds dy on entry and dx at the end. But where the
-fused kernel of the sublayer before can add the contribution of this branch, dx ends as ds or dz,
-and dfinp remains to be added. A fused kernel adds it always, so it is 0 if there is nothing to add.
+fused kernel of the sublayer before will add the branch's contribution, net->dx ends as ds or dz.
+A fused kernel always adds what is in dfinp, so we set that to 0 where it has been added already.
 */
 template <class real>
 static void sublayer_backward(const Model *m, const Network<real> *net, int l, int sub, int B,
@@ -1516,7 +1432,13 @@ static void sublayer_backward(const Model *m, const Network<real> *net, int l, i
     if (m->options->recompute && l < c->L - 1)  // the arrays of the last layer are still there
         branch_forward<real>(m, net, l, sub, NULL, finp, 0, B, T);
     if (m->options->fused) {                                   // ds and dg, norm last dz
-        residual_gpas_rmsnorm_backward(fused_arrays(m, net, l, sub, N), last);
+        Fused<real> f = fused_arguments(m, net, l, sub, N);
+        f.dfinp = net->dfinp;
+        f.dx = dx;
+        f.dsum = net->dsum;
+        f.dweight = norm_weight(m, m->gradients, last ? i : i + 1);
+        f.dgate = dgate;
+        residual_gpas_rmsnorm_backward(f, last);
     } else {
         if (last) {
             rmsnorm_backward(db, d.norm[sub], dx, a->sum, w.norm[sub], a->rstd, N, C);
@@ -1525,8 +1447,8 @@ static void sublayer_backward(const Model *m, const Network<real> *net, int l, i
         if (c->gpas) gpas_backward(dx, dgate, dx, last ? x : a->sum, gate, n);
     }
     if (has_post_norm(c)) {                                                    // post_norm^T ds
-        rmsnorm_backward(net->dbranch, d.post_norm[sub], db, a->branch,
-                         w.post_norm[sub], a->post_rstd, N, C);
+        rmsnorm_backward(net->dbranch, d.post_norm[sub], db, a->branch, w.post_norm[sub],
+                         a->post_rstd, N, C);
         db = net->dbranch;
     }
     branch_backward(m, net, l, sub, net->dfinp, db, finp, B, T);               // dfinp = f^T db
@@ -1534,8 +1456,7 @@ static void sublayer_backward(const Model *m, const Network<real> *net, int l, i
     if (last) {
         scale(dx, net->dfinp, 1, 1, n);                                        // dz + dfinp
     } else {
-        rmsnorm_backward(net->dx_branch, d.norm[sub], net->dfinp, x, w.norm[sub],
-                         a->rstd, N, C);
+        rmsnorm_backward(net->dx_branch, d.norm[sub], net->dfinp, x, w.norm[sub], a->rstd, N, C);
         scale(dx, net->dx_branch, 1, 1, n);                                    // ds + norm^T dfinp
     }
     CUDA_CHECK(cudaMemset(net->dfinp, 0, n * sizeof(real)));
@@ -1553,9 +1474,10 @@ static void network_forward(Model *m, const Network<real> *net, int first, int B
         x = sublayer_forward(m, net, l, 0, x, first, B, T);
         x = sublayer_forward(m, net, l, 1, x, first, B, T);
     }
-    Norm<real> norm = norm_of(m, net, 2 * L);
+    Activations<real> *final = &net->activations[2 * L];
     if (!computes_next_norm(m, 2 * L - 1))
-        rmsnorm_forward(norm.normed, norm.rstd, x, norm.weight, rows, C);
+        rmsnorm_forward(final->normed, final->rstd, x, norm_weight(m, m->parameters, 2 * L), rows,
+                        C);
     m->first = first;
     m->differentiated = 0;
 }
@@ -1568,10 +1490,11 @@ template <class real>
 static void output_forward(Model *m, const Network<real> *net, int N, int learning) {
     int C = m->config.C, V = m->config.V, rows = logit_rows(N);
     const real *output = parameter(m, net->weights, OUTPUT, -1);
+    const real *final_normed = net->activations[2 * m->config.L].normed;
     if (learning) CUDA_CHECK(cudaMemset(m->doutput, 0, (size_t)m->V * C * sizeof(float)));
     for (int n = 0; n < N; n += rows) {
         int part = imin(rows, N - n);
-        const real *x = net->final_normed + (size_t)n * C;
+        const real *x = final_normed + (size_t)n * C;
         real *dx = net->dfinp + (size_t)n * C;
         matmul_forward(net->logits, x, output, part, C, m->V);
         crossentropy(m->losses + n, m->logits_lse + n, net->logits, m->targets + n, learning, part,
@@ -1590,11 +1513,11 @@ static void network_backward(Model *m, const Network<real> *net, float weight, i
     m->differentiated = 0;  // dfinp is about to change
     scale(net->dfinp, net->dfinp, weight, 0, n);
     scale(parameter(m, m->gradients, OUTPUT, -1), m->doutput, weight, 1, (size_t)m->V * C);
-    Norm<real> norm = norm_of(m, net, 2 * L);
     real *nothing = net->dx;  // a fused kernel will add norm^T dfinp to it
     if (!completes_dx(m, 2 * L - 1)) {
-        rmsnorm_backward(net->dx, norm.dweight, net->dfinp, net->activations[2 * L - 1].out,
-                         norm.weight, norm.rstd, N, C);
+        rmsnorm_backward(net->dx, norm_weight(m, m->gradients, 2 * L), net->dfinp,
+                         net->activations[2 * L - 1].out, norm_weight(m, m->parameters, 2 * L),
+                         net->activations[2 * L].rstd, N, C);
         nothing = net->dfinp;
     }
     CUDA_CHECK(cudaMemset(nothing, 0, n * sizeof(real)));
@@ -1622,13 +1545,13 @@ static void sort_by_token(int *positions, int *starts, const int *tokens, int N,
 static double forward(Model *m, const int *tokens, const int *targets, int first, int B, int T) {
     int rows = B * (T - first);
     double sum = 0;
-    CUDA_CHECK(cudaMemcpy(m->tokens, tokens, rows * sizeof(int), cudaMemcpyHostToDevice));
+    upload(m->tokens, tokens, rows);
     with_network(m, [&](auto *net) { network_forward(m, net, first, B, T); });
     if (!targets) return 0;
-    CUDA_CHECK(cudaMemcpy(m->targets, targets, rows * sizeof(int), cudaMemcpyHostToDevice));
+    upload(m->targets, targets, rows);
     with_network(m, [&](auto *net) { output_forward(m, net, rows, m->learning); });
     // The host sorts while the GPU computes. The next copy waits for the GPU.
-    if (m->learning) sort_by_token(m->host_positions, m->host_starts, tokens, rows, m->config.V);
+    if (m->gradients) sort_by_token(m->host_positions, m->host_starts, tokens, rows, m->config.V);
     CUDA_CHECK(cudaMemcpy(m->host_losses, m->losses, rows * sizeof(float), cudaMemcpyDeviceToHost));
     for (int n = 0; n < rows; n++) sum += m->host_losses[n];
     return sum / rows;
@@ -1650,63 +1573,29 @@ double model_extend(Model *m, const int *tokens, const int *targets, int first, 
 // tokens and targets are not needed: the positions have been sorted by token, and the targets are
 // on the GPU.
 void model_backward(Model *m, const int *, const int *, int B, int T, double scale) {
-    int N = B * T, V = m->config.V;
-    CUDA_CHECK(cudaMemcpy(m->positions, m->host_positions, N * sizeof(int),
-                          cudaMemcpyHostToDevice));
-    CUDA_CHECK(cudaMemcpy(m->starts, m->host_starts, (V + 1) * sizeof(int),
-                          cudaMemcpyHostToDevice));
+    upload(m->positions, m->host_positions, (size_t)B * T);
+    upload(m->starts, m->host_starts, m->config.V + 1);
     with_network(m, [&](auto *net) { network_backward(m, net, (float)scale, B, T); });
 }
 
 // The logits of one row are computed again when they are asked for.
-const float *model_logits(Model *m, int n) {
+template <class real> static void logits_of(const Model *m, const Network<real> *net, int row) {
     int C = m->config.C;
-    with_network(m, [&](auto *net) {
-        auto *copy = net->logits;  // on the host, in `real`
-        copy = (decltype(copy))(m->host_logits + m->V);
-        matmul_forward(net->logits, net->final_normed + (size_t)(n - m->first) * C,
-                       parameter(m, net->weights, OUTPUT, -1), 1, C, m->V);
-        CUDA_CHECK(cudaMemcpy(copy, net->logits, m->V * sizeof *copy, cudaMemcpyDeviceToHost));
-        for (int v = 0; v < m->V; v++) m->host_logits[v] = (float)copy[v];
-    });
+    real *rounded = (real *)(m->host_logits + m->V);  // on the host
+    const real *x = net->activations[2 * m->config.L].normed + (size_t)row * C;
+    matmul_forward(net->logits, x, parameter(m, net->weights, OUTPUT, -1), 1, C, m->V);
+    CUDA_CHECK(cudaMemcpy(rounded, net->logits, m->V * sizeof(real), cudaMemcpyDeviceToHost));
+    for (int v = 0; v < m->V; v++) m->host_logits[v] = rounded[v];
+}
+
+const float *model_logits(Model *m, int n) {
+    with_network(m, [&](auto *net) { logits_of(m, net, n - m->first); });
     return m->host_logits;
 }
 
 void zero_gradients(Model *m) {
-    CUDA_CHECK(cudaMemset(m->gradients, 0, m->size * sizeof(float)));
+    CUDA_CHECK(cudaMemset(m->gradients, 0, m->layout.size * sizeof(float)));
     m->learning = 1;
-}
-
-// sums[block] = {sum of x, sum of x^2} over the block's share of x (n).
-template <class real>
-__global__ void moments_kernel(Pack<double, 2> *sums, const real *x, size_t n) {
-    double sum = 0, square = 0;
-    size_t first = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    for (size_t i = first; i < n; i += (size_t)gridDim.x * blockDim.x) {
-        double value = (float)x[i];
-        sum += value;
-        square += value * value;
-    }
-    sum = block_sum(sum);
-    square = block_sum(square);
-    if (threadIdx.x == 0) {
-        sums[blockIdx.x].x[0] = sum;
-        sums[blockIdx.x].x[1] = square;
-    }
-}
-
-// Returns the population variance of x (n).
-template <class real> static double variance(const Model *m, const real *x, size_t n) {
-    Pack<double, 2> sums[MOMENT_BLOCKS];
-    double sum = 0, square = 0;
-    moments_kernel<real><<<MOMENT_BLOCKS, 256>>>(m->moments, x, n);
-    LAUNCH_CHECK();
-    CUDA_CHECK(cudaMemcpy(sums, m->moments, sizeof sums, cudaMemcpyDeviceToHost));
-    for (int i = 0; i < MOMENT_BLOCKS; i++) {
-        sum += sums[i].x[0];
-        square += sums[i].x[1];
-    }
-    return square / n - sum / n * (sum / n);
 }
 
 void layer_state(Model *m, int l, int B, int T, double variances[2], double *gate) {
@@ -1715,7 +1604,7 @@ void layer_state(Model *m, int l, int B, int T, double variances[2], double *gat
     float value;
     *gate = NAN;
     with_network(m, [&](auto *net) {
-        for (int s = 0; s < 2; s++) variances[s] = variance(m, net->activations[2 * l + s].out, n);
+        for (int s = 0; s < 2; s++) variances[s] = variance(net->activations[2 * l + s].out, n);
     });
     if (!g.g) return;
     CUDA_CHECK(cudaMemcpy(&value, g.g, sizeof value, cudaMemcpyDeviceToHost));
@@ -1785,13 +1674,13 @@ __global__ void squares_kernel(float *squares, const float *grad, const Chunk *c
 
 double gradient_norms(Model *m, double *layers, double *gates) {
     double sum = 0, gate_sum = 0;
-    squares_kernel<<<m->num_chunks, 256>>>(m->squares, m->gradients, m->chunks);
+    squares_kernel<<<m->layout.num_chunks, 256>>>(m->squares, m->gradients, m->chunks);
     LAUNCH_CHECK();
-    CUDA_CHECK(cudaMemcpy(m->host_squares, m->squares, m->num_chunks * sizeof(float),
+    CUDA_CHECK(cudaMemcpy(m->host_squares, m->squares, m->layout.num_chunks * sizeof(float),
                           cudaMemcpyDeviceToHost));
     for (int l = 0; l < m->config.L; l++) layers[l] = 0;
-    for (int i = 0; i < m->num_chunks; i++) {
-        const Chunk *chunk = &m->host_chunks[i];
+    for (int i = 0; i < m->layout.num_chunks; i++) {
+        const Chunk *chunk = &m->layout.chunks[i];
         double square = m->host_squares[i];
         sum += square;
         if (chunk->layer >= 0) layers[chunk->layer] += square;
@@ -1812,7 +1701,7 @@ void model_update(Model *m, int step, double grad_norm, double gate_norm) {
                   (float)clip, (float)gate_clip, 0, 0, m->config.gate_train};
     with_network(m, [&](auto *net) {
         adamw_update(net->weights, m->parameters, m->gradients, m->adam_m, m->adam_v, m->chunks,
-                     m->num_chunks, adam, step + 1);
+                     m->layout.num_chunks, adam, step + 1);
     });
     m->learning = 0;
 }

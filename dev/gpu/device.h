@@ -1,6 +1,6 @@
-// device.h: defines bf16; CUDA_CHECK, LAUNCH_CHECK, open_device, scratch; Pack, load, store, with_width,
-// threads_for, blocks_for; warp_sum, warp_max, block_sum, block_max: what all kernels are built
-// from.
+// device.h: defines bf16; CUDA_CHECK, LAUNCH_CHECK, open_device, scratch; Pack, load, store,
+// with_width, threads_for, blocks_for; upload, scale, variance; warp_sum, warp_max, block_sum,
+// block_max: what all kernels are built from.
 #ifndef DEVICE_H
 #define DEVICE_H
 #include "../utils.h"
@@ -91,6 +91,27 @@ static inline unsigned blocks_for(size_t n, int threads) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// Whole arrays.
+
+// Copies n numbers from the host to the GPU.
+template <class number> static inline void upload(number *device, const number *host, size_t n) {
+    CUDA_CHECK(cudaMemcpy(device, host, n * sizeof(number), cudaMemcpyHostToDevice));
+}
+
+// y = factor x, or y += factor x. y, x (n).
+template <class to, class from>
+__global__ void scale_kernel(to *y, const from *x, float factor, int accumulate, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = factor * (float)x[i] + (accumulate ? (float)y[i] : 0);
+}
+
+template <class to, class from>
+static void scale(to *y, const from *x, float factor, int accumulate, size_t n) {
+    scale_kernel<to, from><<<blocks_for(n, 256), 256>>>(y, x, factor, accumulate, n);
+    LAUNCH_CHECK();
+}
+
+// ------------------------------------------------------------------------------------------------
 // Sums and maxima that all lanes of a warp, or all threads of a block, get.
 
 // Each step adds the number of the lane whose index differs in one bit. After step 1 each pair of
@@ -126,5 +147,42 @@ __device__ inline float block_max(float x) {
     for (int w = 0; w < (int)blockDim.x / 32; w++) x = fmaxf(x, largest[w]);
     __syncthreads();
     return x;
+}
+
+// ------------------------------------------------------------------------------------------------
+// The variance of an array, for layers.csv. In double, because it is a small difference.
+
+// sums[block] = {sum of x, sum of x^2} over the block's part of x (n).
+enum { MOMENT_BLOCKS = 256 };
+template <class real>
+__global__ void moments_kernel(Pack<double, 2> *sums, const real *x, size_t n) {
+    double sum = 0, square = 0;
+    size_t first = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    for (size_t i = first; i < n; i += (size_t)gridDim.x * blockDim.x) {
+        double value = (float)x[i];
+        sum += value;
+        square += value * value;
+    }
+    sum = block_sum(sum);
+    square = block_sum(square);
+    if (threadIdx.x == 0) {
+        sums[blockIdx.x].x[0] = sum;
+        sums[blockIdx.x].x[1] = square;
+    }
+}
+
+// Returns the population variance of x (n).
+template <class real> static double variance(const real *x, size_t n) {
+    Pack<double, 2> host[MOMENT_BLOCKS];
+    Pack<double, 2> *sums = (Pack<double, 2> *)scratch(MOMENT_BLOCKS * 4);
+    double sum = 0, square = 0;
+    moments_kernel<real><<<MOMENT_BLOCKS, 256>>>(sums, x, n);
+    LAUNCH_CHECK();
+    CUDA_CHECK(cudaMemcpy(host, sums, sizeof host, cudaMemcpyDeviceToHost));
+    for (int i = 0; i < MOMENT_BLOCKS; i++) {
+        sum += host[i].x[0];
+        square += host[i].x[1];
+    }
+    return square / n - sum / n * (sum / n);
 }
 #endif

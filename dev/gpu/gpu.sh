@@ -1,21 +1,24 @@
-# What only a GPU can tell, in one run meant to take less than eight minutes, or part by part:
+#!/bin/sh
+# Builds, tests and measures what needs a GPU, in one run that should take less than eight minutes:
 #
 #     sh dev/gpu/gpu.sh [--peer FILE] [--llmc FOLDER] [PART ...]
 #
-#     build      everything, and the time it takes
+#     build      everything, and how long that takes
 #     test       make test-cuda: all checks in fp32 and bf16
-#     train      300 steps of the toy preset beside the CPU's losses, and twice for the same bits
-#     kernels    the milliseconds of each kernel beside its floor (roofline.py), and for each
-#                matrix product those of cuBLASLt's first choice and of the fastest of eight
-#     speed256   tokens/s and memory of the presets at a sequence of 256, and the peer's
-#     speed1024  the same at 1024, and 1b once more with --recompute and four times the batch
-#     sanitize   the tests under compute-sanitizer: memcheck, racecheck, initcheck, all at once
+#     train      300 steps of the toy preset: the losses beside the CPU's, and the bits of two runs
+#     kernels    the time of each kernel beside its floor (roofline.py); for each matrix product
+#                the time of the kernel that cuBLASLt ranks first, and of the fastest of eight
+#     speed256   tokens/s and memory of the presets with sequences of 256, beside the peer's
+#     speed1024  the same with 1024; then 1b with --recompute on and four times the batch
+#     sanitize   the tests under compute-sanitizer: memcheck, racecheck and initcheck at once
 #
-# All parts by default. FILE is a PyTorch program that takes --config --B --T --device cuda --dtype
-# bf16 --compile and prints a line of JSON with tokens_per_s and peak_GiB; each of its runs comes
-# right after ours. It compiles for a minute or so: with it, run the two speeds by themselves.
-# FOLDER has llm.c's source: its GPT-2 of 124M is built and timed with the speed at 1024.
-# Logs go to out/gpu. The last lines sum up.
+# Without a PART it runs all of them, in this order. FILE is a PyTorch program that takes the
+# options --config --B --T --device cuda --dtype bf16 --compile, and prints a line of JSON with
+# tokens_per_s and peak_GiB. Each of its runs comes right after ours. It compiles for about a minute
+# each time, so with a peer call this script once for each of the two speeds. FOLDER holds llm.c's
+# source: its GPT-2 of 124M is built and timed after speed1024.
+#
+# The logs go to out/gpu. The last lines are the summary. The exit status is 0 if nothing failed.
 set -u
 PATH=$PATH:/usr/local/cuda/bin
 out=out/gpu
@@ -23,24 +26,32 @@ peer=
 llmc=
 while [ $# -gt 0 ]; do
     case $1 in
-        --peer) peer=$2; shift 2 ;;
-        --llmc) llmc=$2; shift 2 ;;
+        --peer) peer=${2:?needs a FILE}; shift 2 ;;
+        --llmc) llmc=${2:?needs a FOLDER}; shift 2 ;;
         *) break ;;
     esac
 done
 [ $# -gt 0 ] || { rm -rf $out; set -- build test train kernels speed256 speed1024 sanitize; }
+for part in "$@"; do
+    case $part in
+        build|test|train|kernels|speed256|speed1024|sanitize) ;;
+        *) echo "gpu.sh: no part is called $part; see the first lines of $0" >&2; exit 1 ;;
+    esac
+done
 mkdir -p $out
 summary=$out/summary.txt
+times=$out/times.txt
+rm -f $summary $times
 
 note() { echo "$*" | tee -a $summary; }
 
-verdict() { # NAME STATUS LOG: one line of the summary, with the log's last line
+verdict() { # NAME STATUS LOG: adds a line to the summary, with the last line of the log
     word=FAIL
     [ "$2" -eq 0 ] && word="ok  "
     note "$word $1: $(tail -n 1 "$3")"
 }
 
-losses_within() { # FILE FILE: the largest relative difference of two log.csv's training losses
+losses_within() { # FILE FILE: compares the training losses of two log.csv
     python3 - "$1" "$2" << 'END'
 import csv, sys
 a, b = ([float(r["train_loss"]) for r in csv.DictReader(open(f)) if r["train_loss"]]
@@ -51,12 +62,13 @@ sys.exit(len(a) != len(b) or not worst <= 1e-3)
 END
 }
 
-# What to link with. cuBLASLt may be there as a Python package only, without the name that -l wants.
+# Prints what to link with. If cuBLASLt is installed as a Python package only, its file does not
+# have the name that -lcublasLt looks for.
 cublaslt() {
     printf '#include <cublasLt.h>\nint main() { cublasLtHandle_t h; return cublasLtCreate(&h); }' \
         > $out/probe.cu
     package=
-    nvcc $out/probe.cu -o $out/probe -lcublasLt 2> /dev/null || package=$(python3 -c '
+    nvcc $out/probe.cu -o $out/probe -lcublasLt > $out/probe.log 2>&1 || package=$(python3 -c '
 import glob, nvidia
 for folder in nvidia.__path__:
     for file in glob.glob(folder + "/*/lib/libcublasLt.so.*"):
@@ -79,25 +91,27 @@ part_test() {
     timeout 200 make -s test-cuda > $out/test.log 2>&1
     status=$?
     grep "passed, " $out/test.log | tail -n 1 > $out/test.line
-    [ $status -eq 124 ] && echo "not finished in 200 s" >> $out/test.line
+    [ -s $out/test.line ] || tail -n 1 $out/test.log > $out/test.line
+    [ $status -eq 124 ] && echo "not finished after 200 s" >> $out/test.line
     verdict "make test-cuda" $status $out/test.line
 }
 
-# Before version 2026.1 two tools know Hopper's bulk copies and barriers badly, by which cuBLASLt's
-# kernels work: racecheck may then report races inside them, initcheck reads of what they wrote.
+# cuBLASLt's kernels use Hopper's bulk copies and barriers. Before version 2026.1 two of the tools
+# do not fully understand these: racecheck may report races inside such a kernel, and initcheck
+# reads of what it wrote.
 sanitize() { # TOOL TYPE
     log=$out/$1.$2.log
     timeout 200 compute-sanitizer --tool "$1" --error-exitcode 1 "./test_gpas_cuda_$2" \
         > "$log" 2>&1
     status=$?
-    [ $status -eq 124 ] && echo "not finished in 200 s" >> "$log"
+    [ $status -eq 124 ] && echo "not finished after 200 s" >> "$log"
     verdict "compute-sanitizer $1, $2" $status "$log"
     [ $status -eq 0 ] || note "     lines that name a kernel of ours: $(grep -c '_kernel' "$log")"
 }
 
 part_sanitize() {
     if ! command -v compute-sanitizer > /dev/null; then
-        note "FAIL compute-sanitizer: it is not installed (a part of the CUDA Toolkit)"
+        note "FAIL compute-sanitizer: it is not installed; it is part of the CUDA Toolkit"
         return
     fi
     export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2  # six programs share the CPU
@@ -108,14 +122,22 @@ part_sanitize() {
     wait
 }
 
+toy() { # PROGRAM NAME [OPTION ...]: trains the toy preset; the output goes to NAME
+    program=$1
+    name=$2
+    shift 2
+    "./$program" --steps 300 --val-every 100 --out "$out/$name" "$@" > "$out/$name.log" 2>&1
+}
+
 part_train() {
-    toy="--steps 300 --val-every 100"
-    ./train_gpas $toy --out $out/cpu > $out/cpu.log 2>&1
-    ./train_gpas_cuda $toy --dtype fp32 --out $out/fp32 > $out/fp32.log 2>&1
-    losses_within $out/cpu/log.csv $out/fp32/log.csv > $out/losses.log 2>&1
-    verdict "toy in fp32 beside the CPU" $? $out/losses.log
+    toy train_gpas cpu
+    for fused in on off; do
+        toy train_gpas_cuda fp32_$fused --dtype fp32 --fused $fused
+        losses_within $out/cpu/log.csv $out/fp32_$fused/log.csv > $out/losses.log 2>&1
+        verdict "toy in fp32 with --fused $fused, beside the CPU" $? $out/losses.log
+    done
     for turn in 1 2; do
-        ./train_gpas_cuda $toy --out $out/bf16 > $out/bf16.log 2>&1
+        toy train_gpas_cuda bf16
         mv $out/bf16/ckpt_000300.safetensors $out/turn$turn.safetensors
     done
     cmp $out/turn1.safetensors $out/turn2.safetensors > $out/same.log 2>&1
@@ -125,20 +147,22 @@ part_train() {
 }
 
 part_kernels() {
-    tbytes=4.3  # copied a second by an H200
+    tbytes=4.3  # TB/s that an H200 copies
     case $(nvidia-smi --query-gpu=name --format=csv,noheader) in *H100*) tbytes=3 ;; esac
     for row in "71m 256 256" "350m 32 1024"; do
         name=$(echo "$row" | tr ' ' _)
         log=$out/kernels_$name.log
-        # shellcheck disable=SC2086
-        ./bench_cuda kernels $row > "$log" 2>&1
+        roofline=$out/roofline_$name.md
+        # shellcheck disable=SC2086  # a row is three arguments
+        ./bench_cuda kernels $row > "$log" 2>&1 &&
+            python3 dev/gpu/roofline.py --tbytes $tbytes --measured "$log" $row > "$roofline" 2>&1
         status=$?
-        verdict "kernels of $row" $status "$log"
+        tail -n 1 "$log" > $out/kernels.line
+        [ $status -ne 0 ] || grep "^| all" "$roofline" > $out/kernels.line
+        verdict "kernels of $row" $status $out/kernels.line
         [ $status -eq 0 ] || continue
-        echo && echo "$row"
-        # shellcheck disable=SC2086
-        python3 dev/gpu/roofline.py --tbytes $tbytes --measured "$log" $row |
-            tee "$out/roofline_$name.md"
+        echo
+        cat "$roofline"
         echo
         # shellcheck disable=SC2086
         ./bench_cuda choices $row > "$out/choices_$name.log" 2>&1
@@ -147,7 +171,7 @@ part_kernels() {
     done
 }
 
-speed() { # PRESET B T: a line of ours and a line of the peer's in speed.log
+speed() { # PRESET B T: adds a line of ours, and a line of the peer's, to speed.log
     ./bench_cuda "$1" "$2" "$3" > $out/bench.log 2>&1
     verdict "speed of $*" $? $out/bench.log
     echo "ours $* $(tail -n 1 $out/bench.log)" >> $out/speed.log
@@ -155,19 +179,19 @@ speed() { # PRESET B T: a line of ours and a line of the peer's in speed.log
     TORCHINDUCTOR_CACHE_DIR=$PWD/$out/inductor timeout 140 python3 "$peer" --config "$1" --B "$2" \
         --T "$3" --device cuda --dtype bf16 --compile > $out/peer.log 2>> $out/peer.err
     status=$?
-    [ -s $out/peer.log ] || echo "no line; see $out/peer.err" > $out/peer.log
+    [ -s $out/peer.log ] || echo "it printed nothing; see $out/peer.err" > $out/peer.log
     verdict "the peer's" $status $out/peer.log
     echo "peer $* $(tail -n 1 $out/peer.log)" >> $out/speed.log
 }
 
-table() { # of speed.log
+table() { # prints speed.log as a table
     echo
     python3 - $out/speed.log << 'END'
 import json, sys
 ours, peer = {}, {}
 for line in open(sys.argv[1]):
     who, *row, rest = line.split(None, 4)
-    if who == "ours" and rest.startswith(row[0]):
+    if who == "ours" and rest.startswith(row[0] + " "):
         f = rest.split()
         ours[tuple(row)] = float(f[4]), float(f[9]), f[8]
     elif who == "peer" and rest.startswith("{"):
@@ -199,11 +223,11 @@ part_speed1024() {
     done
     table
     ./bench_cuda 1b 64 1024 bf16 recompute > $out/recompute.log 2>&1
-    verdict "1b 64 1024, recomputing" $? $out/recompute.log
-    [ -z "$llmc" ] || part_llmc
+    verdict "1b 64 1024 with --recompute on" $? $out/recompute.log
+    [ -z "$llmc" ] || time_llmc
 }
 
-part_llmc() { # 20 steps of GPT-2 124M, V 50257, on random tokens, at B 64, T 1024
+time_llmc() { # 20 steps of GPT-2 124M, V 50257, on random tokens, with B 64 and T 1024
     python3 - $out/random.bin << 'END'
 import array, random, sys
 n = 4 * 64 * 1024 + 1
@@ -216,6 +240,7 @@ END
         -j "$tokens" -b 64 -t 1024 -d 65536 -x 20 -v 0 -s 0 -h 0) > $out/llmc.log 2>&1
     status=$?
     grep tok/s $out/llmc.log | tail -n 1 > $out/llmc.line
+    [ -s $out/llmc.line ] || tail -n 1 $out/llmc.log > $out/llmc.line
     verdict "llm.c's GPT-2 124M, B 64, T 1024" $status $out/llmc.line
 }
 
@@ -223,7 +248,8 @@ note "$(date -u +%Y-%m-%d), $(nvidia-smi --query-gpu=name,driver_version --forma
 for part in "$@"; do
     begin=$(date +%s)
     "part_$part"
-    echo "$part: $(($(date +%s) - begin)) s" | tee -a $out/times.txt
+    echo "$part: $(($(date +%s) - begin)) s" | tee -a $times
 done
-echo && cat $summary $out/times.txt
+echo
+cat $summary $times
 ! grep -q FAIL $summary

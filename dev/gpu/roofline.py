@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """
-What a training step of train_gpas.cu must cost: for every kernel the floating-point operations and
-the fewest bytes it moves through the GPU's memory, and the time that takes at the given rates. The
-larger of the two times is a floor; their sum over all kernels is the floor of a step.
+Computes the least time that a training step of train_gpas.cu can take. For each kernel it counts
+the floating-point operations, and the fewest bytes that must pass through the GPU's memory. Each of
+the two takes a time at the given rates, and the longer one is the kernel's floor. The sum over all
+kernels is the floor of a step.
 
-    python3 dev/gpu/roofline.py 71m 256 256     # preset, B, T: one table, as in roofline.md
     python3 dev/gpu/roofline.py                         # the floors of all presets
+    python3 dev/gpu/roofline.py 71m 256 256             # preset, B, T: each kernel of its step
     python3 dev/gpu/roofline.py --tflops 600 --tbytes 3 350m 128 256
     python3 dev/gpu/roofline.py --recompute 1b 32 1024          # with --recompute on
     python3 dev/gpu/roofline.py --measured FILE 71m 256 256     # beside ./bench_cuda kernels
 
-The rates default to what one H200 was seen to reach: 790 TFLOP/s in bf16 and 4.3 TB/s. bf16 is two
-bytes. A network that puts its norms first, with GPAS; V 32000.
+The default rates are those that one H200 reached with PyTorch: 790 TFLOP/s in bf16, and 4.3 TB/s.
+The network is in bf16, puts its norms first, and has GPAS and a vocabulary of 32000.
 """
 import argparse
 import sys
@@ -30,17 +31,19 @@ def matmul(N, C, OC):
 
 
 def matmul_backward(N, C, OC, parts=1):
-    """dinp = dout weight, dweight += dout^T inp; dweight is fp32, read and written in each part."""
+    """The same of dinp = dout weight and dweight += dout^T inp, called for 1/parts of N at a time.
+    dweight is in fp32, and each part reads and writes it."""
     return 4 * N * C * OC, 2 * (2 * N * OC + OC * C + 2 * N * C) + 8 * OC * C * parts
 
 
 AGAIN = ("matmul_forward qkv", "rope_forward", "attention_forward", "matmul_forward w13",
-         "swiglu_forward")  # with --recompute
+         "swiglu_forward")  # what --recompute computes a second time, in all layers but the last
 
 
 def kernels(C, H, L, NH, B, T):
-    """Rows (name, calls in a step, flops of a call, bytes of a call)."""
-    N, x = B * T, 2 * B * T * C  # x: bytes of one (B,T,C) array
+    """Rows (name, calls in a step, flops of a call, bytes of a call) of all kernels of a step. Not
+    counted are the first norm, and arrays that are set to 0: less than 1% of a step."""
+    N, x = B * T, 2 * B * T * C  # x: the bytes of one (B,T,C) array
     P = 2 * V * C + L * (4 * C * C + 3 * H * C)
     products = [("qkv", N, C, 3 * C), ("wo", N, C, C), ("w13", N, C, 2 * H), ("w2", N, H, C)]
     rows = [("embedding_forward", 1, 0, 4 * min(N, V) * C + x),
@@ -52,10 +55,11 @@ def kernels(C, H, L, NH, B, T):
              ("matmul_forward output", 1, *matmul(N, C, V)),
              ("crossentropy", 1, 0, 4 * N * V),
              ("matmul_backward output", 1, *matmul_backward(N, C, V, 4)),
-             ("scaled: two gradients", 1, 0, 2 * x + 12 * V * C),
+             ("scale: two gradients", 1, 0, 2 * x + 12 * V * C),
              ("residual_gpas_rmsnorm_backward", 2 * L, 0, 4 * x)]
     rows += [("matmul_backward " + p[0], L, *matmul_backward(*p[1:])) for p in products]
-    # S and dP twice. For dq: qkv, dout, out in, dq out; for dk and dv: qkv, dout in, two out.
+    # Two kernels, and both compute S and dP. The first loads q, k, v, dout and out, and stores dq.
+    # The second loads q, k, v and dout, and stores dk and dv.
     rows += [("attention_backward", L, 7 * N * T * C, 12 * x),
              ("rope_backward", L, 0, 4 * x),
              ("swiglu_backward", L, 0, 2 * 5 * N * H),
@@ -65,30 +69,52 @@ def kernels(C, H, L, NH, B, T):
     return rows
 
 
+def unfused(C, L, B, T):
+    """The same rows of what --fused off runs in place of the two fused kernels."""
+    x = 2 * B * T * C
+    return [("residual_forward, gpas_forward, rmsnorm_forward", 2 * L, 0, 7 * x),
+            ("rmsnorm_backward, scale, gpas_backward", 2 * L, 0, 9 * x)]
+
+
+def add_floor(o, row):
+    """The row (name, calls, GFLOP, GB, ms), for all calls together."""
+    name, calls, flops, moved = row
+    ms = 1e3 * max(flops / (o.tflops * 1e12), moved / (o.tbytes * 1e12))
+    return name, calls, calls * flops / 1e9, calls * moved / 1e9, calls * ms
+
+
 def floors(o, shape):
-    """Rows (name, calls, GFLOP, GB, ms), all calls of a kernel together, and the model's FLOPs."""
+    """The rows (name, calls, GFLOP, GB, ms) of a step, and the floating-point operations that are
+    counted for the model."""
     preset, B, T = shape
     C, H, L, NH = PRESETS[preset]
     rows = []
     for name, calls, flops, moved in kernels(C, H, L, NH, B, T):
         calls += L - 1 if o.recompute and name in AGAIN else 0
-        ms = 1e3 * max(flops / (o.tflops * 1e12), moved / (o.tbytes * 1e12))
-        rows.append((name, calls, calls * flops / 1e9, calls * moved / 1e9, calls * ms))
+        rows.append(add_floor(o, (name, calls, flops, moved)))
     parameters = V * C + L * (4 * C * C + 3 * H * C)  # without the embedding
     return rows, B * T * (6 * parameters + 6 * L * C * T)
 
 
-def beside(rows, path):
-    """Measured times beside the floors, what is most above its floor first."""
+def read_measured(path):
+    """The milliseconds of each kernel, by name. Other lines of the file are ignored."""
     measured = {}
     with open(path) as file:
         for line in file:
             if line.count(";") == 2:
-                measured[line.split(";")[0]] = float(line.split(";")[2])
-    table = [(name, calls, floor, measured.get(name, float("nan")))
-             for name, calls, _, _, floor in rows]
-    table.sort(key=lambda row: row[2] - row[3])
+                name, _, ms = line.split(";")
+                measured[name] = float(ms)
+    return measured
+
+
+def print_beside(rows, instead, measured):
+    """Prints measured times beside the floors, the kernel that is furthest above its floor first.
+    `instead`: rows that are no part of a step, at the end."""
+    def with_time(row):
+        return row[0], row[1], row[4], measured.get(row[0], float("nan"))
+    table = sorted(map(with_time, rows), key=lambda row: row[2] - row[3])
     table.append(("all", "", sum(row[2] for row in table), sum(row[3] for row in table)))
+    table += [("instead of the fused: " + row[0], *row[1:]) for row in map(with_time, instead)]
     print("| kernel | calls | floor, ms | measured, ms | floor / measured |\n|---|---|---|---|---|")
     for row in table:
         print("| %s | %s | %.2f | %.2f | %.0f%% |" % (*row, 100 * row[2] / row[3]))
@@ -104,13 +130,16 @@ def main():
     o = parser.parse_args()
     if o.recompute and o.measured:
         sys.exit("roofline.py: ./bench_cuda kernels measures a step without --recompute")
-    if o.shape and (len(o.shape) != 3 or o.shape[0] not in PRESETS):
+    numbers = [text.isdigit() and int(text) > 0 for text in o.shape[1:]]
+    if (o.shape or o.measured) and (numbers != [True, True] or o.shape[0] not in PRESETS):
         sys.exit("roofline.py: give a preset (%s), B and T" % ", ".join(PRESETS))
     if o.shape:
         preset, B, T = o.shape[0], int(o.shape[1]), int(o.shape[2])
         rows, _ = floors(o, (preset, B, T))
         if o.measured:
-            return beside(rows, o.measured)
+            C, _, L, _ = PRESETS[preset]
+            instead = [add_floor(o, row) for row in unfused(C, L, B, T)]
+            return print_beside(rows, instead, read_measured(o.measured))
         total = sum(row[4] for row in rows)
         print("| kernel | calls | GFLOP | GB | floor, ms | share |\n|---|---|---|---|---|---|")
         for row in rows + [("all", "", sum(r[2] for r in rows), sum(r[3] for r in rows), total)]:

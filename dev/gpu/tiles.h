@@ -1,6 +1,7 @@
-// tiles.h: defines WARPS, THREADS, ROWS; Rows, Operand, Accumulator, Tile; load_rows, store_rows,
-// load_tile, load_numbers; multiply_transposed, multiply_add; row_of, column_of, dot_rows,
-// group_sum, group_max. All code that is written for tensor cores and asynchronous copies is here.
+// tiles.h: defines WARPS, THREADS, ROWS, MAX_HEAD, with_head; Rows, Operand, Accumulator, Tile;
+// load_rows, store_rows, load_tile, load_numbers; multiply_transposed, multiply_add; row_of,
+// column_of, dot_rows, group_sum, group_max. All code that is written for tensor cores and
+// asynchronous copies is here.
 //
 // Attention multiplies small matrices. A warp computes 16 rows of a product and keeps them in its
 // registers. The left-hand operand is in registers too; the right-hand operand is a tile in shared
@@ -25,6 +26,16 @@
 
 // The block of a kernel: 4 warps with 16 rows each.
 enum { WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * WARPS };
+
+enum { MAX_HEAD = 128 };  // the most channels hs of a head
+
+// Calls launch(HS), where HS is the width of the kernels that compute heads of hs channels. HS can
+// be a template argument.
+template <class Launch> static void with_head(int hs, Launch launch) {
+    if (hs <= 32) launch(std::integral_constant<int, 32>());
+    else if (hs <= 64) launch(std::integral_constant<int, 64>());
+    else launch(std::integral_constant<int, MAX_HEAD>());
+}
 
 // A matrix (count,hs) in global memory, whose rows begin `stride` numbers apart.
 template <class real> struct Rows {
