@@ -124,7 +124,7 @@ ON_CPU_SOURCES = build/train_gpas.cu $(patsubst %,build/dev/gpu/%.h,device cubla
 
 define as_cpp
 	@mkdir -p $(@D)
-	(echo '#line 1 "$<"'; sed -E \
+	@(echo '#line 1 "$<"'; sed -E \
 	    -e 's/(\w+(<[^<>]*>)?)<<<(.*)>>>\(/launch("\1", \1, \3)(/' \
 	    -e 's/extern __shared__ (.*) (\w+)\[\];/auto *\2 = dynamic_shared<\1>();/' \
 	    -e 's/__shared__ (.*) (\w+)((\[[^]]*\])*);/auto \&\2 = shared_array<\1 \3>("\2", []{});/' \
@@ -159,8 +159,8 @@ assignment:
 	@$(PYTHON) dev/class/assignment.py $(if $(CUDA),--cuda) --out "$(OUT)" $(LAYERS)
 
 # In the hand-out; here it grades the solution. JSON=1: for a gradebook.
-grade:
-	@$(PYTHON) dev/class/grade.py --cc "$(CC)" --cxx "$(CXX)" --make "$(MAKE)" \
+grade: $(ON_CPU_SOURCES)
+	@$(PYTHON) dev/class/grade.py --cc "$(CC)" --cxx "$(CXX)" \
 	    --on-cpu "$(if $(ON_CPU),$(ON_CPU) $(filter-out -DTRAIN%,$(CHECKED)))" \
 	    $(if $(JSON),--json) $(if $(SEED),--seed $(SEED)) $(ASSIGNED)
 

@@ -1015,7 +1015,7 @@ static void check_gpas_backward(void) {
     static const int sizes[] = {7, 1, 1003};
     for (int k = 0; k < 20; k++) {
         int act = k < 6 ? SILU : (k - 4) / 2 % 5, alias = k == 4 || k == 5 || k == 18;
-        int stop = k != 3 && k != 5 && k < 16, no_gate = k == 19 && !submission.cuda;
+        int stop = k != 3 && k != 5 && k < 16, no_gate = k == 19;
         Case c = gpas_case(sizes[k < 3 ? k : 0], act, a_gate(k),
                            stop ? alias ? ", dinp is dout" : ""
                                 : alias ? ", stop_grad 0, dinp is dout"
@@ -1278,9 +1278,9 @@ static void rmsnorm(number *out, number *const *in, const Case *c, int wrong) {
 }
 
 static Case norm_case(int k, int with_rstd) {
-    static const int shapes[][2] = {{5, 7}, {1, 7}, {4, 1}, {2, 301}, {4, 8}, {1, 1}, {1100, 2}};
+    static const int shapes[][2] = {{5, 7}, {1, 7}, {4, 1}, {2, 301}, {4, 8}, {1, 1}, {2100, 2}};
     static const char *const names[] = {"5 rows x 7", "one row", "one channel", "2 rows x 301",
-                                        "4 rows x 8, small inputs", "one number", "1100 rows x 2"};
+                                        "4 rows x 8, small inputs", "one number", "2100 rows x 2"};
     int N = shapes[k][0], C = shapes[k][1];
     Case c = {.name = names[k], .T = N, .C = C, .out_size = (size_t)N * (C + with_rstd)};
     add_input(&c, 0, "inp", N, C, k == 4 ? 1e-3 : 1), add_input(&c, 1, "weight", 1, C, 1);
@@ -1353,7 +1353,7 @@ static void norm_backward_mistakes(Result *r, const Case *c, const double *dout,
     if (submission.cuda) add_hypothesis(r, own_part, own);
 }
 
-// A block of kernels takes every 1024th row, so more of them show what is kept from row to row.
+// A block of kernels takes every 2048th row, so more of them show what is kept from row to row.
 static const char many_rows[] = "few rows are right: what if a block has several? Is what belongs "
     "to one row set to 0 for the next, and what belongs to all of them added up (+=)?";
 
@@ -1971,7 +1971,7 @@ static void attention_mistakes_of(Result *r, const Case *c, size_t offset) {
 
 static void check_attention_forward(void) {
     int bad = 0;
-    for (int k = 0; k < (submission.cuda ? 7 : 9); k++) {
+    for (int k = 0; k < 9; k++) {
         Case c = attention_case(k, 1);
         int queries = c.T - c.first;
         size_t n = (size_t)c.B * queries * c.C, rows = (size_t)c.B * c.NH * queries;
@@ -2553,39 +2553,37 @@ static void check_adamw(void) {
     }
 }
 
-// ---- fused, train_gpas.cu alone: in[0] inp, in[1] branch (N,C), in[2] weight (C) and the gate.
-// K: is the norm last? factor: A. It returns sum, out, normed (N,C), rstd (N).
+// ---- residual, gpas and rmsnorm in one kernel, train_gpas.cu alone: in[0] inp, in[1] branch (N,C),
+// in[2] the weight (C), inp_gate, sum_gate. K: is the norm last? factor: A. After the sum (N,C) come
+// what is normalized, the norm's output (N,C), and rstd (N).
 
-enum { FUSED_NO_ALPHA = 1, FUSED_NO_STOP, FUSED_NO_GATE, FUSED_ALPHA_BRANCH, FUSED_BEFORE };
+enum { FUSED_NO_A = 1, FUSED_LEAKS, FUSED_NO_INP_GATE, FUSED_A_BRANCH, FUSED_STORED };
 static const Mistake fused_mistakes[] = {
-    {FUSED_NO_ALPHA, 3, "the factor A of the shortcut is missing"},
-    {FUSED_NO_STOP, 2, "scaled by 1 - a(g), which the stop-gradient forbids"},
-    {FUSED_NO_GATE, 3, "1 - a(g) is missing"},
-    {FUSED_ALPHA_BRANCH, 3, "A scales the branch too"},
-    {FUSED_BEFORE, 3, "normalized is the sum before GPAS; it must be what GPAS leaves"},
+    {FUSED_NO_A, 3, "the factor A of the shortcut is missing"},
+    {FUSED_LEAKS, 2, "scaled by 1 - a(g), which the stop-gradient forbids"},
+    {FUSED_NO_INP_GATE, 1, "inp is not multiplied by 1 - a(g) of inp_gate"},
+    {FUSED_A_BRANCH, 3, "A scales the branch too"},
+    {FUSED_STORED, 1, "this is GPAS(s); sum is stored before GPAS"},
     {0, 0, NULL}};
 
 static void fused(number *out, number *const *in, const Case *c, int wrong) {
     int N = c->T, C = c->C, n = N * C;
-    number a = wrong == FUSED_NO_GATE ? 0 : gate_function(in[2][C], SILU);
-    double alpha = wrong == FUSED_NO_ALPHA ? 1 : c->factor;
-    int stop = c->stop_grad && wrong != FUSED_NO_STOP;
+    int stop = c->stop_grad && wrong != FUSED_LEAKS;
+    number inp_a = wrong == FUSED_NO_INP_GATE ? 0 : gate_function(in[2][C], SILU);
+    number sum_a = c->K ? 0 : gate_function(in[2][C + 1], SILU);
+    double A = wrong == FUSED_NO_A ? 1 : c->factor, branch_A = wrong == FUSED_A_BRANCH ? A : 1;
     for (int row = 0; row < N; row++) {
         number squares = 0;
         for (int i = row * C; i < (row + 1) * C; i++) {
-            number x = in[0][i], sum = x + in[1][i], y;
-            if (c->K) {
-                sum = alpha * (x - a * (stop ? hold(x) : x)) +
-                      (wrong == FUSED_ALPHA_BRANCH ? alpha : 1) * in[1][i];
-                y = sum;
-            } else
-                y = sum - a * (stop ? hold(sum) : sum);
-            out[i] = sum, out[n + i] = y, out[2 * n + i] = wrong == FUSED_BEFORE ? sum : y;
+            number x = in[0][i], z = x - inp_a * (stop ? hold(x) : x);
+            number s = A * z + branch_A * in[1][i], y = s - sum_a * (stop ? hold(s) : s);
+            out[i] = wrong == FUSED_STORED ? y : s, out[n + i] = y;
             squares += y * y;
         }
         number r = 1 / csqrt(squares / C + 1e-6);
         out[3 * n + row] = r;
-        for (int i = 0; i < C; i++) out[2 * n + row * C + i] *= in[2][i] * r;
+        for (int i = 0; i < C; i++)
+            out[2 * n + row * C + i] = in[2][i] * out[n + row * C + i] * r;
     }
 }
 
@@ -2593,85 +2591,106 @@ static Case fused_case(int k) {
     static const char *const names[] = {"norm first, 5 rows x 7", "norm last, 5 rows x 7",
                                         "norm first, 4 rows x 8", "norm last, 4 rows x 8",
                                         "norm first, stop_grad 0", "norm last, stop_grad 0",
-                                        "norm first, 1100 rows x 2"};
-    Case c = {.name = names[k], .B = 1, .T = k == 6 ? 1100 : k / 2 == 1 ? 4 : 5,
-              .C = k == 6 ? 2 : k / 2 == 1 ? 8 : 7,
-              .K = k % 2, .stop_grad = k < 4, .factor = k % 2 ? (float)(1.5 + uniform() / 4) : 1};
+                                        "norm first, 2100 rows x 2", "norm last, 2100 rows x 2"};
+    Case c = {.name = names[k], .B = 1, .T = k > 5 ? 2100 : k / 2 == 1 ? 4 : 5,
+              .C = k > 5 ? 2 : k / 2 == 1 ? 8 : 7, .K = k % 2, .stop_grad = k / 2 != 2,
+              .factor = k % 2 ? (float)(1.5 + uniform() / 4) : 1};
     size_t n = (size_t)c.T * c.C;
-    c.size[0] = c.size[1] = n, c.size[2] = c.C + 1, c.out_size = 3 * n + c.T;
+    c.size[0] = c.size[1] = n, c.size[2] = c.C + 2, c.out_size = 3 * n + c.T;
     for (int i = 0; i < 3; i++) c.in[i] = numbers(c.size[i], 1);
-    c.in[2][c.C] = a_gate(k);
+    c.in[2][c.C] = a_gate(k), c.in[2][c.C + 1] = a_gate(k + 1);
     return c;
 }
 
-static void fused_report(Result *r, const Case *c, int which, const double *dout, size_t offset) {
+// The arrays of a case. Given are inp, branch and weight; in the backward pass also sum, rstd, dx
+// and dfinp, of which `right` is what the forward pass has computed.
+static FusedArrays fused_arrays(const Case *c, const double *right, double *dx, double *dfinp) {
+    size_t n = c->size[0];
+    const double *w = c->in[2], *rstd = right ? right + 3 * n : NULL;
+    return (FusedArrays){
+        c->T, c->C, c->K, c->stop_grad, (float)c->factor, (float)w[c->C], (float)w[c->C + 1],
+        input("inp", c->in[0], n), input("branch", c->in[1], n), input("weight", w, c->C),
+        right ? input("sum", right, n) : output("sum", n), output("normed", n),
+        right ? input("rstd", rstd, c->T) : output("rstd", c->T),
+        right ? input("dfinp", dfinp, n) : output("dfinp", n),
+        right ? in_place("dx", dx, n) : output("dx", n), output("dsum", n),
+        output("dweight", c->C), output("dgate", 1)};
+}
+
+// Hints for a result, which begins at `offset` in that of the forward pass, or, with douts, in the
+// gradient of input `which`. douts: those of dx and dfinp together, of each alone, and exchanged.
+static void fused_report(Result *r, const Case *c, int which, double *const *douts, size_t offset) {
     if (!compare(r)) return;
+    for (int i = 0; i < 2; i++)
+        add_constant(r, i ? "1 - a(g) of sum_gate" : "1 - a(g) of inp_gate",
+                     1 - creal(gate_function(c->in[2][c->C + i], SILU)));
     add_constant(r, "A", c->factor);
-    add_constant(r, "1 - a(g)", 1 - creal(gate_function(c->in[2][c->C], SILU)));
+    if (c->T > 1000) {
+        report(r, many_rows);
+        return;
+    }
     for (const Mistake *m = fused_mistakes; m->text; m++)
-        if (m->pass & (dout ? BACKWARD : FORWARD)) {
-            double *x = dout ? differentiate(fused, c, which, dout, m->number)
-                             : evaluate(fused, c, m->number);
-            add_hypothesis(r, m->text, x + offset);
-        }
+        if (m->pass & (douts ? BACKWARD : FORWARD))
+            add_hypothesis(r, m->text, offset + (douts ? differentiate(fused, c, which, douts[0],
+                                                                       m->number)
+                                                       : evaluate(fused, c, m->number)));
+    if (douts) {
+        add_term(r, "that from dx", differentiate(fused, c, which, douts[1], 0) + offset);
+        add_term(r, "that from dfinp", differentiate(fused, c, which, douts[2], 0) + offset);
+        add_hypothesis(r, c->K ? "dx must be added to dfinp before the norm, not after it"
+                               : "dx must be added to dfinp after the norm, not before it",
+                       differentiate(fused, c, which, douts[3], 0) + offset);
+    }
     report(r, NULL);
 }
 
 static void check_fused_forward(void) {
+    static const char *const names[] = {"sum", "normed", "rstd"};
     for (int k = 0; k < 6; k++) {
         Case c = fused_case(k);
-        size_t n = c.size[0];
         begin_case(&c);
-        float *x = input("inp", c.in[0], n), *b = input("branch", c.in[1], n);
-        float *w = input("weight", c.in[2], c.C), *sum = output("sum", n), *y = output("out", n);
-        float *normed = output("normed", n), *rstd = output("rstd", c.T);
+        FusedArrays a = fused_arrays(&c, NULL, NULL, NULL);
+        const float *got[] = {a.sum, a.normed, a.rstd};
         remember();
-        submission.fused_forward(sum, y, normed, rstd, x, b, w, (float)c.in[2][c.C], c.K,
-                                 (float)c.factor, c.T, c.C);
+        submission.fused(&a, 0);
         if (check_watched()) continue;
-        const double *e = evaluate(fused, &c, 0);
-        Result all[] = {result_of("sum", sum, e, 0, c.T, c.C, "row", "channel"),
-                        result_of("out", y, e + n, 0, c.T, c.C, "row", "channel"),
-                        result_of("rstd", rstd, e + 3 * n, 0, c.T, 1, "row", "number"),
-                        result_of("normed", normed, e + 2 * n, 0, c.T, c.C, "row", "channel")};
-        static const int at[] = {0, 1, 3, 2};
-        for (int i = 0; i < 4; i++) fused_report(&all[i], &c, 0, NULL, at[i] * n);
+        for (int i = 0; i < 3; i++) {
+            size_t offset = (i ? i + 1 : 0) * c.size[0];
+            Result r = result_of(names[i], got[i], evaluate(fused, &c, 0) + offset, 0, c.T,
+                                 i == 2 ? 1 : c.C, "row", "channel");
+            fused_report(&r, &c, 0, NULL, offset);
+        }
     }
 }
 
 static void check_fused_backward(void) {
-    for (int k = 0; k < 7; k++) {
+    static const char *const names[] = {"dx", "dsum", "dweight", "dgate"};
+    for (int k = 0; k < 8; k++) {
         Case c = fused_case(k);
         size_t n = c.size[0];
-        double *right = evaluate(fused, &c, 0), *dnext = numbers(n, 1), *dnormed = numbers(n, 1);
-        double *dout = room(c.out_size, sizeof *dout);
-        for (size_t i = 0; i < n; i++) {  // norm last, both are gradients of the same thing
-            dout[n + i] = c.K ? 0 : dnext[i];
-            dout[2 * n + i] = dnormed[i] + (c.K ? dnext[i] : 0);
+        double *dx = numbers(n, 1), *dfinp = numbers(n, 1), *douts[4];
+        for (int d = 0; d < 4; d++) {
+            douts[d] = room(c.out_size, sizeof *dx);
+            for (size_t i = 0; i < n; i++) {  // norm last, both are gradients of the norm's output
+                douts[d][2 * n + i] = d == 1 ? 0 : dfinp[i];
+                if (d != 2) douts[d][(c.K == (d != 3) ? 2 : 1) * n + i] += dx[i];
+            }
         }
         begin_case(&c);
-        float *dn = input("dnext", dnext, n), *dz = input("dnormed", dnormed, n);
-        float *x = input("x", right + n, n), *r = input("rstd", right + 3 * n, c.T);
-        float *w = input("weight", c.in[2], c.C);
-        float *scaled = input("scaled", c.K ? c.in[0] : right, n), *ds = output("dsum", n);
-        float *dx = output("dinp", n), *dw = output("dweight", c.C), *dg = output("dgate", 1);
+        FusedArrays a = fused_arrays(&c, evaluate(fused, &c, 0), dx, dfinp);
+        const float *got[] = {a.dx, c.K ? a.dsum : a.dx, a.dweight, a.dgate};
         remember();
-        submission.fused_backward(ds, dx, dw, dg, dn, dz, x, r, w, scaled, (float)c.in[2][c.C],
-                                  c.stop_grad, c.K, (float)c.factor, c.T, c.C);
+        submission.fused(&a, 1);
         if (check_watched()) continue;
-        const double *e = differentiate(fused, &c, 2, dout, 0);
-        const double *b = k == 6 ? NULL : differentiate(fused, &c, 1, dout, 0);
-        const double *i0 = k == 6 ? NULL : differentiate(fused, &c, 0, dout, 0);
-        Result all[] = {result_of("dsum", ds, b, 0, c.T, c.C, "row", "channel"),
-                        result_of("dinp", dx, i0, 0, c.T, c.C, "row", "channel"),
-                        result_of("dweight", dw, e, 1, 1, c.C, "row", "channel"),
-                        result_of("dgate", dg, e + c.C, 1, 1, 1, "row", "number")};
-        all[3].scale = size_of(right, n) * n / 4;
-        static const int inputs[] = {1, 0, 2, 2};
-        for (int i = k == 6 ? 2 : 0; i < 4; i++)
-            if (k == 6 && compare(&all[i])) report(&all[i], many_rows);
-            else if (k < 6 && (i != 1 || c.K))
-                fused_report(&all[i], &c, inputs[i], dout, i == 3 ? c.C : 0);
+        for (int i = k < 6 ? !c.K : 2; i < 4; i++) {  // norm first, there is only the sum's gradient
+            int input = i < 2 ? i : 2, offset = i < 3 ? 0 : c.C + !c.K;
+            Result r = result_of(names[i == 1 && !c.K ? 0 : i], got[i],
+                                 differentiate(fused, &c, input, douts[0], 0) + offset, i > 1,
+                                 i < 2 ? c.T : 1, i < 3 ? c.C : 1, "row", "channel");
+            r.in_place = got[i] == a.dx;
+            if (i == 3) r.scale = size_of(c.in[0], n) * n / 4;
+            fused_report(&r, &c, input, douts, offset);
+        }
     }
 }
 
@@ -2690,7 +2709,8 @@ static const struct { const char *layer, *pass; void (*check)(void); } checks[] 
     {"crossentropy", "forward", check_crossentropy_forward},
     {"crossentropy", "backward", check_crossentropy_backward},
     {"adamw", "update", check_adamw},
-    {"fused", "forward", check_fused_forward}, {"fused", "backward", check_fused_backward}};
+    {"residual_gpas_rmsnorm", "forward", check_fused_forward},
+    {"residual_gpas_rmsnorm", "backward", check_fused_backward}};
 
 // So much may be allocated from now on: addresses that a program reserves at its start, as
 // dev/gpu/cuda_on_cpu.h does by the terabyte, do not count. Linux counts in pages in this file.

@@ -6,6 +6,13 @@ grader's way, and a layer whose parameters were changed is an error of the compi
 */
 #include <stddef.h>
 
+// What the fused kernels of train_gpas.cu get, as in its struct Fused.
+typedef struct {
+    int N, C, norm_last, stop_grad;
+    float A, inp_gate, sum_gate;  // norm last, there is no sum_gate
+    float *inp, *branch, *weight, *sum, *normed, *rstd, *dfinp, *dx, *dsum, *dweight, *dgate;
+} FusedArrays;
+
 typedef struct {
     int cuda;  // 1: train_gpas.cu
     void (*gpas_forward)(float *out, const float *inp, float gate, int activation, size_t n);
@@ -28,7 +35,6 @@ typedef struct {
     void (*matmul_forward)(float *out, const float *inp, const float *weight, int N, int C, int OC);
     void (*matmul_backward)(float *dinp, float *dweight, const float *dout, const float *inp,
                             const float *weight, int N, int C, int OC);
-    // Of train_gpas.cu it is called with first = 0 alone.
     void (*attention_forward)(float *out, float *lse, const float *qkv, int first, int B, int T,
                               int C, int NH);
     void (*attention_backward)(float *dqkv, const float *dout, const float *out, const float *lse,
@@ -40,14 +46,7 @@ typedef struct {
     void (*adamw_update)(float *p, const float *grad, float *m, float *v, size_t n, float lr,
                          float beta1, float beta2, float eps, float weight_decay, float clip,
                          int t);
-    // train_gpas.cu alone: residual, gpas and rmsnorm in one kernel.
-    void (*fused_forward)(float *sum, float *out, float *normed, float *rstd, const float *inp,
-                          const float *branch, const float *weight, float gate, int norm_last,
-                          float A, int N, int C);
-    void (*fused_backward)(float *dsum, float *dinp, float *dweight, float *dgate,
-                           const float *dnext, const float *dnormed, const float *x,
-                           const float *rstd, const float *weight, const float *scaled, float gate,
-                           int stop_grad, int norm_last, float A, int N, int C);
+    void (*fused)(const FusedArrays *arrays, int backward);  // train_gpas.cu alone
 } Submission;
 
 #ifdef __cplusplus
