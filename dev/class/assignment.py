@@ -39,15 +39,19 @@ FUNCTIONS = {
         "adamw": "adamw_update",
     },
     "train_gpas.cu": {
-        # One kernel does these three: whichever is chosen, all three are to be written.
+        "gpas": "gpas_forward_kernel gpas_backward_kernel gpas_add_partial_kernel",
+        "residual": "residual_forward_kernel residual_backward",
+        "rmsnorm": "rmsnorm_forward_kernel rmsnorm_backward_kernel add_partial_kernel",
+        # They show all three: whichever is chosen, these are to be written too.
         "gpas residual rmsnorm": "residual_gpas_rmsnorm_forward_kernel "
-                                 "residual_gpas_rmsnorm_backward_kernel add_partial_kernel",
+                                 "residual_gpas_rmsnorm_backward_kernel "
+                                 "gpas_residual_rmsnorm_backward_kernel",
         "embedding": "embedding_forward_kernel embedding_backward_kernel",
         "rope": "rope_forward rope_backward",
         "swiglu": "swiglu_forward_kernel swiglu_backward_kernel",
         "matmul": "matmul_forward matmul_backward",
         "attention": "attention_forward_kernel "
-                     "attention_backward_kv_kernel attention_backward_q_kernel",
+                     "attention_backward_q_kernel attention_backward_kv_kernel",
         "crossentropy": "crossentropy_kernel",
         "adamw": "adamw_kernel",
     },
@@ -55,20 +59,22 @@ FUNCTIONS = {
 LAYERS = list(FUNCTIONS["train_gpas.c"])
 
 # What layers are built with. It is given, even if only one layer calls it.
-TOOLS = set("sigmoid load_gradients block_max mma load_rows load_tile multiply_transposed "
-            "multiply_add store_rows group_sum group_max copy_async copies_arrive load_b "
-            "fast_sigmoid".split())
+TOOLS = {"sigmoid", "head_of"}
 
-# Lines of comments that belong to a layer's derivation, but are not indented below a "Given".
-SPOILERS = {"gpas": r"^ +dg -?= "}
+# What gives a layer away in a comment, but is not indented below a "Given".
+SPOILERS = {
+    "gpas": r"\n +dg -?= .*|(: *|  +)dg -?= [^.,\n]*,?|sum of s_i dy_i for the ",
+    "rope": r"(?s) direction: .*?back\.",
+    "attention": r"(?s)A tile of keys s updates them to\n.*?new maximum\.\s",
+    "crossentropy": r"  +dx_v = scale \(.*",
+}
 
-# Copied as they are. So are all headers of dev/.
+# Copied as they are. So are all headers of dev/, and with --cuda those of dev/gpu/.
 COPIED = ["LICENSE", "dev/class/grade.py", "dev/class/grade.c", "dev/class/grade.h",
           "dev/class/submission.c", "dev/tools/compare.py", "prepro_tinystories.py"]
-COPIED_CUDA = ["dev/gpu/cuda_on_cpu.h", "dev/gpu/ptx.h", "dev/test/on_gpu.h"]
-RULES = ["train_gpas", "build/flags", "data/toy/tokenizer.bin", "run", "grade", "build/%.cu",
-         "train_gpas_cuda_on_cpu"]
-CUDA_RULES = ["build/%.cu", "train_gpas_cuda_on_cpu"]
+COPIED_CUDA = ["dev/test/on_gpu.h"]
+CUDA_RULES = ["build/%.cu", "train_gpas_cuda", "train_gpas_cuda_on_cpu"]
+RULES = ["train_gpas", "build/flags", "data/toy/tokenizer.bin", "run", "grade"] + CUDA_RULES
 
 
 def fail(message):
@@ -171,19 +177,16 @@ def task(lines, function):
 
 
 def definition(lines, function):
-    """The comment of a helper that goes, if it is the definition of a layer: if it cites a paper.
-    Without what it says of parameters that only the helper has."""
+    """The comment of a helper that goes, if it is the definition of a layer: if it cites a paper."""
     comment = lines[function.comment:function.head]
-    if "(arXiv" not in "\n".join(comment):
-        return []
-    return [line for line in comment if not re.match(r"// \w+: ", line)]
+    return comment if "(arXiv" in "\n".join(comment) else []
 
 
 def without_derivation(lines, begin, end):
     """A comment, lines[begin:end], without its indented lines if it begins with "Given"."""
     text = [re.sub(r"^//", "", line) for line in lines[begin:end]]
     first = next((t.strip() for t in text if t.strip() not in ("", "/*")), "")
-    if not first.startswith("Given"):
+    if not re.match(r"(Norm last\. )?Given\b", first):
         return lines[begin:end]
     kept = []
     for line, t in zip(lines[begin:end], text):
@@ -228,9 +231,10 @@ def cut(file, source, layers):
         else:
             result += lines[f.comment:f.end + 1]
         at = f.end + 1
-    spoilers = [SPOILERS[layer] for layer in layers if layer in SPOILERS]
-    return "\n".join(line for line in without_unused_enums(result + lines[at:])
-                     if not any(re.search(spoiler, line) for spoiler in spoilers))
+    text = "\n".join(without_unused_enums(result + lines[at:]))
+    for layer in set(layers) & set(SPOILERS):
+        text = re.sub(SPOILERS[layer], "", text)
+    return text
 
 
 def without_unused_enums(lines):
@@ -273,7 +277,7 @@ def makefile(source, layers, cuda):
             continue
         if all(x.startswith("#") or not x for x in lines) or (
                 not cuda and "grade" not in targets and
-                ("CUDA" in block or targets & set(CUDA_RULES))):
+                ("CUDA" in block or targets & set(CUDA_RULES))) or "KERNELS" in block:
             continue
         result += ["", "\n".join(lines)]
     return "\n".join(result) + "\n\n.PHONY: run grade\n"
@@ -337,8 +341,8 @@ def main():
         except OSError as error:
             fail("cannot read %s: %s" % (name, error.strerror))
 
-    headers = ["dev/" + os.path.basename(path)
-               for path in sorted(glob.glob(os.path.join(root, "dev/*.h")))]
+    headers = [os.path.relpath(path, root) for folder in ["dev"] + ["dev/gpu"] * options.cuda
+               for path in sorted(glob.glob(os.path.join(root, folder, "*.h")))]
     texts = {file: cut(file, read(file), layers) for file in files}
     texts["Makefile"] = makefile(read("Makefile"), layers, options.cuda)
     texts["TASK.md"] = task_sheet(layers, files)

@@ -162,6 +162,8 @@ def ending(status, seconds, said):
         return "stopped after printing a megabyte: an endless loop?"
     if status == 0:
         return "ended before the check was over: it must return, not call exit()"
+    if re.search("(race|nothing has written).* shared memory", said):
+        said += "; is there a __syncthreads() between writing and reading?"
     return "ended by itself with status %s%s" % (status, ": " + said if said else "")
 
 

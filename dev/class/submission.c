@@ -10,53 +10,26 @@ typedef float real;
 namespace kernels {  // its layers take arrays on the host
 #include "../test/on_gpu.h"
 
-// adamw_update(), but the copy of p that it writes too must be p.
-static void adamw_and_copy(float *p, const float *grad, float *m, float *v, size_t n, float lr,
-                           float beta1, float beta2, float eps, float weight_decay,
-                           float grad_scale, int t) {
-    float *copy = (float *)allocate(n, sizeof *copy);
-    {
-        OnGpu<float> x(p, n), g(grad, n), m1(m, n), v1(v, n);
-        OnGpu<real> weights(copy, n);
-        Chunk one = {0, (int)n, WQ, 0, 1};
-        Constants<Chunk> chunk(&one, 1);
-        AdamW a = {lr, beta1, beta2, eps, weight_decay, grad_scale, 1, 0, 0, 1};
-        ::adamw_update<real>(weights.p, x.p, g.p, m1.p, v1.p, chunk.p, 1, a, t);
-    }
-    if (memcmp(copy, p, n * sizeof *p) != 0) die("weights must hold the new p too, as real");
-    free(copy);
-}
-
 static void fused(const FusedArrays *a, int backward) {
     size_t n = (size_t)a->N * a->C;
     OnGpu<real> inp(a->inp, n), branch(a->branch, n), sum(a->sum, n), normed(a->normed, n);
     OnGpu<real> dfinp(a->dfinp, n), dx(a->dx, n), dsum(a->dsum, n);
     OnGpu<float> weight(a->weight, a->C), rstd(a->rstd, a->N), dweight(a->dweight, a->C);
     OnGpu<float> dgate(a->dgate, 1), inp_gate(&a->inp_gate, 1), sum_gate(&a->sum_gate, 1);
-    Fused<real> f = {};
-    f.N = a->N;
-    f.C = a->C;
-    f.weight = weight.p;
-    f.A = a->A;
-    f.inp_gate = {inp_gate.p, GATE_SILU, a->stop_grad};
-    f.sum_gate = {a->norm_last ? NULL : sum_gate.p, GATE_SILU, a->stop_grad};
-    f.inp = inp.p;
-    f.branch = branch.p;
-    f.sum = sum.p;
-    f.normed = normed.p;
-    f.rstd = rstd.p;
-    f.dfinp = dfinp.p;
-    f.dx = dx.p;
-    f.dsum = dsum.p;
-    f.dweight = dweight.p;
-    f.dgate = dgate.p;
+    Fused<real> f = {
+        .N = a->N, .C = a->C, .weight = weight.p, .A = a->A,
+        .inp_gate = {inp_gate.p, GATE_SILU, a->stop_grad},
+        .sum_gate = {a->norm_last ? NULL : sum_gate.p, GATE_SILU, a->stop_grad},
+        .inp = inp.p, .branch = branch.p, .sum = sum.p, .normed = normed.p, .rstd = rstd.p,
+        .dfinp = dfinp.p, .dx = dx.p, .dsum = dsum.p, .dweight = dweight.p, .dgate = dgate.p,
+        .partial = NULL, .gate_partial = NULL};
     if (backward) residual_gpas_rmsnorm_backward(f, a->norm_last);
     else residual_gpas_rmsnorm_forward(f);
 }
 }
 #define LAYER(name) kernels::name
 #define FUSED kernels::fused
-#define ADAMW kernels::adamw_and_copy
+#define ADAMW kernels::adamw_update
 #else
 #define CUDA 0
 #define LAYER(name) name

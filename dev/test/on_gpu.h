@@ -178,13 +178,20 @@ static void crossentropy_backward(float *logits, const float *, const int *targe
     crossentropy<real>(e.p, l.p, x.p, t.p, scale, N, V, V);
 }
 
+// The copy of p that it writes too must be p, rounded.
 static void adamw_update(float *p, const float *grad, float *m, float *v, size_t n, float lr,
                          float beta1, float beta2, float eps, float weight_decay, float clip,
                          int t) {
-    OnGpu<float> x(p, n), g(grad, n), m1(m, n), v1(v, n);
-    OnGpu<real> weights((const float *)p, n);
-    Chunk one = {0, (int)n, WQ, 0, 1};
-    Constants<Chunk> chunk(&one, 1);
-    AdamW a = {lr, beta1, beta2, eps, weight_decay, clip, 1, 0, 0, 1};
-    ::adamw_update<real>(weights.p, x.p, g.p, m1.p, v1.p, chunk.p, 1, a, t);
+    float *copy = (float *)allocate(n, sizeof(float));
+    {
+        OnGpu<float> x(p, n), g(grad, n), m1(m, n), v1(v, n);
+        OnGpu<real> weights(copy, n);
+        Chunk one = {0, (int)n, WQ, 0, 1};
+        Constants<Chunk> chunk(&one, 1);
+        AdamW a = {lr, beta1, beta2, eps, weight_decay, clip, 1, 0, 0, 1};
+        ::adamw_update<real>(weights.p, x.p, g.p, m1.p, v1.p, chunk.p, 1, a, t);
+    }
+    for (size_t i = 0; i < n; i++)
+        if (fabsf(copy[i] - (float)(real)p[i]) > 0) die("weights must hold the new p too, as real");
+    free(copy);
 }
