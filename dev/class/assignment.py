@@ -75,6 +75,7 @@ COPIED = ["LICENSE", "dev/class/grade.py", "dev/class/grade.c", "dev/class/grade
 COPIED_CUDA = ["dev/test/on_gpu.h"]
 CUDA_RULES = ["build/%.cu", "train_gpas_cuda", "train_gpas_cuda_on_cpu"]
 RULES = ["train_gpas", "build/flags", "data/toy/tokenizer.bin", "run", "grade"] + CUDA_RULES
+BOUNDS = r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*"
 
 
 def fail(message):
@@ -103,8 +104,7 @@ def read_functions(lines):
         if i == len(lines):
             break
         text = "\n".join(lines[head:i + 1])
-        plain = re.sub(r"(__attribute__\(\(.*?\)\)|__launch_bounds__\([^)]*\)|alignas\([^)]*\))\)?",
-                       "", text)
+        plain = re.sub(r"__attribute__\(\(.*?\)\)\)?|alignas\([^)]*\)\)?|" + BOUNDS, "", text)
         name = re.search(r"(\w+)\(", plain)
         if "{" not in plain or not name or re.search(r"=\s*\{|\bstruct \w*\s*\{", plain):
             i += 1
@@ -163,7 +163,7 @@ def task(lines, function):
     """The function with its signature and nothing in it."""
     head = "\n".join(lines[function.head:function.body + 1])
     head = head[:head.rindex("{") + 1] if head.count("{") == 1 else head[:head.index("{") + 1]
-    plain = re.sub(r"__launch_bounds__\([^)]*\)", "", head)
+    plain = re.sub(BOUNDS, "", head)
     unused = ", ".join("(void)" + name for name in parameters(plain[plain.index(function.name):]))
     result = ["    // Your code, in place of these lines."]
     while len(unused) > 95:
@@ -171,7 +171,7 @@ def task(lines, function):
         result.append("    " + unused[:cut])
         unused = unused[cut + 1:]
     result.append("    " + unused + ";")
-    if not re.search(r"\bvoid\s+(__launch_bounds__\([^)]*\)\s*)?\w+\(", head):
+    if not re.search(r"\bvoid\s+\w+\(", plain):
         result.append("    return 0;")
     return head.split("\n") + result + ["}"]
 
