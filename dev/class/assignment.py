@@ -177,7 +177,7 @@ def task(lines, function):
 
 
 def definition(lines, function):
-    """The comment of a helper that goes, if it is the definition of a layer: if it cites a paper."""
+    """The comment of a helper that goes, if it defines a layer: if it cites a paper."""
     comment = lines[function.comment:function.head]
     return comment if "(arXiv" in "\n".join(comment) else []
 

@@ -2558,9 +2558,9 @@ static void check_adamw(void) {
     }
 }
 
-// ---- residual, gpas and rmsnorm in one kernel, train_gpas.cu alone: in[0] inp, in[1] branch (N,C),
-// in[2] the weight (C), inp_gate, sum_gate. K: is the norm last? factor: A. After the sum (N,C) come
-// what is normalized, the norm's output (N,C), and rstd (N).
+// ---- residual, gpas and rmsnorm in one kernel, train_gpas.cu alone: in[0] inp, in[1] branch
+// (N,C), in[2] the weight (C), inp_gate, sum_gate. K: is the norm last? factor: A. After the sum
+// (N,C) come what is normalized, the norm's output (N,C), and rstd (N).
 
 enum { FUSED_NO_A = 1, FUSED_LEAKS, FUSED_NO_INP_GATE, FUSED_A_BRANCH, FUSED_STORED };
 static const Mistake fused_mistakes[] = {
@@ -2687,7 +2687,7 @@ static void check_fused_backward(void) {
         remember();
         submission.fused(&a, 1);
         if (check_watched()) continue;
-        for (int i = k < 6 ? !c.K : 2; i < 4; i++) {  // norm first, there is only the sum's gradient
+        for (int i = k < 6 ? !c.K : 2; i < 4; i++) {  // norm first, only that of the sum
             int input = i < 2 ? i : 2, offset = i < 3 ? 0 : c.C + !c.K;
             Result r = result_of(names[i == 1 && !c.K ? 0 : i], got[i],
                                  differentiate(fused, &c, input, douts[0], 0) + offset, i > 1,
