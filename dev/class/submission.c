@@ -18,8 +18,8 @@ static void fused(const FusedArrays *a, int backward) {
     OnGpu<float> dgate(a->dgate, 1), inp_gate(&a->inp_gate, 1), sum_gate(&a->sum_gate, 1);
     Fused<real> f = {
         .N = a->N, .C = a->C, .weight = weight.p, .A = a->A,
-        .inp_gate = {inp_gate.p, GATE_SILU, a->stop_grad},
-        .sum_gate = {a->norm_last ? NULL : sum_gate.p, GATE_SILU, a->stop_grad},
+        .inp_gate = inp_gate.p, .sum_gate = a->norm_last ? NULL : sum_gate.p,
+        .activation = GATE_SILU, .stop_grad = a->stop_grad,
         .inp = inp.p, .branch = branch.p, .sum = sum.p, .normed = normed.p, .rstd = rstd.p,
         .dfinp = dfinp.p, .dx = dx.p, .dsum = dsum.p, .dweight = dweight.p, .dgate = dgate.p,
         .partial = NULL, .gate_partial = NULL};
