@@ -71,8 +71,9 @@ __global__ void gpas_forward_kernel(real *out, const real *inp, Gate gate, size_
 
 // Given dy, compute dx, and the first stage of dg.
 //   dx = dy, or (1 - a(g)) dy without the stop-gradient
-//   dg = -a'(g) sum_i x_i dy_i. Each block writes its part of the sum to partial.
-// dinp, dout, inp (n); dinp and dout may be the same array. partial (gridDim.x).
+//   dg = -a'(g) sum_i x_i dy_i
+// Each block writes its part of the sum to partial (gridDim.x).
+// dinp, dout, inp (n); dinp and dout may be the same array.
 template <class real>
 __global__ void gpas_backward_kernel(real *dinp, float *partial, const real *dout, const real *inp,
                                      Gate gate, size_t n) {
@@ -88,7 +89,9 @@ __global__ void gpas_backward_kernel(real *dinp, float *partial, const real *dou
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// The second stage, in one block: dg -= a'(g) times the sum of partial (count). dgate (1).
+// Given partial (count), compute dg: the second stage of the sum, in one block.
+//   dg -= a'(g) times the sum of partial
+// dgate (1), added to.
 __global__ void gpas_add_partial_kernel(float *dgate, const float *partial, int count, Gate gate) {
     float sum = 0;
     for (int i = threadIdx.x; i < count; i += blockDim.x) sum += partial[i];
@@ -219,7 +222,8 @@ template <int W> __device__ inline float row_rstd(const float (&x)[W], int C) {
     return rsqrtf(block_sum(sum) / C + 1e-6f);
 }
 
-// y_c = w_c x_c r, one block for each row. out, inp (N,C); weight (C); rstd (N) keeps r.
+// y_c = w_c x_c r with r = 1 / sqrt(mean_c(x_c^2) + 1e-6), one block for each row.
+// out, inp (N,C); weight (C); rstd (N) keeps r.
 template <class real, int W>
 __global__ void __launch_bounds__(ROW_THREADS(W))
 rmsnorm_forward_kernel(real *out, float *rstd, const real *inp, const float *weight, int C) {
@@ -253,7 +257,7 @@ __device__ inline void rmsnorm_backward_row(float (&g)[W], float (&dw)[W], const
 }
 
 // Given dy, compute dx, and the first stage of dw.
-//   Each block takes every gridDim.x-th row, and writes its part of dw to a row of partial.
+// Each block takes every gridDim.x-th row, and writes its part of dw to a row of partial.
 // dinp, dout, inp (N,C); weight (C); rstd (N); partial (gridDim.x,C).
 template <class real, int W>
 __global__ void __launch_bounds__(ROW_THREADS(W))
@@ -334,8 +338,8 @@ where a branch ends, and stops where the next one begins:
     norm last    s = A GPAS(x) + b,              normed = norm(s)   the norm of this sublayer
 
 Norm first, GPAS(s) is not stored. Whatever reads s multiplies it by 1 - a(g) instead: the norm
-here, and the next sublayer, for which it is x. In this way the sum of s_i dy_i for the gate's
-gradient finds s in memory, and no array is needed in addition.
+here, and the next sublayer, for which it is x. In this way the gate's gradient finds s in memory,
+and no array is needed in addition.
 */
 template <class real> struct Fused {
     int N, C;
@@ -496,8 +500,8 @@ template <class real> static void residual_gpas_rmsnorm_backward(Fused<real> f, 
     LAUNCH_CHECK();
 }
 
-// RoPE rotates each pair (x0, x1) of adjacent channels of the queries and keys, in place. One block
-// for each position, and each thread has W channels of one head.
+// RoPE (arXiv 2104.09864) rotates each pair (x0, x1) of adjacent channels of the queries and keys, in
+// place. One block for each position, and each thread has W channels of one head.
 // qkv (B,T,3C); table (T,hs/2,2): cosine and sine. direction: 1, or -1 to rotate back.
 template <class real, int W>
 __global__ void rope_kernel(real *qkv, const float *table, int T, int C, int hs, int direction) {
