@@ -9,31 +9,31 @@ the forward pass, and lets the gradient pass unscaled:
     y = (1 - a(g)) x      dx = dy      dg = -a'(g) sum_i x_i dy_i
 
 Contents: 1 GPAS. 2 The other operations. 3 The model. 4 AdamW. 5 Training. The headers of dev/gpu/
-hold the tools, those of dev/ what both programs share.
+hold what supports the kernels, those of dev/ what both programs share.
 
-A GPU in ten lines. kernel<<<blocks, threads>>>(...) runs the function `kernel` once for every
-thread of every block, and blockIdx and threadIdx tell a thread which one it is. The threads of a
-block run on the same processor of the GPU (an H100 has 132). They share up to 48 KiB of fast
-memory, declared __shared__, and wait for each other at __syncthreads(). Blocks run in any order, so
-they cannot wait for each other. 32 neighbouring threads, called lanes, form a warp and execute the
-same instruction together. When its lanes load neighbouring addresses, memory delivers all of them
-in one wide access. That matters because most kernels do little arithmetic, and wait for memory.
-Lanes can read each other's variables by a shuffle. A thread keeps its own variables in registers,
-of which it has up to 255. A tensor core multiplies small matrices that the lanes of a warp hold.
+A GPU in ten lines. The host, which is the CPU, launches kernel<<<blocks, threads>>>(...): the GPU
+runs this function once for every thread of every block of the grid, and blockIdx and threadIdx tell
+a thread which one it is. The threads of a block run on the same processor of the GPU (an H100 has
+132). They share up to 48 KiB of fast memory, declared __shared__, and wait for each other at
+__syncthreads(). Blocks run in any order and cannot wait for each other. 32 neighbouring threads,
+called lanes, form a warp and execute the same instruction together. When they load neighbouring
+numbers, memory delivers all of them in one wide access. That matters because most kernels do little
+arithmetic and mostly wait for memory. A shuffle instruction lets lanes read each other's variables.
+A thread keeps its own variables in registers, of which it has up to 255. A tensor core multiplies
+small matrices that the lanes of a warp hold.
 
-Launches return at once, and the GPU runs them one after another. Pointers are to the GPU's memory
-unless a comment says `host`.
+A launch returns at once, and the GPU runs the kernels in the order of their launches. Pointers are
+to the GPU's memory unless a comment says `host`.
 
-Numbers. `real` is float (--dtype fp32) or bf16 (--dtype bf16, the default): the type of
-activations, of their gradients, and of the matrices in products. Kernels load `real`, compute in
-float, and round to the nearest `real` when they store. The following are always float: the
-parameters that AdamW updates (in bf16 the matrix products use a rounded copy), gradients of
-parameters, Adam's moments, weights of norms, gates, and sums. Products in fp32 are not rounded to
-TF32.
+Numbers. `real`, a template parameter, is float (--dtype fp32) or bf16 (--dtype bf16, the default):
+the type of activations, of their gradients, and of the matrices in products. Kernels load `real`,
+compute in float, and round to the nearest `real` when they store. The following are always float:
+the parameters that AdamW updates (in bf16 the matrix products use a rounded copy), gradients of
+parameters, Adam's moments, and sums. In fp32 the inputs of products are not rounded to TF32.
 
-The same options give the same bits in every run. Atomic additions would not, because their order
-changes. Therefore a sum over the whole grid takes two stages: each block writes its part, and a
-second kernel adds the parts in order.
+The same options give the same bits in every run on the same GPU. Atomic additions would not,
+because their order changes. Therefore a sum over the whole grid takes two stages: each block writes
+its part, and a second kernel adds the parts in order.
 
 Without a GPU the same source runs on the CPU, slowly, through dev/gpu/cuda_on_cpu.h.
 */
@@ -55,18 +55,18 @@ Without a GPU the same source runs on the CPU, slowly, through dev/gpu/cuda_on_c
 */
 
 typedef struct {
-    const float *g;  // (1) the gate; NULL: there is no GPAS
+    const float *g;  // (1) the gate, or NULL without GPAS
     int activation;  // which function a() is: GATE_SILU, ...
-    int stop_grad;   // 0: without the stop-gradient, for comparison
+    int stop_grad;   // 0 leaves out the stop-gradient, for comparison
 } Gate;
 
-// y = (1 - a(g)) x. Each thread takes every (number of threads)-th x. out, inp (n).
+// Computes y = (1 - a(g)) x in a grid-stride loop: a thread computes one y, then the one that is as
+// many places further on as the grid has threads, and so on. out, inp (n).
 template <class real>
 __global__ void gpas_forward_kernel(real *out, const real *inp, Gate gate, size_t n) {
     float scale = 1 - gate_value(*gate.g, gate.activation);
-    size_t first = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    size_t threads = (size_t)gridDim.x * blockDim.x;
-    for (size_t i = first; i < n; i += threads) out[i] = scale * (float)inp[i];
+    size_t start = thread_index(), step = grid_threads();
+    for (size_t i = start; i < n; i += step) out[i] = scale * (float)inp[i];
 }
 
 // Given dy, compute dx, and the first stage of dg.
@@ -78,9 +78,8 @@ template <class real>
 __global__ void gpas_backward_kernel(real *dinp, float *partial, const real *dout, const real *inp,
                                      Gate gate, size_t n) {
     float scale = gate.stop_grad ? 1 : 1 - gate_value(*gate.g, gate.activation), sum = 0;
-    size_t first = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    size_t threads = (size_t)gridDim.x * blockDim.x;
-    for (size_t i = first; i < n; i += threads) {
+    size_t start = thread_index(), step = grid_threads();
+    for (size_t i = start; i < n; i += step) {
         float dy = dout[i];
         sum += (float)inp[i] * dy;
         dinp[i] = scale * dy;
@@ -99,7 +98,7 @@ __global__ void gpas_add_partial_kernel(float *dgate, const float *partial, int 
     if (threadIdx.x == 0) *dgate -= gate_slope(*gate.g, gate.activation) * sum;
 }
 
-enum { MOST_BLOCKS = 2048 };  // of kernels that compute something once for many numbers
+enum { MOST_BLOCKS = 2048 };  // if each thread takes many numbers
 
 template <class real>
 static void gpas_forward(real *out, const real *inp, Gate gate, size_t n) {
@@ -125,11 +124,11 @@ static void gpas_backward(real *dinp, float *dgate, const real *dout, const real
 2. The other operations
 */
 
-// The residual sum y = A x + b, one thread for each number. out, shortcut, branch (n).
+// Computes y = A x + b, with one thread for each number. out, shortcut, branch (n).
 template <class real>
 __global__ void residual_forward_kernel(real *out, const real *shortcut, const real *branch,
                                         float A, size_t n) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    size_t i = thread_index();
     if (i < n) out[i] = A * (float)shortcut[i] + (float)branch[i];
 }
 
@@ -141,15 +140,15 @@ static void residual_forward(real *out, const real *shortcut, const real *branch
 }
 
 // Given dy, compute dx.
-//   y = A x + b: dx = A dy, and db = dy, for which there is nothing to compute.
+//   dx = A dy, and db = dy, for which there is nothing to compute.
 // dshortcut, dout (n); they may be the same array.
 template <class real>
 static void residual_backward(real *dshortcut, const real *dout, float A, size_t n) {
-    scale(dshortcut, dout, A, 0, n);
+    scale_array(dshortcut, dout, A, 0, n);
 }
 
-// Row n of out is row tokens[n] of weight; one block for each row.
-// out (N,C); weight (V,C); tokens (N).
+// Row n of out is row tokens[n] of weight. There is one block for each row, and a thread loads W
+// numbers at once: see with_width(). out (N,C); weight (V,C); tokens (N).
 template <class real, int W>
 __global__ void embedding_forward_kernel(real *out, const int *tokens, const float *weight, int C) {
     const float *row = weight + (size_t)tokens[blockIdx.x] * C;
@@ -171,9 +170,9 @@ static void embedding_forward(real *out, const int *tokens, const float *weight,
 
 // Given dy, compute dw.
 //   The gradient of a token's row is the sum of dy over the positions where the token occurs.
-// The host has sorted the positions by token: those of token v are positions[starts[v]] up to
-// positions[starts[v + 1] - 1]. Block (v, j) adds up channels 32 W j to 32 W (j + 1) - 1 of token
-// v. Each of its 8 warps takes every eighth position, then their sums are added in order.
+// The host has sorted the positions by token: those of token v are positions[starts[v]] to
+// positions[starts[v + 1] - 1]. Block (v, j) sums channels 32 W j to 32 W (j + 1) - 1 of token v.
+// Each of its 8 warps takes every eighth position, and then their sums are added in order.
 // dweight (V,C), added to; dout (N,C); positions (N); starts (V+1).
 template <class real, int W>
 __global__ void embedding_backward_kernel(float *dweight, const real *dout, const int *positions,
@@ -208,10 +207,10 @@ static void embedding_backward(float *dweight, const real *dout, const int *posi
 }
 
 /*
-RMSNorm. A block computes a row at a time, and thread i holds the W channels from i W on in
-registers, so that each number is loaded once. Threads beyond the last channel hold zeros: they
-take part in the sums over the block, and store nothing. A block has at most 1024 threads, or 512 if
-W is 8, because the registers of a processor do not suffice for more.
+RMSNorm. A block computes one row at a time. Thread i keeps channels i W to i W + W - 1 in
+registers, so that each number is loaded once. Threads beyond the last channel hold zeros: they take
+part in the sums over the block, and store nothing. A block has at most 1024 threads, or 512 if W is
+8, because each of 1024 threads could have only 64 registers.
 */
 #define ROW_THREADS(W) ((W) == 8 ? 512 : 1024)
 
@@ -240,24 +239,25 @@ rmsnorm_forward_kernel(real *out, float *rstd, const real *inp, const float *wei
     if (threadIdx.x == 0) rstd[blockIdx.x] = r;
 }
 
-// Given a row of dy in g, compute dx in its place, and add to dw.
+// Given dy of one row, compute dx in its place, and add to dw.
 //   With u_c = w_c dy_c and p = r^2 sum_k u_k x_k / C:
 //       dx_c = r (u_c - x_c p)
 //       dw_c = dy_c x_c r, summed over all rows
 template <int W>
-__device__ inline void rmsnorm_backward_row(float (&g)[W], float (&dw)[W], const float (&x)[W],
+__device__ inline void rmsnorm_backward_row(float (&dy)[W], float (&dw)[W], const float (&x)[W],
                                             const float (&w)[W], float r, int C) {
     float sum = 0;
-    for (int k = 0; k < W; k++) sum += w[k] * g[k] * x[k];
+    for (int k = 0; k < W; k++) sum += w[k] * dy[k] * x[k];
     float p = block_sum(sum) * r * r / C;
     for (int k = 0; k < W; k++) {
-        dw[k] += g[k] * x[k] * r;
-        g[k] = r * (w[k] * g[k] - x[k] * p);
+        dw[k] += dy[k] * x[k] * r;
+        dy[k] = r * (w[k] * dy[k] - x[k] * p);
     }
 }
 
 // Given dy, compute dx, and the first stage of dw.
-// Each block takes every gridDim.x-th row, and writes its part of dw to a row of partial.
+// Each block takes rows blockIdx.x, blockIdx.x + gridDim.x, ..., and writes its part of dw to a row
+// of partial.
 // dinp, dout, inp (N,C); weight (C); rstd (N); partial (gridDim.x,C).
 template <class real, int W>
 __global__ void __launch_bounds__(ROW_THREADS(W))
@@ -268,19 +268,19 @@ rmsnorm_backward_kernel(real *dinp, float *partial, const real *dout, const real
     if (c < C) load(w, weight + c);
     for (int n = blockIdx.x; n < N; n += gridDim.x) {
         size_t at = (size_t)n * C + c;
-        float x[W] = {0}, g[W] = {0};
+        float x[W] = {0}, d[W] = {0};
         if (c < C) {
             load(x, inp + at);
-            load(g, dout + at);
+            load(d, dout + at);
         }
-        rmsnorm_backward_row(g, dw, x, w, rstd[n], C);
-        if (c < C) store(dinp + at, g);
+        rmsnorm_backward_row(d, dw, x, w, rstd[n], C);
+        if (c < C) store(dinp + at, d);
     }
     if (c < C) store(partial + (size_t)blockIdx.x * C + c, dw);
 }
 
 // The second stage: adds the rows of partial (rows,C) to dweight (C). A block of (32,32) threads
-// adds up 32 columns, each with 32 threads.
+// sums 32 columns, with 32 threads for each.
 __global__ void add_partial_kernel(float *dweight, const float *partial, int rows, int C) {
     __shared__ float sums[32][32];
     int c = blockIdx.x * 32 + threadIdx.x;
@@ -308,8 +308,8 @@ static void rmsnorm_forward(real *out, float *rstd, const real *inp, const float
     LAUNCH_CHECK();
 }
 
-// Returns how many blocks share N rows of a backward pass. MOST_BLOCKS of 64 threads are half of
-// what an H100 can hold at once; of larger blocks we take fewer.
+// Returns how many blocks share N rows of a backward pass. MOST_BLOCKS blocks of 64 threads are
+// half of what an H100 can run at once. Of larger blocks we launch fewer.
 static int row_blocks(int N, int threads) { return imin(N, MOST_BLOCKS * 64 / imax(threads, 64)); }
 
 // dweight (C), added to.
@@ -329,48 +329,47 @@ static void rmsnorm_backward(real *dinp, float *dweight, const real *dout, const
 }
 
 /*
-The same three operations fused. Residual sum, GPAS and RMSNorm each compute little, and wait for
-memory. One after another, norm first, they move 7 arrays of (N,C) in the forward pass and 9 in the
-backward pass. One kernel that keeps the numbers in registers between them moves 4 and 4. It begins
+Residual sum, GPAS and RMSNorm fused. Each of the three computes little and waits for memory. One
+after another, where the norm comes first, they move 7 arrays of (N,C) in the forward pass and 9 in
+the backward pass. A single kernel, which keeps the numbers in registers, moves 4 and 4. It begins
 where a branch ends, and stops where the next one begins:
 
     norm first   s = x + b,        y = GPAS(s),  normed = norm(y)   the norm of the next sublayer
     norm last    s = A GPAS(x) + b,              normed = norm(s)   the norm of this sublayer
 
-Norm first, GPAS(s) is not stored. Whatever reads s multiplies it by 1 - a(g) instead: the norm
-here, and the next sublayer, for which it is x. In this way the gate's gradient finds s in memory,
-and no array is needed in addition.
+Where the norm comes first, y = GPAS(s) is not stored. Each kernel that reads s multiplies it by
+1 - a(g) itself: this one for its norm, and that of the next sublayer, whose x is y. So s, which the
+gate's gradient needs, is the only array.
 */
 template <class real> struct Fused {
     int N, C;
     const float *weight;        // (C) of the norm
     float A;                    // DeepNorm's constant, or 1
-    const float *inp_gate;      // (1) the gate of the GPAS that is applied to inp; NULL: none
+    const float *inp_gate;      // (1) the gate of the GPAS that the kernel applies to inp, or NULL
     const float *sum_gate;      // (1) the same for sum
     int activation, stop_grad;  // as in Gate
     // The forward pass. Given:
-    const real *inp, *branch;   // (N,C) x, without the GPAS of inp_gate; b
+    const real *inp, *branch;   // (N,C) x, before the GPAS of inp_gate; b
     // Computed:
-    real *sum, *normed;         // (N,C) s, without the GPAS of sum_gate; the norm's output
+    real *sum, *normed;         // (N,C) s, before the GPAS of sum_gate; the norm's output
     float *rstd;                // (N)
-    // The backward pass. Given, in dx, the gradient of the sublayer's output along the shortcut,
-    // and that of the next branch's input, normed:
+    // The backward pass. Given: the gradient of y along the shortcut, in dx, and the gradient of
+    // the input of the next branch:
     const real *dfinp;          // (N,C)
     // Computed:
-    real *dx;                   // (N,C) norm first: of s; norm last: of x
-    real *dsum;                 // (N,C) norm last: of s
+    real *dx;                   // (N,C) the gradient of s (norm first) or of x (norm last)
+    real *dsum;                 // (N,C) norm last: the gradient of s
     float *dweight, *dgate;     // (C), (1): added to; dgate NULL: not computed
     float *partial;             // (gridDim.x,C) the first stage of dweight
     float *gate_partial;        // (gridDim.x) the first stage of dgate
 };
 
-// The factor 1 - a(g); 1 without GPAS.
+// Returns 1 - a(g), or 1 without GPAS.
 __device__ inline float gpas_scale(const float *gate, int activation) {
-    float a = gate_value(gate ? *gate : 0, activation);  // a(0) is 0
-    return 1 - a;
+    return 1 - gate_value(gate ? *gate : 0, activation);  // a(0) is 0
 }
 
-// One block for each row. In bf16 the norm gets y before it is rounded.
+// There is one block for each row. The norm is computed from s before s is rounded to bf16.
 template <class real, int W>
 __global__ void __launch_bounds__(ROW_THREADS(W))
 residual_gpas_rmsnorm_forward_kernel(Fused<real> f) {
@@ -398,7 +397,7 @@ residual_gpas_rmsnorm_forward_kernel(Fused<real> f) {
 }
 
 // Given dx, the gradient of y along the shortcut, and dfinp, compute ds in place of dx, and the
-// first stages of dw and dg.
+// first stages of dw and dg, where the norm comes first.
 //   dy = dx + norm^T dfinp
 //   ds = dy, or (1 - a(g)) dy without the stop-gradient
 //   dg = -a'(g) sum_i s_i dy_i
@@ -414,16 +413,16 @@ residual_gpas_rmsnorm_backward_kernel(Fused<real> f) {
     float w[W] = {0}, dw[W] = {0}, gate_sum = 0;
     if (c < C) load(w, weight);
     for (int n = blockIdx.x; n < N; n += gridDim.x) {
-        float s[W] = {0}, y[W], d[W] = {0}, g[W] = {0};
+        float s[W] = {0}, y[W], d[W] = {0}, dn[W] = {0};
         if (c < C) {
             load(s, sum + (size_t)n * C);
             load(d, dx + (size_t)n * C);
-            load(g, dfinp + (size_t)n * C);
+            load(dn, dfinp + (size_t)n * C);
         }
         for (int k = 0; k < W; k++) y[k] = y_scale * s[k];
-        rmsnorm_backward_row(g, dw, y, w, rstd[n], C);  // g = norm^T dfinp
+        rmsnorm_backward_row(dn, dw, y, w, rstd[n], C);  // norm^T dfinp
         for (int k = 0; k < W; k++) {
-            float dy = d[k] + g[k];
+            float dy = d[k] + dn[k];
             gate_sum += s[k] * dy;
             d[k] = dy_scale * dy;
         }
@@ -434,8 +433,8 @@ residual_gpas_rmsnorm_backward_kernel(Fused<real> f) {
     if (threadIdx.x == 0) gate_partial[blockIdx.x] = gate_sum;
 }
 
-// Norm last. Given dx and dfinp, whose sum is dy, compute ds in dsum, dx in place of dx, and the
-// first stages of dw and dg.
+// Given dx and dfinp, whose sum is dy, compute ds in dsum, dx in place of dx, and the first stages
+// of dw and dg, where the norm comes last.
 //   ds = norm^T dy
 //   dz = A ds for z = GPAS(x)
 //   dx = dz, or (1 - a(g)) dz without the stop-gradient
@@ -452,18 +451,18 @@ gpas_residual_rmsnorm_backward_kernel(Fused<real> f) {
     float dz_scale = stop_grad ? 1 : z_scale, w[W] = {0}, dw[W] = {0}, gate_sum = 0;
     if (c < C) load(w, weight);
     for (int n = blockIdx.x; n < N; n += gridDim.x) {
-        float x[W] = {0}, s[W] = {0}, d[W] = {0}, g[W] = {0};
+        float x[W] = {0}, s[W] = {0}, d[W] = {0}, ds[W] = {0};
         if (c < C) {
             load(x, inp + (size_t)n * C);
             load(s, sum + (size_t)n * C);
             load(d, dx + (size_t)n * C);
-            load(g, dfinp + (size_t)n * C);
+            load(ds, dfinp + (size_t)n * C);
         }
-        for (int k = 0; k < W; k++) g[k] += d[k];       // dy
-        rmsnorm_backward_row(g, dw, s, w, rstd[n], C);  // g = ds
-        if (c < C) store(dsum + (size_t)n * C, g);
+        for (int k = 0; k < W; k++) ds[k] += d[k];       // dy
+        rmsnorm_backward_row(ds, dw, s, w, rstd[n], C);  // norm^T dy
+        if (c < C) store(dsum + (size_t)n * C, ds);
         for (int k = 0; k < W; k++) {
-            float dz = A * g[k];
+            float dz = A * ds[k];
             gate_sum += x[k] * dz;
             d[k] = dz_scale * dz;
         }
@@ -495,13 +494,13 @@ template <class real> static void residual_gpas_rmsnorm_backward(Fused<real> f, 
     });
     LAUNCH_CHECK();
     add_partial(f.dweight, f.partial, blocks, f.C);
-    if (!gate.g || !f.dgate) return;
+    if (!f.dgate) return;
     gpas_add_partial_kernel<<<1, 256>>>(f.dgate, f.gate_partial, blocks, gate);
     LAUNCH_CHECK();
 }
 
-// RoPE (arXiv 2104.09864) rotates each pair (x0, x1) of adjacent channels of the queries and keys, in
-// place. One block for each position, and each thread has W channels of one head.
+// RoPE (arXiv 2104.09864) rotates each pair (x0, x1) of adjacent channels of the queries and keys,
+// in place. One block rotates one position, and each thread W channels of one head at a time.
 // qkv (B,T,3C); table (T,hs/2,2): cosine and sine. direction: 1, or -1 to rotate back.
 template <class real, int W>
 __global__ void rope_kernel(real *qkv, const float *table, int T, int C, int hs, int direction) {
@@ -525,7 +524,7 @@ static void rope_rotate(real *qkv, const float *table, int B, int T, int C, int 
                         int direction) {
     int N = B * T;
     with_width<real>(hs, [&](auto width) {
-        constexpr int W = width == 1 ? 2 : width;  // a pair at least; hs is even
+        constexpr int W = width == 1 ? 2 : width;  // at least a pair; hs is even
         int threads = threads_for(2 * C / W, 256);
         rope_kernel<real, W><<<N, threads>>>(qkv, table, T, C, hs, direction);
     });
@@ -545,12 +544,12 @@ static void rope_backward(real *dqkv, const float *table, int B, int T, int C, i
     rope_rotate(dqkv, table, B, T, C, hs, -1);
 }
 
-// Returns 1 / (1 + e^-x). __fdividef takes 2 instructions and an ordinary division 10, which would
-// make the kernels below wait for arithmetic instead of memory. Its error is at most two units in
-// the last place.
+// Returns 1 / (1 + e^-x). An ordinary division takes 10 instructions, with which the kernels below
+// would wait for arithmetic, not memory. __fdividef takes 2, and errs by at most two units in the
+// last place.
 __device__ inline float sigmoid(float x) { return __fdividef(1, 1 + expf(-x)); }
 
-// SwiGLU: y = silu(h1) h3, one block for each row.
+// Computes SwiGLU, y = silu(h1) h3, with one block for each row.
 // out (N,H); inp (N,2H): a row holds the H values of h1, then those of h3.
 template <class real, int W>
 __global__ void swiglu_forward_kernel(real *out, const real *inp, int H) {
@@ -603,8 +602,8 @@ static void swiglu_backward(real *dinp, const real *dout, const real *inp, int N
 }
 
 // A linear layer without bias: out = inp weight^T. out (N,OC); inp (N,C); weight (OC,C).
-// gemm() takes column-major matrices, and a row-major matrix, read by columns, is its transpose. So
-// we ask for out^T = weight inp^T.
+// gemm() takes column-major matrices, and a row-major matrix read as column-major is its transpose.
+// So it computes out^T = weight inp^T.
 template <class real>
 static void matmul_forward(real *out, const real *inp, const real *weight, int N, int C, int OC) {
     gemm(out, weight, 1, inp, 0, OC, N, C, 0);
@@ -621,19 +620,19 @@ static void matmul_backward(real *dinp, float *dweight, const real *dout, const 
 }
 
 /*
-Causal attention. Each head is computed by itself; train_gpas.c explains the formulas:
+Causal attention. Each head is computed by itself. train_gpas.c derives the formulas:
 
     S_ts = scale q_t . k_s                  the scores, with scale = 1/sqrt(hs)
     P_ts = [s <= t] e^(S_ts - lse_t)        their softmax, with lse_t = log sum_(s <= t) e^S_ts
     y_t  = sum_s P_ts v_s
 
 The CPU stores the scores of a block of queries and then computes their softmax. Here the scores
-never go to memory, as in FlashAttention-2 (arXiv 2307.08691): writing and reading (T,T) numbers for
-each head would take longer than computing them. A block of threads computes y for 64 queries. The
-keys and values pass through its shared memory in tiles, and the scores for a tile exist only in
-registers. Therefore the softmax has to begin before all scores of a query are known. This online
-softmax keeps three things for each query t: the largest score m so far, the sum l of e^(S_ts - m),
-and y, not yet divided by l. A tile of keys s updates them to
+never go to memory, as in FlashAttention-2 (arXiv 2307.08691), because writing and reading (T,T)
+numbers for each head would take longer than computing them. A block of threads computes y for 64
+queries. The keys and values pass through its shared memory in tiles, and the scores for a tile
+exist only in registers. Therefore the softmax has to begin before all scores of a query are known.
+This online softmax keeps three things for each query t: the largest score m so far, the sum l of
+e^(S_ts - m), and y, not yet divided by l. A tile of keys s updates them to
 
     m' = max(m, max_s S_ts)
     l' = e^(m - m') l + sum_s e^(S_ts - m')
@@ -642,23 +641,23 @@ and y, not yet divided by l. A tile of keys s updates them to
 where e^(m - m') corrects the old terms for the new maximum. After the last tile, y / l is the
 output, and lse = m + log l. The backward pass computes S again, and P from S and lse.
 
-The tools are in dev/gpu/tiles.h. The matrix products run on tensor cores, and tiles are copied
-asynchronously: while the warps multiply one tile, the next is on its way, so they seldom wait for
-memory. With float the same kernels run without tensor cores, which cannot multiply floats exactly.
-They are slow then, and meant for checking.
+dev/gpu/tiles.h defines the operations on tiles. The matrix products run on tensor cores, and tiles
+are copied asynchronously: while the warps multiply one tile, the next one is being copied, so they
+seldom wait for memory. With float the same kernels run without tensor cores, which would round to
+TF32. This is slow, and meant for checking.
 */
 constexpr float LOG2_E = 1.44269504f;  // e^x = 2^(x log2 e), and 2^x is a single instruction
 
-// How many blocks should run on a processor at the same time: while one waits, another computes.
-// They share its 65536 registers, so 3 blocks of 128 threads leave 168 for each thread.
+// How many blocks should share a processor, so that one computes while another waits. They share
+// its 65536 registers, so 3 blocks of 128 threads leave 168 for each thread.
 template <int HS> constexpr int BLOCKS = HS <= 64 ? 3 : 2;
 
 // The shape of the arrays and of a launch. A launch has one block for every 64 rows of every head:
-// block i computes tile i % tiles of head i / tiles. Head b NH + h is head h of sequence b.
+// block i belongs to head i / head_blocks. Head b NH + h is head h of sequence b.
 struct AttentionShape {
     int T, C, NH, hs;
-    int tiles;    // blocks for each head
-    float scale;  // 1/sqrt(hs)
+    int head_blocks;  // for each head
+    float scale;      // 1/sqrt(hs)
 };
 
 static AttentionShape attention_shape(int rows, int T, int C, int NH) {
@@ -666,17 +665,17 @@ static AttentionShape attention_shape(int rows, int T, int C, int NH) {
     return {T, C, NH, hs, (rows + ROWS - 1) / ROWS, 1 / sqrtf((float)hs)};
 }
 
-// Returns the part of x (B,T,stride) that belongs to this block's head, (T,hs). In each row of x
-// the NH heads come first, one after the other.
+// Returns the part of x (B,T,stride) that belongs to this block's head, (T,hs). x begins at the
+// first head: of out, or of the queries, keys or values in qkv.
 template <class number>
 __device__ inline Rows<number> head_of(number *x, int T, int stride, AttentionShape shape) {
-    int head = blockIdx.x / shape.tiles, b = head / shape.NH, h = head % shape.NH;
+    int head = blockIdx.x / shape.head_blocks, b = head / shape.NH, h = head % shape.NH;
     return {x + (size_t)b * T * stride + h * shape.hs, stride, T, shape.hs};
 }
 
-// Sets the scores of keys after their query to -infinity, so that P becomes 0. The rows of S
-// (16,COLS) are queries from row0 on, and its columns are keys from column0 on; or, transposed, the
-// rows are keys and the columns are queries. In most tiles there is no such key, and nothing to do.
+// Sets the scores of keys that come after the query to -infinity, so that P becomes 0. The rows of
+// S (16,COLS) are queries from row0 on, and its columns are keys from column0 on; or, transposed,
+// the rows are keys and the columns are queries. Most tiles have no such key, and nothing happens.
 template <bool transposed, int COLS>
 __device__ inline void mask_tile(Accumulator<COLS> &S, int row0, int column0) {
     int first_query = transposed ? column0 : row0;
@@ -704,7 +703,7 @@ __device__ inline void softmax_tile(Accumulator<COLS> &S, Accumulator<HS> &y, fl
         for (int j = 0; j < COLS / 8; j++) {
             for (int i = 2 * half; i < 2 * half + 2; i++) largest = fmaxf(largest, S.d[j][i]);
         }
-        largest = fmaxf(m[half], group_max(largest) * scale);
+        largest = fmaxf(m[half], warp_max(largest, 4) * scale);
         float correction = exp2f(m[half] - largest);
         m[half] = largest;
         l[half] *= correction;
@@ -720,9 +719,9 @@ __device__ inline void softmax_tile(Accumulator<COLS> &S, Accumulator<HS> &y, fl
     }
 }
 
-// A block computes y for 64 positions of one head, from block_t0 on, a warp for 16 of them, from
-// t0 on. Position `first` is the first of all. While the warps multiply the tiles keys[now] and
-// values[now], the next tiles are copied to the other two.
+// A block computes y for 64 positions of one head, from block_t0 on, and each warp for 16 of them,
+// from t0 on. Position `first` is the first that a block computes. While the warps multiply the
+// tiles keys[now] and values[now], the next ones are copied to the other buffers.
 // out (B,T-first,C); lse (B,NH,T-first); qkv (B,T,3C).
 template <class real, int HS>
 __global__ void __launch_bounds__(THREADS, BLOCKS<HS>)
@@ -733,7 +732,7 @@ attention_forward_kernel(real *out, float *lse, const real *qkv, int first, Atte
     int T = shape.T, C = shape.C;
     // The last queries see the most keys. Their blocks start first: a long block that starts late
     // would run alone in the end.
-    int block_t0 = first + (shape.tiles - 1 - blockIdx.x % shape.tiles) * ROWS;
+    int block_t0 = first + (shape.head_blocks - 1 - blockIdx.x % shape.head_blocks) * ROWS;
     int t0 = block_t0 + threadIdx.x / 32 * 16, seen = min(T, block_t0 + ROWS);
     Rows<const real> q = head_of(qkv, T, 3 * C, shape);
     Rows<const real> k = head_of(qkv + C, T, 3 * C, shape);
@@ -759,10 +758,10 @@ attention_forward_kernel(real *out, float *lse, const real *qkv, int first, Atte
         softmax_tile(S, y, m, l, shape.scale);          // S becomes P, to be divided by l
         multiply_add(y, S, values[now]);                // Y += P V
     }
-    size_t head_row = (size_t)(blockIdx.x / shape.tiles) * (T - first);
+    size_t head_row = (size_t)(blockIdx.x / shape.head_blocks) * (T - first);
     for (int half = 0; half < 2; half++) {
         int t = t0 + row_of(half);
-        l[half] = group_sum(l[half]);
+        l[half] = warp_sum(l[half], 4);
         if (threadIdx.x % 4 == 0 && t < T)
             lse[head_row + t - first] = m[half] / LOG2_E + logf(l[half]);
         l[half] = 1 / l[half];
@@ -770,8 +769,8 @@ attention_forward_kernel(real *out, float *lse, const real *qkv, int first, Atte
     store_rows(head_of(out, T - first, C, shape), t0 - first, y, l);
 }
 
-// For one query t and one key s: q_t . k_s becomes P_ts, and dP_ts becomes dS_ts. The factor
-// `scale` of dq and dk is left to the end, when they are stored.
+// For one query t and one key s, replaces S = q_t . k_s by P_ts, and dP_ts by dS_ts. The factor
+// `scale` of dq and dk is applied when they are stored.
 __device__ inline void softmax_backward(float &S, float &dP, float scale, float lse, float delta) {
     S = exp2f(S * (scale * LOG2_E) - lse * LOG2_E);
     dP = S * (dP - delta);
@@ -780,19 +779,19 @@ __device__ inline void softmax_backward(float &S, float &dP, float scale, float 
 // Given dy, compute dq, and delta for the next kernel.
 //   dP_ts = dy_t . v_s    dS_ts = P_ts (dP_ts - delta_t)    dq_t = scale sum_s dS_ts k_s
 //   delta_t = sum_r P_tr dP_tr = dy_t . y_t
-// The loop is that of the forward pass. The next kernel computes S and dP again. If this one were
-// to compute dk and dv too, blocks with different queries would have to add to the same numbers in
-// memory, and in an order that varies from run to run.
+// The loop is that of the forward pass. The next kernel computes S and dP again for dk and dv. If
+// this one computed dk and dv, blocks with different queries would add to the same numbers in
+// memory, in an order that varies from run to run.
 // dqkv, qkv (B,T,3C); dout, out (B,T,C); lse, delta (B,NH,T).
 template <class real, int HS>
 __global__ void __launch_bounds__(THREADS, BLOCKS<HS>)
 attention_backward_q_kernel(real *dqkv, float *delta, const real *dout, const real *out,
                             const float *lse, const real *qkv, AttentionShape shape) {
-    constexpr int COLS = HS == 128 ? 16 : 32;  // smaller, for S and dS are in registers together
+    constexpr int COLS = HS == 128 ? 16 : 32;  // smaller, because S and dS share the registers
     __shared__ Tile<real, HS> keys[2][COLS];
     __shared__ Tile<real, HS> values[2][COLS];
     int T = shape.T, C = shape.C;
-    int block_t0 = (shape.tiles - 1 - blockIdx.x % shape.tiles) * ROWS;
+    int block_t0 = (shape.head_blocks - 1 - blockIdx.x % shape.head_blocks) * ROWS;
     int t0 = block_t0 + threadIdx.x / 32 * 16, seen = min(T, block_t0 + ROWS);
     Rows<const real> q = head_of(qkv, T, 3 * C, shape);
     Rows<const real> k = head_of(qkv + C, T, 3 * C, shape);
@@ -806,7 +805,7 @@ attention_backward_q_kernel(real *dqkv, float *delta, const real *dout, const re
     load_rows(warp_dy, head_of(dout, T, C, shape), t0);
     load_rows(warp_q, q, t0);
     float row_lse[2], row_delta[2];
-    size_t head_row = (size_t)(blockIdx.x / shape.tiles) * T;
+    size_t head_row = (size_t)(blockIdx.x / shape.head_blocks) * T;
     dot_rows(row_delta, warp_dy, warp_y);
     for (int half = 0; half < 2; half++) {
         int t = t0 + row_of(half);
@@ -837,7 +836,7 @@ attention_backward_q_kernel(real *dqkv, float *delta, const real *dout, const re
 
 // Given dy and delta, compute dk and dv.
 //   dv_s = sum_t P_ts dy_t    dk_s = scale sum_t dS_ts q_t
-//   A warp's rows are keys here. So it computes S and dP transposed, S^T = K Q^T and dP^T = V dY^T,
+//   A warp's rows are keys here, so it computes S and dP transposed, S^T = K Q^T and dP^T = V dY^T,
 //   and then dV = P^T dY and dK = scale dS^T Q.
 // A block has 64 keys. The queries pass through shared memory, with their dy, lse and delta. Beyond
 // the last query dy and delta are 0, so nothing is added.
@@ -851,11 +850,11 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
     __shared__ float lses[2][COLS];
     __shared__ float deltas[2][COLS];
     int T = shape.T, C = shape.C;
-    int block_s0 = blockIdx.x % shape.tiles * ROWS, s0 = block_s0 + threadIdx.x / 32 * 16;
+    int block_s0 = blockIdx.x % shape.head_blocks * ROWS, s0 = block_s0 + threadIdx.x / 32 * 16;
     Rows<const real> q = head_of(qkv, T, 3 * C, shape), dy = head_of(dout, T, C, shape);
     Rows<const real> k = head_of(qkv + C, T, 3 * C, shape);
     Rows<const real> v = head_of(qkv + 2 * C, T, 3 * C, shape);
-    size_t head_row = (size_t)(blockIdx.x / shape.tiles) * T;
+    size_t head_row = (size_t)(blockIdx.x / shape.head_blocks) * T;
     Operand<real, HS> warp_k, warp_v;
     Accumulator<16> S, dS;
     Accumulator<HS> dk = {}, dv = {};
@@ -875,7 +874,7 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
         __syncthreads();
         if (t0 + COLS < T) load_queries(t0 + COLS);
         if (s0 >= T) continue;
-        for (int c = 0; c < COLS; c += 16) {  // beside dk and dv, registers hold only 16 queries
+        for (int c = 0; c < COLS; c += 16) {  // besides dk and dv, registers hold 16 queries
             if (t0 + c + 16 <= s0) continue;  // none of them sees a key of this warp
             multiply_transposed(S, warp_k, queries[now] + c);  // S^T = K Q^T, to be scaled
             multiply_transposed(dS, warp_v, dys[now] + c);     // dP^T = V dY^T
@@ -895,14 +894,13 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
     store_rows(head_of(dqkv + 2 * C, T, 3 * C, shape), s0, dv, {1, 1});
 }
 
-// Computes y for the positions from `first` to T - 1, which see the keys from position 0 on. first
-// is above 0 when a story is continued. out (B,T-first,C); lse (B,NH,T-first); qkv (B,T,3C).
-// hs must be even, and at most MAX_HEAD.
+// As in train_gpas.c. out (B,T-first,C); lse (B,NH,T-first); qkv (B,T,3C). hs is even, and at most
+// MAX_HEAD.
 template <class real>
 static void attention_forward(real *out, float *lse, const real *qkv, int first, int B, int T,
                               int C, int NH) {
     AttentionShape shape = attention_shape(T - first, T, C, NH);
-    int blocks = B * NH * shape.tiles;
+    int blocks = B * NH * shape.head_blocks;
     with_head(C / NH, [&](auto HS) {
         attention_forward_kernel<real, HS><<<blocks, THREADS>>>(out, lse, qkv, first, shape);
     });
@@ -914,7 +912,7 @@ template <class real>
 static void attention_backward(real *dqkv, const real *dout, const real *out, const float *lse,
                                const real *qkv, int B, int T, int C, int NH) {
     AttentionShape shape = attention_shape(T, T, C, NH);
-    int blocks = B * NH * shape.tiles;
+    int blocks = B * NH * shape.head_blocks;
     float *delta = scratch((size_t)B * NH * T);
     with_head(C / NH, [&](auto HS) {
         attention_backward_q_kernel<real, HS><<<blocks, THREADS>>>(
@@ -926,16 +924,16 @@ static void attention_backward(real *dqkv, const real *dout, const real *out, co
     LAUNCH_CHECK();
 }
 
-// Cross-entropy of the softmax, and the gradient of the logits in the same kernel, one block for
-// each row. With lse = log sum_v e^x_v:
+// Computes the cross-entropy of the softmax and the gradient of the logits, with one block for each
+// row. With lse = log sum_v e^x_v:
 //     loss = lse - x_target      dx_v = scale (e^(x_v - lse) - [v is the target])
-// A separate backward pass would load the logits again from memory. Here the second loop finds
-// them in the cache, because few blocks of 1024 threads run at a time.
+// A separate backward pass would load the logits from memory again. Here the second loop finds them
+// in the cache, because few blocks of 1024 threads run at a time.
 // In the first loop each thread keeps the largest logit it has seen, and the sum of
-// e^(x_v - largest), which it corrects whenever it finds a larger one.
-// losses, lse (N); logits (N,V), rows `stride` apart; targets (N). scale: the weight of each loss;
-// the gradients take the place of the logits, and are 0 between V and stride. With scale = 0 the
-// logits are only read.
+// e^(x_v - largest), and rescales this sum when it finds a larger logit.
+// losses, lse (N); logits (N,V), rows `stride` apart; targets (N). scale is the weight of each
+// loss. The gradients overwrite the logits, and are 0 from V on. With scale = 0 the logits are only
+// read. Nothing but the tests needs lse.
 template <class real, int W>
 __global__ void __launch_bounds__(1024, 2)
 crossentropy_kernel(float *losses, float *lse, real *logits, const int *targets, float scale, int V,
@@ -999,8 +997,8 @@ template <class number> struct LayerParameters {
     number *gate;              // (1) with GPAS only
 };
 
-// What a sublayer computes in its forward pass. As in train_gpas.c, sublayers share what no
-// backward pass reads, and with --recompute or without training what is inside the branches.
+// What a sublayer computes in its forward pass. As in train_gpas.c, sublayers share `branch` if no
+// backward pass reads it, and with --recompute or without training what is inside the branches.
 template <class real> struct Activations {
     const real *inp;           // (B,T,C) x, the output of the sublayer before
     real *normed;              // (B,T,C) norm(x); norm last: norm(s), the output
@@ -1012,7 +1010,7 @@ template <class real> struct Activations {
     real *sum;                 // (B,T,C) s = A shortcut + branch
     real *scaled;              // (B,T,C) with --fused off: GPAS(s); norm last: GPAS(x)
     float *rstd, *post_rstd;   // (B,T) of norm and post_norm
-    const real *out;           // (B,T,C) y, which is scaled, sum or normed
+    const real *out;           // (B,T,C) y: scaled, sum or normed. Fused, norm first: s, not y
 };
 
 template <class real> struct Network {
@@ -1025,8 +1023,8 @@ template <class real> struct Network {
     real *dx;                        // (B,T,C) the residual stream
     real *dsum;                      // (B,T,C) s, where the norm comes last
     real *dbranch;                   // (B,T,C) the output of f, where a post_norm follows it
-    real *dhidden;                   // (B,T,C or H) as hidden
-    real *dwide;                     // (B,T,3C or 2H) qkv or pre_act
+    real *dhidden;                   // as hidden
+    real *dqkv, *dpre_act;           // as qkv and pre_act; both use the same memory
     real *dfinp;                     // (B,T,C) the input of f
     real *dx_branch;                 // (B,T,C) the branch's part of dx, where the norm comes first
 };
@@ -1036,7 +1034,7 @@ struct Model {
     Config config;
     TensorList list;             // the names and shapes of the parameters, as in files
     Layout layout;               // where the parameters lie on the GPU
-    Snapshot host;               // the state as in files; model_snapshot() and model_restore()
+    Snapshot host;               // the state in the layout of files, for model_snapshot()
     int H, V;                    // rounded up
     float *parameters, *gradients, *adam_m, *adam_v;    // (layout.size)
     void *network;               // Network<float> or Network<bf16>, see with_network()
@@ -1050,19 +1048,20 @@ struct Model {
     float *squares, *host_squares;                      // (layout.num_chunks)
     int keeps_keys, first;       // as in train_gpas.c
     int learning;                // 1 between zero_gradients() and model_update()
-    int differentiated;          // 1: output_forward() has begun the backward pass
-    void **pieces;               // all GPU memory, to be freed
+    int backward_begun;          // 1: output_forward() has begun the backward pass
+    void **allocations;          // all GPU memory, to be freed
     size_t bytes;                // of all GPU memory
-    int num_pieces, planning;    // planning: new_array() only counts bytes
+    int num_allocations;
+    int planning;                // 1: new_array() only counts bytes
 };
 
-// Calls f with the model's network in its type. This is the only place that looks at the type.
+// Calls f with the model's network, in its type.
 template <class Function> static auto with_network(const Model *m, Function f) {
     if (m->options->dtype == DTYPE_BF16) return f((Network<bf16> *)m->network);
     return f((Network<float> *)m->network);
 }
 
-// Stores in *array a new array of n numbers on the GPU, or while planning only counts its bytes.
+// Allocates n numbers on the GPU for *array. While planning it only counts their bytes.
 template <class number> static void new_array(Model *m, number **array, size_t n) {
     size_t bytes = (n * sizeof(number) + 255) / 256 * 256;
     *array = NULL;
@@ -1071,10 +1070,10 @@ template <class number> static void new_array(Model *m, number **array, size_t n
         return;
     }
     CUDA_CHECK(cudaMalloc((void **)array, bytes));
-    m->pieces[m->num_pieces++] = *array;
+    m->allocations[m->num_allocations++] = *array;
 }
 
-// Returns a pointer to a tensor in `block`, an array of all tensors; NULL if there is no such one.
+// Returns a tensor's place in `block`, an array of all tensors, or NULL if the network lacks it.
 template <class number> static number *parameter(const Model *m, number *block, int kind, int l) {
     size_t offset = offset_of(&m->layout, kind, l);
     return offset == ABSENT ? NULL : block + offset;
@@ -1097,31 +1096,29 @@ static Gate layer_gate(const Model *m, int l) {
     return {parameter(m, m->parameters, GATE, l), m->config.gate_activation, m->config.stop_grad};
 }
 
-// Creates the arrays of sublayer i = 0 .. 2L-1 for N tokens. `lender` is the sublayer whose arrays
-// inside the branch it shares, or i.
+// Creates the arrays of sublayer i = 0 .. 2L-1 for N tokens. It shares the arrays inside the branch
+// of sublayer `lender`, if that is not i.
 template <class real>
 static void create_activations(Model *m, Network<real> *net, int i, int lender, size_t N) {
     const Config *c = &m->config;
     size_t C = c->C, H = m->H;
-    Activations<real> *a = &net->activations[i], *from = &net->activations[lender];
+    Activations<real> *a = &net->activations[i];
+    *a = net->activations[lender];
     new_array(m, &a->rstd, N);
     new_array(m, &a->normed, N * C);
     new_array(m, &a->sum, N * C);
     if (i % 2 == 0) new_array(m, &a->lse, N * c->NH);
     if (i % 2 == 0 && (lender == i || m->keeps_keys)) new_array(m, &a->qkv, 3 * N * C);
-    else a->qkv = from->qkv;
     if (i % 2 == 1 && lender == i) new_array(m, &a->pre_act, 2 * N * H);
-    else a->pre_act = from->pre_act;
     if (lender == i) new_array(m, &a->hidden, N * (i % 2 ? H : C));
-    else a->hidden = from->hidden;
     if (i == 0 || has_post_norm(c)) new_array(m, &a->branch, N * C);
     else a->branch = net->activations->branch;
     if (has_post_norm(c)) new_array(m, &a->post_rstd, N);
     if (c->gpas && !m->options->fused) new_array(m, &a->scaled, N * C);
 }
 
-// The logits of N tokens would be the largest array of all. They are computed for this many tokens
-// at a time, and used before the next part takes their place.
+// The logits of N tokens would be the largest array of all, so they are computed for a quarter of
+// the tokens at a time. Returns how many that are.
 static int logit_rows(int N) { return imin(N, ((N + 3) / 4 + 63) / 64 * 64); }
 
 // Creates all arrays for B sequences. Called twice: to count their bytes, and to allocate them.
@@ -1157,17 +1154,17 @@ static void create_arrays(Model *m, Network<real> *net, int B, int training) {
     if (norm_comes_last(c, 0)) new_array(m, &net->dsum, N * C);
     if (has_post_norm(c)) new_array(m, &net->dbranch, N * C);
     new_array(m, &net->dhidden, N * (C > H ? C : H));
-    new_array(m, &net->dwide, N * (3 * C > 2 * H ? 3 * C : 2 * H));
+    new_array(m, &net->dqkv, N * (3 * C > 2 * H ? 3 * C : 2 * H));
+    net->dpre_act = net->dqkv;
     new_array(m, &net->dfinp, N * C);
     if (!norm_comes_last(c, c->L - 1)) new_array(m, &net->dx_branch, N * C);
 }
 
 // Counts the GPU memory, exits if there is too little, and allocates it.
-template <class real> static void create_network(Model *m, int B, int training) {
-    enum { SPARE = 1 << 30 };  // bytes for CUDA and cuBLASLt, which load kernels when first used
+template <class real>
+static void create_network(Model *m, Network<real> *net, int B, int training) {
+    enum { SPARE = 1 << 30 };  // bytes for CUDA and cuBLASLt, which load their kernels on first use
     size_t free_bytes, total_bytes;
-    Network<real> *net = (Network<real> *)allocate(1, sizeof *net);
-    m->network = net;
     net->activations = (Activations<real> *)allocate(2 * m->config.L + 1,
                                                      sizeof(Activations<real>));
     m->planning = 1;
@@ -1190,7 +1187,7 @@ static void check_network(const Config *c, int dtype) {
             c->NH, MAX_HEAD);
     if (c->C > most)
         die("--channels %d is more than %d, the most on the GPU%s", c->C, most,
-            W == 1 ? " for a number that is not a multiple of 8" : "");
+            W == 1 ? ", if it is not a multiple of 16 bytes" : "");
 }
 
 void model_create(Model *m, const Options *o, int B, int training) {
@@ -1206,9 +1203,9 @@ void model_create(Model *m, const Options *o, int B, int training) {
     m->list = m->layout.list;
     m->H = m->layout.H;
     m->V = m->layout.V;
-    m->pieces = (void **)allocate(40 + 20 * c->L, sizeof(void *));
-    if (o->dtype == DTYPE_BF16) create_network<bf16>(m, B, training);
-    else create_network<float>(m, B, training);
+    m->allocations = (void **)allocate(40 + 20 * c->L, sizeof(void *));  // enough
+    m->network = allocate(1, sizeof(Network<float>));  // it consists of pointers in both types
+    with_network(m, [&](auto *net) { create_network(m, net, B, training); });
     m->host_positions = (int *)allocate(N, sizeof(int));
     m->host_starts = (int *)allocate(c->V + 1, sizeof(int));
     m->host_losses = (float *)allocate(N, sizeof(float));
@@ -1223,7 +1220,7 @@ void model_create(Model *m, const Options *o, int B, int training) {
         CUDA_CHECK(cudaMemset(m->adam_m, 0, m->layout.size * sizeof(float)));
         CUDA_CHECK(cudaMemset(m->adam_v, 0, m->layout.size * sizeof(float)));
         upload(m->chunks, m->layout.chunks, m->layout.num_chunks);
-        zero_gradients(m);
+        CUDA_CHECK(cudaMemset(m->gradients, 0, m->layout.size * sizeof(float)));
     }
     m->host.o = o;
     m->host.list = m->list;
@@ -1233,12 +1230,13 @@ void model_create(Model *m, const Options *o, int B, int training) {
 }
 
 void model_free(Model *m) {
-    while (m->num_pieces) CUDA_CHECK(cudaFree(m->pieces[--m->num_pieces]));
+    while (m->num_allocations) CUDA_CHECK(cudaFree(m->allocations[--m->num_allocations]));
     with_network(m, [](auto *net) { free(net->activations); });
     free_layout(&m->layout);
     void *on_host[] = {
-        m->host.parameters, m->host.gradients, m->host.adam_m, m->host.adam_v, m->host_squares,
-        m->network, m->pieces, m->host_positions, m->host_starts, m->host_losses, m->host_logits,
+        m->host.parameters, m->host.gradients, m->host.adam_m, m->host.adam_v, m->host_losses,
+        m->host_logits, m->host_positions, m->host_starts, m->host_squares, m->network,
+        m->allocations,
     };
     for (void *memory : on_host) free(memory);
 }
@@ -1266,8 +1264,8 @@ void model_restore(Model *m) {
         copy_tensors(&m->layout, m->host.adam_v, m->adam_v, cudaMemcpyHostToDevice);
     }
     with_network(m, [&](auto *net) {
-        if ((void *)net->weights == m->parameters) return;
-        scale(net->weights, m->parameters, 1, 0, m->layout.size);
+        if ((void *)net->weights == m->parameters) return;  // in fp32
+        scale_array(net->weights, m->parameters, 1, 0, m->layout.size);
     });
 }
 
@@ -1303,111 +1301,108 @@ static void branch_backward(const Model *m, const Network<real> *net, int l, int
     LayerParameters<float> d = layer_parameters(m, m->gradients, l);
     const Activations<real> *a = &net->activations[2 * l + sub];
     if (sub == 0) {
-        real *dqkv = net->dwide;
         matmul_backward(net->dhidden, d.wo, dout, a->hidden, w.wo, N, C, C);
-        attention_backward(dqkv, net->dhidden, a->hidden, a->lse, a->qkv, B, T, C, NH);
-        rope_backward(dqkv, m->rope_table, B, T, C, C / NH);
-        matmul_backward(dinp, d.wqkv, dqkv, inp, w.wqkv, N, C, 3 * C);
+        attention_backward(net->dqkv, net->dhidden, a->hidden, a->lse, a->qkv, B, T, C, NH);
+        rope_backward(net->dqkv, m->rope_table, B, T, C, C / NH);
+        matmul_backward(dinp, d.wqkv, net->dqkv, inp, w.wqkv, N, C, 3 * C);
     } else {
-        real *dpre_act = net->dwide;
         matmul_backward(net->dhidden, d.w2, dout, a->hidden, w.w2, N, H, C);
-        swiglu_backward(dpre_act, net->dhidden, a->pre_act, N, H);
-        matmul_backward(dinp, d.w13, dpre_act, inp, w.w13, N, C, 2 * H);
+        swiglu_backward(net->dpre_act, net->dhidden, a->pre_act, N, H);
+        matmul_backward(dinp, d.w13, net->dpre_act, inp, w.w13, N, C, 2 * H);
     }
 }
 
 /*
-How the fused kernels fit together. The one at the end of a norm-first sublayer also computes the
-norm that the next sublayer begins with, or the final norm. It leaves s, not y = GPAS(s), and the
-next kernel that reads s applies GPAS to it. On the way back, a fused kernel begins by adding to dx
-what comes out of the branch above, through the norm if that comes first. Sublayer i = 2 l + sub;
-i = 2L stands for the output matrix, which follows the last sublayer.
+How the fused kernels fit together. Sublayer i is 2 l + sub. The final norm and the output matrix
+count as the norm and the branch of sublayer 2L. At the end of a norm-first sublayer i, the kernel
+also computes the norm of sublayer i + 1. In the backward pass, the kernel of sublayer i begins by
+adding to dx the gradient that comes back from the branch of sublayer i + 1.
 */
 
-// Does sublayer i end with the fused kernel that computes the next norm?
+// Returns 1 if sublayer i ends with the fused kernel that computes the next norm.
 static int computes_next_norm(const Model *m, int i) {
     return m->options->fused && i >= 0 && !norm_comes_last(&m->config, i / 2);
 }
 
-// Does the fused backward kernel of sublayer i begin by adding the contribution of the next branch
-// to dx? Otherwise the next sublayer has done that.
-static int completes_dx(const Model *m, int i) {
-    int end = 2 * m->config.L - 1, last = norm_comes_last(&m->config, i / 2);
-    if (i == end || !last) return computes_next_norm(m, i);
-    return m->options->fused && i >= 0 && norm_comes_last(&m->config, (i + 1) / 2);
+// Returns 1 if the fused backward kernel of sublayer i adds the gradient from the next branch to
+// dx. Otherwise the next sublayer has added it.
+static int adds_next_branch(const Model *m, int i) {
+    const Config *c = &m->config;
+    int next_norm_last = i + 1 < 2 * c->L && norm_comes_last(c, (i + 1) / 2);
+    return computes_next_norm(m, i) || (m->options->fused && i >= 0 && next_norm_last);
 }
 
-// Returns the arguments of a sublayer's fused kernels, except for what only one of them needs.
+// Returns the arguments of the fused kernels of layer l, except for what only one of them needs.
 template <class real>
 static Fused<real> fused_arguments(const Model *m, const Network<real> *net, int l, int sub,
                                    int N) {
     const Config *c = &m->config;
-    int i = 2 * l + sub, last = norm_comes_last(c, l), norm = last ? i : i + 1;
+    int i = 2 * l + sub, norm_last = norm_comes_last(c, l), norm_at = norm_last ? i : i + 1;
     Gate gate = layer_gate(m, l);
     Fused<real> f = {};
     f.N = N;
     f.C = c->C;
-    f.weight = norm_weight(m, m->parameters, norm);
-    f.A = last ? shortcut_scale(c) : 1;
+    f.weight = norm_weight(m, m->parameters, norm_at);
+    f.A = shortcut_scale(c);
     // Norm first, x still lacks the GPAS of the sublayer before, if that was norm first too.
-    if (last) f.inp_gate = gate.g;
+    if (norm_last) f.inp_gate = gate.g;
     else if (computes_next_norm(m, i - 1)) f.inp_gate = layer_gate(m, (i - 1) / 2).g;
-    if (!last) f.sum_gate = gate.g;
+    if (!norm_last) f.sum_gate = gate.g;
     f.activation = gate.activation;
     f.stop_grad = gate.stop_grad;
     f.inp = net->activations[i].inp;
     f.sum = net->activations[i].sum;
-    f.rstd = net->activations[norm].rstd;
+    f.normed = net->activations[norm_at].normed;
+    f.rstd = net->activations[norm_at].rstd;
     return f;
 }
 
 /*
-One sublayer of any of the twelve networks, as in train_gpas.c:
+One sublayer of any of the twelve networks, as in train_gpas.c. G is GPAS if it is on:
 
     pre, lns, sandwich    y = G(x + f(norm(x)))       norm first; sandwich: post_norm(f(norm(x)))
     post, deepnorm        y = norm(A G(x) + f(x))     norm last
     mix                   the first L/4 layers norm last, the others norm first
 
-Computes y from x for the positions from `first` to T - 1 of B sequences. x and y (rows,C). After
-the fused kernel the returned array is s where the norm comes first.
+Computes y from x for the positions from `first` to T - 1 of B sequences. x and y (rows,C). Fused,
+it returns s instead of y where the norm comes first.
 */
 template <class real>
 static const real *sublayer_forward(const Model *m, const Network<real> *net, int l, int sub,
                                     const real *x, int first, int B, int T) {
     const Config *c = &m->config;
-    int C = c->C, i = 2 * l + sub, rows = B * (T - first), last = norm_comes_last(c, l);
+    int C = c->C, i = 2 * l + sub, rows = B * (T - first), norm_last = norm_comes_last(c, l);
     size_t n = (size_t)rows * C;
     Activations<real> *a = &net->activations[i];
     LayerParameters<float> w = layer_parameters(m, m->parameters, l);
-    Gate gate = layer_gate(m, l);
     a->inp = x;
-    if (!last && !computes_next_norm(m, i - 1))
+    if (!norm_last && !computes_next_norm(m, i - 1))
         rmsnorm_forward(a->normed, a->rstd, x, w.norm[sub], rows, C);          // norm(x)
-    branch_forward(m, net, l, sub, a->branch, last ? x : a->normed, first, B, T);  // b = f(...)
-    const real *b = a->branch, *z = x;
+    branch_forward(m, net, l, sub, a->branch, norm_last ? x : a->normed, first, B, T);
+    const real *b = a->branch;                                                 // b = f(...)
     if (has_post_norm(c)) {                                                    // b = post_norm(b)
         rmsnorm_forward(net->post_normed, a->post_rstd, b, w.post_norm[sub], rows, C);
         b = net->post_normed;
     }
-    if (m->options->fused) {                                   // s, GPAS and norm in one kernel
+    if (m->options->fused) {                                                   // all three
         Fused<real> f = fused_arguments(m, net, l, sub, rows);
         f.branch = b;
-        f.normed = net->activations[last ? i : i + 1].normed;
         residual_gpas_rmsnorm_forward(f);
-        return a->out = last ? a->normed : a->sum;
+        a->out = norm_last ? a->normed : a->sum;
+    } else if (!norm_last) {
+        residual_forward(a->sum, x, b, 1, n);                                  // s = x + b
+        a->out = a->sum;
+        if (c->gpas) {                                                         // y = GPAS(s)
+            gpas_forward(a->scaled, a->sum, layer_gate(m, l), n);
+            a->out = a->scaled;
+        }
+    } else {
+        if (c->gpas) gpas_forward(a->scaled, x, layer_gate(m, l), n);          // z = GPAS(x)
+        residual_forward(a->sum, c->gpas ? a->scaled : x, b, shortcut_scale(c), n);  // s = A z + b
+        rmsnorm_forward(a->normed, a->rstd, a->sum, w.norm[sub], rows, C);     // y = norm(s)
+        a->out = a->normed;
     }
-    if (last && c->gpas) {                                                     // z = GPAS(x)
-        gpas_forward(a->scaled, x, gate, n);
-        z = a->scaled;
-    }
-    residual_forward(a->sum, z, b, last ? shortcut_scale(c) : 1, n);           // s = A z + b
-    if (last) {                                                                // y = norm(s)
-        rmsnorm_forward(a->normed, a->rstd, a->sum, w.norm[sub], rows, C);
-        return a->out = a->normed;
-    }
-    if (!c->gpas) return a->out = a->sum;
-    gpas_forward(a->scaled, a->sum, gate, n);                                  // y = GPAS(s)
-    return a->out = a->scaled;
+    return a->out;
 }
 
 /*
@@ -1416,39 +1411,39 @@ The same sublayer backwards. Given dy, compute dx. train_gpas.c has the derivati
     norm first    ds = dy,         dg -= a'(g) sum_i s_i dy_i,   dx = ds + norm^T f^T post_norm^T ds
     norm last     ds = norm^T dy,  dz = A ds,  dg -= a'(g) sum_i x_i dz_i,        dx = dz + f^T ds
 
-The gradient of the stream stays in net->dx: it holds dy on entry and dx at the end. But where the
-fused kernel of the sublayer before will add the branch's contribution, net->dx ends as ds or dz.
-A fused kernel always adds what is in dfinp, so we set that to 0 where it has been added already.
+The gradient of the stream stays in one array, dx: it holds dy on entry and dx at the end, when it
+is returned. If the fused kernel of sublayer i - 1 adds dfinp to it, it ends as ds or dz. If not, we
+add the branch here, and set dfinp to 0, because every fused kernel adds dfinp.
 */
 template <class real>
-static void sublayer_backward(const Model *m, const Network<real> *net, int l, int sub, int B,
-                              int T) {
+static real *sublayer_backward(const Model *m, const Network<real> *net, int l, int sub, real *dx,
+                               int B, int T) {
     const Config *c = &m->config;
-    int C = c->C, i = 2 * l + sub, N = B * T, last = norm_comes_last(c, l);
+    int C = c->C, i = 2 * l + sub, N = B * T, norm_last = norm_comes_last(c, l);
     size_t n = (size_t)N * C;
     LayerParameters<float> w = layer_parameters(m, m->parameters, l);
     LayerParameters<float> d = layer_parameters(m, m->gradients, l);
     const Activations<real> *a = &net->activations[i];
-    const real *x = a->inp, *finp = last ? x : a->normed;                      // the input of f
-    real *dx = net->dx, *db = last ? net->dsum : dx;                           // db = ds
+    const real *x = a->inp, *finp = norm_last ? x : a->normed;  // finp: the input of f
+    real *db = norm_last ? net->dsum : dx;                      // db = ds
     float *dgate = c->gate_train ? d.gate : NULL;
-    Gate gate = layer_gate(m, l);
     if (m->options->recompute && l < c->L - 1)  // the arrays of the last layer are still there
         branch_forward<real>(m, net, l, sub, NULL, finp, 0, B, T);
-    if (m->options->fused) {                                   // ds and dg, norm last dz
+    if (m->options->fused) {                                    // dg; ds; norm last: dz
         Fused<real> f = fused_arguments(m, net, l, sub, N);
         f.dfinp = net->dfinp;
         f.dx = dx;
         f.dsum = net->dsum;
-        f.dweight = norm_weight(m, m->gradients, last ? i : i + 1);
+        f.dweight = norm_weight(m, m->gradients, norm_last ? i : i + 1);
         f.dgate = dgate;
-        residual_gpas_rmsnorm_backward(f, last);
+        residual_gpas_rmsnorm_backward(f, norm_last);
     } else {
-        if (last) {
+        if (norm_last) {
             rmsnorm_backward(db, d.norm[sub], dx, a->sum, w.norm[sub], a->rstd, N, C);
             residual_backward(dx, db, shortcut_scale(c), n);                   // dz = A ds
         }
-        if (c->gpas) gpas_backward(dx, dgate, dx, last ? x : a->sum, gate, n);
+        if (c->gpas)                                                           // dg; ds or dz stays
+            gpas_backward(dx, dgate, dx, norm_last ? x : a->sum, layer_gate(m, l), n);
     }
     if (has_post_norm(c)) {                                                    // post_norm^T ds
         rmsnorm_backward(net->dbranch, d.post_norm[sub], db, a->branch, w.post_norm[sub],
@@ -1456,14 +1451,15 @@ static void sublayer_backward(const Model *m, const Network<real> *net, int l, i
         db = net->dbranch;
     }
     branch_backward(m, net, l, sub, net->dfinp, db, finp, B, T);               // dfinp = f^T db
-    if (completes_dx(m, i - 1)) return;
-    if (last) {
-        scale(dx, net->dfinp, 1, 1, n);                                        // dz + dfinp
+    if (adds_next_branch(m, i - 1)) return dx;
+    if (norm_last) {
+        residual_forward(dx, dx, net->dfinp, 1, n);                            // dz + dfinp
     } else {
         rmsnorm_backward(net->dx_branch, d.norm[sub], net->dfinp, x, w.norm[sub], a->rstd, N, C);
-        scale(dx, net->dx_branch, 1, 1, n);                                    // ds + norm^T dfinp
+        residual_forward(dx, dx, net->dx_branch, 1, n);                        // ds + norm^T dfinp
     }
     CUDA_CHECK(cudaMemset(net->dfinp, 0, n * sizeof(real)));
+    return dx;
 }
 
 // Computes the output of the final norm for the positions from `first` to T - 1 of B sequences,
@@ -1478,18 +1474,18 @@ static void network_forward(Model *m, const Network<real> *net, int first, int B
         x = sublayer_forward(m, net, l, 0, x, first, B, T);
         x = sublayer_forward(m, net, l, 1, x, first, B, T);
     }
-    Activations<real> *final = &net->activations[2 * L];
+    Activations<real> *end = &net->activations[2 * L];
     if (!computes_next_norm(m, 2 * L - 1))
-        rmsnorm_forward(final->normed, final->rstd, x, norm_weight(m, m->parameters, 2 * L), rows,
-                        C);
+        rmsnorm_forward(end->normed, end->rstd, x, norm_weight(m, m->parameters, 2 * L), rows, C);
     m->first = first;
-    m->differentiated = 0;
+    m->backward_begun = 0;
 }
 
 // Computes the logits and losses of N tokens, part by part. Whatever needs the logits must be done
 // before the next part takes their place. So while `learning`, the backward pass through the output
-// matrix begins here, as if the weight of each loss were 1. It leaves the gradient of final_normed
-// in net->dfinp and that of the output matrix in m->doutput; network_backward() scales them.
+// matrix begins here. The weight of the losses is not known yet, so it is taken to be 1.
+// network_backward() multiplies the results by it: net->dfinp, the gradient of the final norm's
+// output, and m->doutput, that of the output matrix.
 template <class real>
 static void output_forward(Model *m, const Network<real> *net, int N, int learning) {
     int C = m->config.C, V = m->config.V, rows = logit_rows(N);
@@ -1501,88 +1497,89 @@ static void output_forward(Model *m, const Network<real> *net, int N, int learni
         const real *x = final_normed + (size_t)n * C;
         real *dx = net->dfinp + (size_t)n * C;
         matmul_forward(net->logits, x, output, part, C, m->V);
-        crossentropy(m->losses + n, m->logits_lse + n, net->logits, m->targets + n, learning, part,
-                     V, m->V);
+        crossentropy(m->losses + n, m->logits_lse + n, net->logits, m->targets + n,
+                     learning ? 1 : 0, part, V, m->V);
         if (learning) matmul_backward(dx, m->doutput, net->logits, x, output, part, C, m->V);
     }
-    m->differentiated = learning;
+    m->backward_begun = learning;
 }
 
-// The backward pass from the losses, each with weight `weight`, to the embedding.
+// The backward pass from the losses, each with weight `scale`, to the embedding.
 template <class real>
-static void network_backward(Model *m, const Network<real> *net, float weight, int B, int T) {
+static void network_backward(Model *m, const Network<real> *net, float scale, int B, int T) {
     int C = m->config.C, V = m->config.V, L = m->config.L, N = B * T;
     size_t n = (size_t)N * C;
-    if (!m->differentiated) output_forward(m, net, N, 1);
-    m->differentiated = 0;  // dfinp is about to change
-    scale(net->dfinp, net->dfinp, weight, 0, n);
-    scale(parameter(m, m->gradients, OUTPUT, -1), m->doutput, weight, 1, (size_t)m->V * C);
-    real *nothing = net->dx;  // a fused kernel will add norm^T dfinp to it
-    if (!completes_dx(m, 2 * L - 1)) {
-        rmsnorm_backward(net->dx, norm_weight(m, m->gradients, 2 * L), net->dfinp,
+    real *dx = net->dx;
+    if (!m->backward_begun) output_forward(m, net, N, 1);
+    m->backward_begun = 0;  // dfinp is about to change
+    scale_array(net->dfinp, net->dfinp, scale, 0, n);
+    scale_array(parameter(m, m->gradients, OUTPUT, -1), m->doutput, scale, 1, (size_t)m->V * C);
+    if (adds_next_branch(m, 2 * L - 1)) {
+        CUDA_CHECK(cudaMemset(dx, 0, n * sizeof(real)));  // the fused kernel adds to it
+    } else {
+        rmsnorm_backward(dx, norm_weight(m, m->gradients, 2 * L), net->dfinp,
                          net->activations[2 * L - 1].out, norm_weight(m, m->parameters, 2 * L),
                          net->activations[2 * L].rstd, N, C);
-        nothing = net->dfinp;
+        CUDA_CHECK(cudaMemset(net->dfinp, 0, n * sizeof(real)));  // it is in dx now
     }
-    CUDA_CHECK(cudaMemset(nothing, 0, n * sizeof(real)));
     for (int l = L - 1; l >= 0; l--) {
-        sublayer_backward(m, net, l, 1, B, T);
-        sublayer_backward(m, net, l, 0, B, T);
+        dx = sublayer_backward(m, net, l, 1, dx, B, T);
+        dx = sublayer_backward(m, net, l, 0, dx, B, T);
     }
-    embedding_backward(parameter(m, m->gradients, EMBEDDING, -1), net->dx, m->positions, m->starts,
-                       V, C);
+    embedding_backward(parameter(m, m->gradients, EMBEDDING, -1), dx, m->positions, m->starts, V,
+                       C);
 }
 
-// Sorts the positions 0 .. N-1 by their token, those of one token in order. positions (N); starts
-// (V+1): where each token's positions begin.
+// Sorts the positions 0 .. N-1 by token, by counting; those of one token stay in order. positions
+// (N); starts (V+1): where the positions of each token begin.
 static void sort_by_token(int *positions, int *starts, const int *tokens, int N, int V) {
     memset(starts, 0, (V + 1) * sizeof(int));
-    for (int n = 0; n < N; n++) starts[tokens[n] + 1]++;
-    for (int v = 0; v < V; v++) starts[v + 1] += starts[v];
-    for (int n = 0; n < N; n++) positions[starts[tokens[n]]++] = n;
-    memmove(starts + 1, starts, V * sizeof(int));  // each start has moved to the next token's
-    starts[0] = 0;
+    for (int n = 0; n < N; n++) starts[tokens[n]]++;
+    for (int v = 0; v < V; v++) starts[v + 1] += starts[v];  // now each is the end of its token
+    for (int n = N - 1; n >= 0; n--) positions[--starts[tokens[n]]] = n;
 }
 
-// Computes the positions from `first` to T - 1 of B sequences, and returns their mean loss if
-// targets is not NULL. tokens, targets (rows), on the host.
-static double forward(Model *m, const int *tokens, const int *targets, int first, int B, int T) {
+// Runs the network on the positions from `first` to T - 1 of B sequences. With targets, it writes
+// their losses to m->host_losses. tokens, targets (rows), on the host.
+static void forward(Model *m, const int *tokens, const int *targets, int first, int B, int T) {
     int rows = B * (T - first);
-    double sum = 0;
     upload(m->tokens, tokens, rows);
     with_network(m, [&](auto *net) { network_forward(m, net, first, B, T); });
-    if (!targets) return 0;
+    if (!targets) return;
     upload(m->targets, targets, rows);
     with_network(m, [&](auto *net) { output_forward(m, net, rows, m->learning); });
     // The host sorts while the GPU computes. The next copy waits for the GPU.
     if (m->gradients) sort_by_token(m->host_positions, m->host_starts, tokens, rows, m->config.V);
     CUDA_CHECK(cudaMemcpy(m->host_losses, m->losses, rows * sizeof(float), cudaMemcpyDeviceToHost));
-    for (int n = 0; n < rows; n++) sum += m->host_losses[n];
-    return sum / rows;
+}
+
+static double mean(const float *x, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i];
+    return sum / n;
 }
 
 double model_forward(Model *m, const int *tokens, const int *targets, int B, int T) {
-    return forward(m, tokens, targets, 0, B, T);
+    forward(m, tokens, targets, 0, B, T);
+    return targets ? mean(m->host_losses, B * T) : 0;
 }
 
 // As in train_gpas.c, the keys and values of the positions before `first` are still in qkv.
 double model_extend(Model *m, const int *tokens, const int *targets, int first, int T) {
     int from = m->keeps_keys ? first : 0;
-    double loss = forward(m, tokens + from, targets ? targets + from : NULL, from, 1, T), sum = 0;
-    if (!targets || from == first) return loss;
-    for (int t = first; t < T; t++) sum += m->host_losses[t];
-    return sum / (T - first);
+    forward(m, tokens + from, targets ? targets + from : NULL, from, 1, T);
+    return targets ? mean(m->host_losses + first - from, T - first) : 0;
 }
 
-// tokens and targets are not needed: the positions have been sorted by token, and the targets are
-// on the GPU.
+// It does not need tokens and targets, because forward() has sorted the positions by token, and the
+// targets are on the GPU.
 void model_backward(Model *m, const int *, const int *, int B, int T, double scale) {
     upload(m->positions, m->host_positions, (size_t)B * T);
     upload(m->starts, m->host_starts, m->config.V + 1);
     with_network(m, [&](auto *net) { network_backward(m, net, (float)scale, B, T); });
 }
 
-// The logits of one row are computed again when they are asked for.
+// Computes the logits of one row again: only those of the last part are still in memory.
 template <class real> static void logits_of(const Model *m, const Network<real> *net, int row) {
     int C = m->config.C;
     real *rounded = (real *)(m->host_logits + m->V);  // on the host
@@ -1605,36 +1602,33 @@ void zero_gradients(Model *m) {
 void layer_state(Model *m, int l, int B, int T, double variances[2], double *gate) {
     size_t n = (size_t)B * T * m->config.C;
     Gate g = layer_gate(m, l);
-    float value;
-    *gate = NAN;
+    float value = NAN, scale = 1;  // if `out` is s, GPAS has not scaled it yet
+    if (g.g) CUDA_CHECK(cudaMemcpy(&value, g.g, sizeof value, cudaMemcpyDeviceToHost));
+    if (g.g && computes_next_norm(m, 2 * l)) scale = 1 - gate_value(value, g.activation);
     with_network(m, [&](auto *net) {
-        for (int s = 0; s < 2; s++) variances[s] = variance(net->activations[2 * l + s].out, n);
+        for (int s = 0; s < 2; s++)
+            variances[s] = variance(net->activations[2 * l + s].out, n) * scale * scale;
     });
-    if (!g.g) return;
-    CUDA_CHECK(cudaMemcpy(&value, g.g, sizeof value, cudaMemcpyDeviceToHost));
     *gate = value;
-    if (!computes_next_norm(m, 2 * l)) return;
-    for (int s = 0; s < 2; s++)  // `out` is the sum, which GPAS has not scaled yet
-        variances[s] *= pow(1 - gate_value(value, g.activation), 2);
 }
 
 /* ------------------------------------------------------------------------------------------------
 4. AdamW
 
-The tensors lie in one array, and one kernel updates all of them: a launch for each tensor would
-take longer than the update of a small one. They are cut into chunks of at most CHUNK numbers, none
-across two tensors, and each block takes a chunk.
+The tensors lie in one array, and one kernel updates all of them, because a launch takes longer than
+the update of a small tensor. They are cut into chunks of at most CHUNK numbers, none of which spans
+two tensors, and each block takes a chunk.
 */
 
 typedef struct {
     float lr, beta1, beta2, eps, weight_decay;
-    float clip, gate_clip;     // factors for the gradient, of all but gates and of gates
+    float clip, gate_clip;     // factors for the gradient, the second one for gates
     float unbias_m, unbias_v;  // 1 / (1 - beta1^t), 1 / (1 - beta2^t)
     int train_gates;
 } AdamW;
 
-// The update of train_gpas.c. weights: the copy for matrix products, rounded to `real`; in fp32
-// the same array as p.
+// Makes the update of train_gpas.c. weights: the copy for matrix products, rounded to `real`; in
+// fp32 it is the same array as p.
 template <class real>
 __global__ void adamw_kernel(real *weights, float *p, const float *grad, float *m, float *v,
                              const Chunk *chunks, AdamW adam) {
@@ -1666,7 +1660,7 @@ static void adamw_update(real *weights, float *p, const float *grad, float *m, f
     LAUNCH_CHECK();
 }
 
-// squares[chunk] = the sum of the squares of its gradients.
+// Computes squares[i], the sum of the squared gradients in chunk i.
 __global__ void squares_kernel(float *squares, const float *grad, const Chunk *chunks) {
     Chunk chunk = chunks[blockIdx.x];
     float sum = 0;
@@ -1701,8 +1695,10 @@ void model_update(Model *m, int step, double grad_norm, double gate_norm) {
     const Options *o = m->options;
     double clip, gate_clip;
     clip_factors(o, grad_norm, gate_norm, &clip, &gate_clip);
-    AdamW adam = {(float)learning_rate(o, step), 0.9f, 0.999f, 1e-8f, (float)o->weight_decay,
-                  (float)clip, (float)gate_clip, 0, 0, m->config.gate_train};
+    AdamW adam = {.lr = (float)learning_rate(o, step), .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f,
+                  .weight_decay = (float)o->weight_decay, .clip = (float)clip,
+                  .gate_clip = (float)gate_clip, .unbias_m = 0, .unbias_v = 0,
+                  .train_gates = m->config.gate_train};
     with_network(m, [&](auto *net) {
         adamw_update(net->weights, m->parameters, m->gradients, m->adam_m, m->adam_v, m->chunks,
                      m->layout.num_chunks, adam, step + 1);

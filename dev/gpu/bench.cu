@@ -51,7 +51,7 @@ template <class real> static double matrix_rate(void) {
     CUDA_CHECK(cudaMemcpy(random, host, n * sizeof(float), cudaMemcpyHostToDevice));
     for (int i = 0; i < 3; i++) {
         CUDA_CHECK(cudaMalloc((void **)&matrix[i], n * sizeof(real)));
-        scale(matrix[i], random, 1, 0, n);
+        scale_array(matrix[i], random, 1, 0, n);
     }
     for (int i = 0; i < 6; i++) {
         wait_for_gpu();
@@ -122,7 +122,7 @@ static void time_products(Model *m, const Network<bf16> *net, int N) {
         time_kernel(name, L, [&] { matmul_forward(p.out, p.inp, p.weight, N, p.C, p.OC); });
         snprintf(name, sizeof name, "matmul_backward %s", p.name);
         time_kernel(name, L, [&] {
-            matmul_backward(net->dhidden, p.dweight, net->dwide, p.inp, p.weight, N, p.C, p.OC);
+            matmul_backward(net->dhidden, p.dweight, net->dqkv, p.inp, p.weight, N, p.C, p.OC);
         });
     }
     const bf16 *output = parameter(m, net->weights, OUTPUT, -1);
@@ -180,22 +180,22 @@ static void time_backward(Model *m, const Network<bf16> *net, int B, int T) {
     float *doutput = parameter(m, m->gradients, OUTPUT, -1);
     Fused<bf16> fused = fused_example(m, net, N);
     double *layers = (double *)allocate(L, sizeof(double)), gate_norm;
-    time_kernel("scale: two gradients", 1, [&] {
-        scale(net->dfinp, net->dfinp, 1, 0, (size_t)N * C);
-        scale(doutput, m->doutput, 1, 1, (size_t)m->V * C);
+    time_kernel("scale_array: two gradients", 1, [&] {
+        scale_array(net->dfinp, net->dfinp, 1, 0, (size_t)N * C);
+        scale_array(doutput, m->doutput, 1, 1, (size_t)m->V * C);
     });
     time_kernel("residual_gpas_rmsnorm_backward", 2 * L, [&] {
         residual_gpas_rmsnorm_backward(fused, 0);
     });
     time_kernel("swiglu_backward", L, [&] {
-        swiglu_backward(net->dwide, net->dhidden, ffn->pre_act, N, H);
+        swiglu_backward(net->dpre_act, net->dhidden, ffn->pre_act, N, H);
     });
     time_kernel("attention_backward", L, [&] {
-        attention_backward(net->dwide, net->dhidden, attention->hidden, attention->lse,
+        attention_backward(net->dqkv, net->dhidden, attention->hidden, attention->lse,
                            attention->qkv, B, T, C, NH);
     });
     time_kernel("rope_backward", L, [&] {
-        rope_backward(net->dwide, m->rope_table, B, T, C, C / NH);
+        rope_backward(net->dqkv, m->rope_table, B, T, C, C / NH);
     });
     time_kernel("embedding_backward", 1, [&] {
         embedding_backward(dembedding, net->dx, m->positions, m->starts, m->config.V, C);
@@ -221,9 +221,9 @@ static void time_unfused(Model *m, const Network<bf16> *net, int N) {
         gpas_forward(y, f.sum, gate, n);
         rmsnorm_forward(f.normed, f.rstd, y, f.weight, N, C);
     });
-    time_kernel("rmsnorm_backward, scale, gpas_backward", 2 * L, [&] {
+    time_kernel("rmsnorm_backward, residual_forward, gpas_backward", 2 * L, [&] {
         rmsnorm_backward(net->dx_branch, f.dweight, net->dfinp, y, f.weight, f.rstd, N, C);
-        scale(f.dx, net->dx_branch, 1, 1, n);
+        residual_forward(f.dx, f.dx, net->dx_branch, 1, n);
         gpas_backward(f.dx, f.dgate, f.dx, f.sum, gate, n);
     });
 }

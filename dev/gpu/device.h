@@ -1,5 +1,6 @@
 // device.h: defines bf16; CUDA_CHECK, LAUNCH_CHECK, open_device, scratch; Pack, load, store,
-// with_width, threads_for, blocks_for; upload, scale, variance; warp_sum, warp_max, block_sum,
+// with_width, threads_for, blocks_for; thread_index, grid_threads;
+// upload, scale_array, variance; warp_sum, warp_max, block_sum,
 // block_max: what all kernels are built from.
 #ifndef DEVICE_H
 #define DEVICE_H
@@ -16,8 +17,8 @@
 typedef __nv_bfloat16 bf16;  // converts from and to float; to bf16 it rounds to the nearest
 
 // ------------------------------------------------------------------------------------------------
-// Errors. A function of CUDA returns a code. A launch returns nothing, so LAUNCH_CHECK() after it
-// asks whether it was possible. An error inside a kernel is only reported by a later call.
+// Errors. A CUDA function returns an error code. A launch returns nothing, so LAUNCH_CHECK() after
+// it gets the code. An error inside a kernel is only reported by a later call.
 
 #define CUDA_CHECK(call) cuda_check(call, __FILE__, __LINE__)
 #define LAUNCH_CHECK() CUDA_CHECK(cudaGetLastError())
@@ -32,7 +33,7 @@ static inline void open_device(void) {
     cudaError_t error = cudaGetDeviceCount(&devices);
     if (error != cudaSuccess || devices == 0)
         die("no CUDA device (%s); ./train_gpas trains on the CPU",
-            error != cudaSuccess ? cudaGetErrorString(error) : "none is there");
+            error != cudaSuccess ? cudaGetErrorString(error) : "none was found");
     cudaDeviceProp device;
     CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
     if (device.major < 8)
@@ -41,8 +42,8 @@ static inline void open_device(void) {
     CUDA_CHECK(cudaSetDevice(0));
 }
 
-// Returns GPU memory for n floats that a function and its kernels use until the function is called
-// again, or another one calls scratch(): launches run one after another.
+// Returns GPU memory for n floats, valid until the next call of scratch(). That call may come
+// before the kernels that use it have run, because they run in order.
 static inline float *scratch(size_t n) {
     static float *memory;
     static size_t size;
@@ -60,7 +61,7 @@ static inline float *scratch(size_t n) {
 
 template <class real, int W> struct alignas(W * sizeof(real)) Pack { real x[W]; };
 
-// Loads W numbers as floats. `from` must be a multiple of the size of a pack.
+// Loads W numbers as floats. `from` must be aligned to the size of a pack.
 template <class real, int W> __device__ inline void load(float (&to)[W], const real *from) {
     Pack<real, W> pack = *(const Pack<real, W> *)from;
     for (int k = 0; k < W; k++) to[k] = pack.x[k];
@@ -73,14 +74,18 @@ template <class real, int W> __device__ inline void store(real *to, const float 
     *(Pack<real, W> *)to = pack;
 }
 
-// Calls launch(W) with the number of neighbours that each thread shall load at once, for rows of n
-// numbers: as many as 16 bytes hold, or 1 if n is no multiple of that. W can be a template argument
-// of a kernel.
+// Calls launch(W), where W is how many numbers a thread loads at once from rows of n numbers: as
+// many as 16 bytes hold, or 1 if n is not a multiple of that. W is a constant, so it can be a
+// template argument of a kernel.
 template <class real, class Launch> static inline void with_width(size_t n, Launch launch) {
     constexpr int wide = 16 / sizeof(real);
     if (n % wide == 0) launch(std::integral_constant<int, wide>());
     else launch(std::integral_constant<int, 1>());
 }
+
+// Returns the index of this thread in the grid, and how many threads the grid has.
+__device__ inline size_t thread_index() { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
+__device__ inline size_t grid_threads() { return (size_t)gridDim.x * blockDim.x; }
 
 // Returns n rounded up to whole warps, at most `most`.
 static inline int threads_for(int n, int most) { return imin(most, (n + 31) / 32 * 32); }
@@ -98,31 +103,32 @@ template <class number> static inline void upload(number *device, const number *
     CUDA_CHECK(cudaMemcpy(device, host, n * sizeof(number), cudaMemcpyHostToDevice));
 }
 
-// y = factor x, or y += factor x. y, x (n).
+// Computes y = factor x, or y += factor x. y, x (n).
 template <class to, class from>
 __global__ void scale_kernel(to *y, const from *x, float factor, int accumulate, size_t n) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    size_t i = thread_index();
     if (i < n) y[i] = factor * (float)x[i] + (accumulate ? (float)y[i] : 0);
 }
 
 template <class to, class from>
-static void scale(to *y, const from *x, float factor, int accumulate, size_t n) {
+static void scale_array(to *y, const from *x, float factor, int accumulate, size_t n) {
     scale_kernel<to, from><<<blocks_for(n, 256), 256>>>(y, x, factor, accumulate, n);
     LAUNCH_CHECK();
 }
 
 // ------------------------------------------------------------------------------------------------
-// Sums and maxima that all lanes of a warp, or all threads of a block, get.
+// Sums and maxima, whose result all lanes of a warp, or all threads of a block, receive.
 
 // Each step adds the number of the lane whose index differs in one bit. After step 1 each pair of
-// lanes has its sum, after step 2 each four, after step 16 the whole warp.
-template <class number> __device__ inline number warp_sum(number x) {
-    for (int step = 1; step < 32; step *= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+// lanes has its sum, after step 2 each four, after step 16 the whole warp. With lanes = 4 each
+// group of four neighbours gets a sum of its own.
+template <class number> __device__ inline number warp_sum(number x, int lanes = 32) {
+    for (int step = 1; step < lanes; step *= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
     return x;
 }
 
-__device__ inline float warp_max(float x) {
-    for (int step = 1; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
+__device__ inline float warp_max(float x, int lanes = 32) {
+    for (int step = 1; step < lanes; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
     return x;
 }
 
@@ -150,15 +156,17 @@ __device__ inline float block_max(float x) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The variance of an array, for layers.csv. In double, because it is a small difference.
+// The variance of an array, for layers.csv. It is computed in double, because it is a small
+// difference of large sums.
 
-// sums[block] = {sum of x, sum of x^2} over the block's part of x (n).
 enum { MOMENT_BLOCKS = 256 };
+
+// Writes the sums of x and of x^2 over this block's part of x (n) to sums[blockIdx.x].
 template <class real>
 __global__ void moments_kernel(Pack<double, 2> *sums, const real *x, size_t n) {
     double sum = 0, square = 0;
-    size_t first = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    for (size_t i = first; i < n; i += (size_t)gridDim.x * blockDim.x) {
+    size_t start = thread_index(), step = grid_threads();
+    for (size_t i = start; i < n; i += step) {
         double value = (float)x[i];
         sum += value;
         square += value * value;

@@ -55,7 +55,7 @@ def kernels(C, H, L, NH, B, T):
              ("matmul_forward output", 1, *matmul(N, C, V)),
              ("crossentropy", 1, 0, 4 * N * V),
              ("matmul_backward output", 1, *matmul_backward(N, C, V, 4)),
-             ("scale: two gradients", 1, 0, 2 * x + 12 * V * C),
+             ("scale_array: two gradients", 1, 0, 2 * x + 12 * V * C),
              ("residual_gpas_rmsnorm_backward", 2 * L, 0, 4 * x)]
     rows += [("matmul_backward " + p[0], L, *matmul_backward(*p[1:])) for p in products]
     # Two kernels, and both compute S and dP. The first loads q, k, v, dout and out, and stores dq.
@@ -73,7 +73,7 @@ def unfused(C, L, B, T):
     """The same rows of what --fused off runs in place of the two fused kernels."""
     x = 2 * B * T * C
     return [("residual_forward, gpas_forward, rmsnorm_forward", 2 * L, 0, 7 * x),
-            ("rmsnorm_backward, scale, gpas_backward", 2 * L, 0, 9 * x)]
+            ("rmsnorm_backward, residual_forward, gpas_backward", 2 * L, 0, 9 * x)]
 
 
 def add_floor(o, row):

@@ -1,6 +1,6 @@
 // tiles.h: defines WARPS, THREADS, ROWS, MAX_HEAD, with_head; Rows, Operand, Accumulator, Tile;
 // load_rows, store_rows, load_tile, load_numbers; multiply_transposed, multiply_add; row_of,
-// column_of, dot_rows, group_sum, group_max. All code that is written for tensor cores and
+// column_of, dot_rows. All code that is written for tensor cores and
 // asynchronous copies is here.
 //
 // Attention multiplies small matrices. A warp computes 16 rows of a product and keeps them in its
@@ -222,18 +222,6 @@ __device__ inline void multiply_add(Accumulator<HS> &sum, const Accumulator<K> &
 
 // ---- Sums over rows.
 
-// Returns the sum of x over the four lanes of a group.
-__device__ inline float group_sum(float x) {
-    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
-}
-
-// Returns the largest x of the four lanes of a group.
-__device__ inline float group_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
-}
-
 // Computes dot[half], the dot product of row row_of(half) of x with that of y.
 template <class real, int HS>
 __device__ inline void dot_rows(float (&dot)[2], const Operand<real, HS> &x,
@@ -245,6 +233,6 @@ __device__ inline void dot_rows(float (&dot)[2], const Operand<real, HS> &x,
                 dot[part % 2] += (float)x.a[k][part].x[i] * (float)y.a[k][part].x[i];
         }
     }
-    for (int half = 0; half < 2; half++) dot[half] = group_sum(dot[half]);
+    for (int half = 0; half < 2; half++) dot[half] = warp_sum(dot[half], 4);
 }
 #endif

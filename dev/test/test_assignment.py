@@ -63,8 +63,9 @@ KERNELS = [
     ("adamw", "x -= adam.lr", "x += adam.lr", "sign"),
     ("residual_gpas_rmsnorm", "inp_scale * x[k] + b[k]", "x[k] + b[k]", "inp_gate")]
 MORE_KERNELS = [
-    ("gpas", "i += threads) {\n        float dy", "i += blockDim.x) {\n        float dy", "race"),
-    ("residual", "scale(dshortcut, dout, A, 0, n)", "scale(dshortcut, dout, A, 1, n)", r"\+="),
+    ("gpas", "i += step) {\n        float dy", "i += blockDim.x) {\n        float dy", "race"),
+    ("residual", "scale_array(dshortcut, dout, A, 0, n)",
+     "scale_array(dshortcut, dout, A, 1, n)", r"\+="),
     ("embedding", "c < C; i += 8)", "c < C; i += 16)", "right in: .*no token twice"),
     ("rmsnorm", "x, w, rstd[n], C)", "x, w, rstd[0], C)", "r of row 0"),
     ("rope", "table + (size_t)(blockIdx.x % T) * hs", "table + (size_t)blockIdx.x * hs",
