@@ -847,8 +847,8 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
     constexpr int COLS = HS == 128 ? 16 : sizeof(real) == 2 ? 64 : 32;
     __shared__ Tile<real, HS> queries[2][COLS];
     __shared__ Tile<real, HS> dys[2][COLS];
-    __shared__ float lses[2][COLS];
-    __shared__ float deltas[2][COLS];
+    __shared__ float lse_delta[2][2][COLS];
+    static_assert(2 * COLS <= THREADS, "each thread copies one number of lse or delta");
     int T = shape.T, C = shape.C;
     int block_s0 = blockIdx.x % shape.head_blocks * ROWS, s0 = block_s0 + threadIdx.x / 32 * 16;
     Rows<const real> q = head_of(qkv, T, 3 * C, shape), dy = head_of(dout, T, C, shape);
@@ -858,21 +858,21 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
     Operand<real, HS> warp_k, warp_v;
     Accumulator<16> S, dS;
     Accumulator<HS> dk = {}, dv = {};
-    auto load_queries = [&](int t) {  // starts copying what belongs to the queries from t on
-        int to = t / COLS % 2;
+    auto load_queries = [&](int t, int to) {  // starts to copy what belongs to queries from t on
         load_tile(queries[to], q, t);
         load_tile(dys[to], dy, t);
-        load_numbers(lses[to], lse + head_row, t, T);
-        load_numbers(deltas[to], delta + head_row, t, T);
+        int i = threadIdx.x % COLS, which = threadIdx.x / COLS;
+        const float *from = (which ? delta : lse) + head_row + min(t + i, T - 1);
+        if (which < 2) copy_async<4>(&lse_delta[to][which][i], from, t + i < T);
     };
     load_rows(warp_k, k, s0);
     load_rows(warp_v, v, s0);
-    load_queries(block_s0);
-    for (int t0 = block_s0; t0 < T; t0 += COLS) {  // no earlier query sees one of these keys
-        int now = t0 / COLS % 2;
+    load_queries(block_s0, 0);
+    int now = 0;
+    for (int t0 = block_s0; t0 < T; t0 += COLS, now ^= 1) {  // no earlier query sees these keys
         cp_async_wait_all();
         __syncthreads();
-        if (t0 + COLS < T) load_queries(t0 + COLS);
+        if (t0 + COLS < T) load_queries(t0 + COLS, now ^ 1);
         if (s0 >= T) continue;
         for (int c = 0; c < COLS; c += 16) {  // besides dk and dv, registers hold 16 queries
             if (t0 + c + 16 <= s0) continue;  // none of them sees a key of this warp
@@ -882,8 +882,8 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
             for (int j = 0; j < 2; j++) {
                 for (int i = 0; i < 4; i++) {
                     int t = c + column_of(j, i);
-                    softmax_backward(S.d[j][i], dS.d[j][i], shape.scale, lses[now][t],
-                                     deltas[now][t]);
+                    softmax_backward(S.d[j][i], dS.d[j][i], shape.scale, lse_delta[now][0][t],
+                                     lse_delta[now][1][t]);
                 }
             }
             multiply_add(dv, S, dys[now] + c);                 // dV += P^T dY

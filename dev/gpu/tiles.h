@@ -1,7 +1,6 @@
 // tiles.h: defines WARPS, THREADS, ROWS, MAX_HEAD, with_head; Rows, Operand, Accumulator, Tile;
-// load_rows, store_rows, load_tile, load_numbers; multiply_transposed, multiply_add; row_of,
-// column_of, dot_rows. All code that is written for tensor cores and
-// asynchronous copies is here.
+// load_rows, store_rows, load_tile, copy_async; multiply_transposed, multiply_add; row_of,
+// column_of, dot_rows. All code that is written for tensor cores and asynchronous copies is here.
 //
 // Attention multiplies small matrices. A warp computes 16 rows of a product and keeps them in its
 // registers. The left-hand operand is in registers too; the right-hand operand is a tile in shared
@@ -152,14 +151,6 @@ __device__ inline void load_tile(Tile<real, HS> (&tile)[COLS], Rows<const real> 
             from += STEP * rows.stride;
         }
     }
-}
-
-// Starts to copy COLS numbers, from x[t0] on. Those from x[count] on become 0.
-template <int COLS>
-__device__ inline void load_numbers(float (&to)[COLS], const float *x, int t0, int count) {
-    static_assert(COLS <= THREADS, "each thread copies one number");
-    int i = threadIdx.x;
-    if (i < COLS) copy_async<4>(&to[i], x + t0 + i, i < count - t0);
 }
 
 // ---- Products.
