@@ -535,7 +535,8 @@ static void dump_weights(Model *m) {
     model_restore(m);
 }
 
-// Compares a network with the dump: its logits, its loss, every gradient, ten steps of AdamW. A
+// Compares a network with the dump: its logits, its loss, every gradient, ten steps of AdamW. The
+// backward pass begins with the last tensor, so the first wrong one tells which layer is wrong. A
 // gate's gradient may cancel, so its error counts in relation to what is summed.
 static void test_network(const char *scheme, const char *kind, const char *options) {
     enum { B = 2, T = 6 };
@@ -555,7 +556,8 @@ static void test_network(const char *scheme, const char *kind, const char *optio
         losses[t] = (float)step(&m, t, tokens, targets, B, T);
         if (t > 0) continue;
         Snapshot s = model_snapshot(&m);
-        for (const Tensor *w = s.list.tensors; w < s.list.tensors + s.list.count; w++) {
+        for (int i = s.list.count - 1; i >= 0; i--) {
+            const Tensor *w = &s.list.tensors[i];
             int gate = w->kind == GATE;
             double scale = gate ? part(of, "gate_scale", NULL, NULL)[w->layer] : 0;
             snprintf(name, sizeof name, "grad.%s", w->name);
@@ -869,7 +871,11 @@ static void test_gradient_norms(void) {
     Options o;
     Model m;
     double norms[2], gate_norm, squares[2] = {0, 0}, gates = 0;
-    rule_model(&m, &o, "");
+    rule_model(&m, &o, "--norm post");
+    large_parameters(&m);  // so that the gates' part of the whole gradient is not too small to see
+    zero_gradients(&m);
+    model_forward(&m, rule_tokens, rule_tokens, RULE_B, RULE_T);
+    model_backward(&m, rule_tokens, rule_tokens, RULE_B, RULE_T, 1.0 / (RULE_B * RULE_T));
     double norm = gradient_norms(&m, norms, &gate_norm);
     Snapshot s = model_snapshot(&m);
     for (const Tensor *t = s.list.tensors; t < s.list.tensors + s.list.count; t++) {
@@ -888,14 +894,15 @@ static void test_gradient_norms(void) {
     model_free(&m);
 }
 
-// In the first update Adam's m becomes a tenth of the clipped gradient, so m shows the factor.
+// In the first update Adam's m becomes a tenth of the clipped gradient, and v a thousandth of its
+// square. So both show the factor.
 static void test_clipping(double norm, double gate_norm, double clip, double gate_clip) {
     Options o;
     Model m;
-    char name[100];
+    char name[120];
     rule_model(&m, &o, "--grad-clip 1 --gate-clip 0.01");
     size_t n = m.list.size;
-    float *expected = copy(model_snapshot(&m).gradients, n);
+    float *expected = copy(model_snapshot(&m).gradients, n), *expected_v = zeros(n);
     model_update(&m, 0, norm, gate_norm);
     Snapshot s = model_snapshot(&m);
     for (const Tensor *t = s.list.tensors; t < s.list.tensors + s.list.count; t++) {
@@ -905,6 +912,9 @@ static void test_clipping(double norm, double gate_norm, double clip, double gat
     snprintf(name, sizeof name, "model_update: a gradient of %g, of the gates %g, is clipped", norm,
              gate_norm);
     check_close(name, s.adam_m, expected, n, 1e-5, 0);
+    for (size_t i = 0; i < n; i++) expected_v[i] = 0.1f * expected[i] * expected[i];
+    strcat(name, ", in v too");
+    check_close(name, s.adam_v, expected_v, n, 1e-4, 0);
     for (const Tensor *t = s.list.tensors; t < s.list.tensors + s.list.count; t++) {
         if (t->kind != GATE) continue;
         snprintf(name, sizeof name, "model_update: and so is that of %s", t->name);
@@ -1078,9 +1088,74 @@ static void test_row_tiles(void) {
     }
 }
 
+// More numbers than a launch has threads. Then a thread takes several, and the second stage of the
+// gate's gradient adds more parts than its block has threads.
+static void test_many_numbers(void) {
+    enum { N = MOST_BLOCKS * 256 + 300, M = MOMENT_BLOCKS * 256 + 300 };
+    const float gate = 0.6f;
+    float *x = random_floats(N, 1, 1), *dy = random_floats(N, 1, 2), dgate = 0, cpu_dgate = 0;
+    float *y = zeros(N), *cpu_y = zeros(N);
+    double mean = 0, square = 0, got;
+    for (int i = 0; i < N; i++) dy[i] += 0.1f * x[i];  // so that dgate does not cancel
+    gpas_forward(y, x, gate, GATE_SILU, N);
+    cpu->gpas_forward(cpu_y, x, gate, GATE_SILU, N);
+    against_cpu("gpas_forward", "more numbers than threads", y, cpu_y, N, FORWARD);
+    gpas_backward(y, &dgate, dy, x, gate, GATE_SILU, 1, N);
+    cpu->gpas_backward(cpu_y, &cpu_dgate, dy, x, gate, GATE_SILU, 1, N);
+    against_cpu("gpas_backward: dinp", "more numbers than threads", y, cpu_y, N, BACKWARD);
+    against_cpu("gpas_backward: dgate", "more numbers than threads", &dgate, &cpu_dgate, 1,
+                BACKWARD);
+    for (int i = 0; i < M; i++) {
+        x[i] = (float)(real)(x[i] + i % 2 + 0.5f);
+        mean += (double)x[i] / M;
+        square += (double)x[i] * x[i] / M;
+    }
+    {
+        OnGpu<real> on_gpu((const float *)x, M);
+        got = variance(on_gpu.p, M);
+    }
+    check(fabs(got / (square - mean * mean) - 1) < 1e-6, "variance: more numbers than threads",
+          "%g, not %g", got, square - mean * mean);
+}
+
+// Rows for which a block takes a second round: a row of the embedding, and the queries and keys.
+static void test_wide_rows(void) {
+    enum { N = 2, C = 2056, HS = 8, T = 2 };
+    static const int tokens[N] = {1, 0};
+    float *weight = random_floats(2 * C, 1, 1), *out = zeros(N * C), *expected = zeros(3 * N * C);
+    float *qkv = random_floats(3 * N * C, 1, 2), *table = zeros(T * HS);
+    for (int n = 0; n < N; n++) memcpy(expected + n * C, weight + tokens[n] * C, C * sizeof(float));
+    embedding_forward(out, tokens, weight, N, C);
+    check_close("embedding_forward: rows of 2056", out, expected, N * C, tolerances[FORWARD], 0);
+    rope_angles(table, T, HS);
+    memcpy(expected, qkv, 3 * N * C * sizeof(float));
+    for (int i = 0; i < N * C; i++) {  // each pair of queries and keys
+        float *x = expected + i / C * 3 * C + i % C * 2, x0 = x[0];
+        const float *angle = table + i / C % T * HS + i % C * 2 % HS;
+        x[0] = x0 * angle[0] - x[1] * angle[1];
+        x[1] = x0 * angle[1] + x[1] * angle[0];
+    }
+    rope_forward(qkv, table, 1, T, C, HS);
+    check_close("rope_forward: rows of 3 x 2056", qkv, expected, 3 * N * C, tolerances[FORWARD], 0);
+}
+
+// The positions of each token in order, whatever the arrays held before.
+static void test_sort_by_token(void) {
+    enum { N = 7, V = 5 };
+    static const int tokens[N] = {3, 0, 4, 3, 0, 1, 4}, order[N] = {1, 4, 5, 0, 3, 2, 6};
+    static const int begins[V + 1] = {0, 2, 3, 3, 5, 7};
+    int positions[N], starts[V + 1];
+    memset(positions, 9, sizeof positions);
+    memset(starts, 9, sizeof starts);
+    sort_by_token(positions, starts, tokens, N, V);
+    check(memcmp(positions, order, sizeof order) == 0 && memcmp(starts, begins, sizeof begins) == 0,
+          "sort_by_token: the positions of five tokens", "token 0 begins at %d, the end is %d",
+          starts[0], starts[V]);
+}
+
 static void test_crossentropy_tiles(void) {
-    static const int widths[] = {259, 5000, 8};
-    for (int i = 0; i < 3; i++) {
+    static const int widths[] = {259, 5000, 5001, 8};  // 5001: each thread sees several logits
+    for (int i = 0; i < 4; i++) {
         int N = 5, V = widths[i], targets[] = {0, V - 1, 3, V / 2, 7};
         size_t n = (size_t)N * V;
         float *x = random_floats(n, 4, 1), *losses = zeros(N), *lse = zeros(N);
@@ -1266,6 +1341,23 @@ static void test_fused_kernels(int N, int C, int norm_last, int stop_grad, int z
     free_floats();
 }
 
+// What each function takes by scratch() suffices for its kernels. The memory never shrinks. So this
+// is the first test, and each call needs more than those before. The checked build sees an access
+// beyond the end.
+static void test_scratch(void) {
+    enum { T = 9, C = 8, NH = 2, n = T * C };
+    float *qkv = random_floats(3 * n, 1, 1), *dqkv = zeros(3 * n), *dout = random_floats(n, 1, 2);
+    float *out = zeros(n), *lse = zeros(NH * T), dgate = 0;
+    gpas_backward(out, &dgate, dout, qkv, 0.5f, GATE_SILU, 1, n);
+    attention_forward(out, lse, qkv, 0, 1, T, C, NH);
+    attention_backward(dqkv, dout, out, lse, qkv, 1, T, C, NH);
+    {
+        OnGpu<real> x((const float *)qkv, n);
+        variance(x.p, n);
+    }
+    test_fused_kernels(2100, 12, 0, 1, 0);
+}
+
 static void test_fused(void) {
     static const int shapes[][2] = {{9, 72}, {5, 301}, {2100, 8}};
     for (int i = 0; i < 3; i++) {
@@ -1312,7 +1404,8 @@ static void test_rounded_network(const char *scheme, const char *kind, const cha
             const float *gradients = cpu->gradients(c);
             snprintf(name, sizeof name, "model_forward %s: logits", of);
             check_close(name, logits, cpu->logits(c), B * T * V, tolerances[FORWARD], 0);
-            for (const Tensor *w = s.list.tensors; w < s.list.tensors + s.list.count; w++) {
+            for (int i = s.list.count - 1; i >= 0; i--) {
+                const Tensor *w = &s.list.tensors[i];
                 int gate = w->kind == GATE;
                 double scale = gate ? part(of, "gate_scale", NULL, NULL)[w->layer] : 0;
                 snprintf(name, sizeof name, "model_backward %s: grad.%s", of, w->name);
@@ -1326,6 +1419,36 @@ static void test_rounded_network(const char *scheme, const char *kind, const cha
     check_close(name, losses, cpu_losses, 10, tolerances[FORWARD], 0);
     model_free(&m);
     cpu->destroy(c);
+}
+
+// Compares the gradients of a network with the CPU's: all together, and in float those of the
+// gates, which are small beside the others. Rounding to bf16 leaves little of them. The backward
+// pass begins with the last tensors of the list, so the last wrong one tells which layer is wrong.
+static void gradients_against_cpu(const char *what, const TensorList *list, const float *got,
+                                  const float *expected) {
+    double tolerance = tolerances[BACKWARD], sum = 0, size = 0, gate_sum = 0, gate_size = 0;
+    const char *wrong = "a gate";
+    char name[300];
+    for (const Tensor *t = list->tensors; t < list->tensors + list->count; t++) {
+        double square = 0, own = norm_of(expected + t->offset, t->size);
+        for (size_t i = t->offset; i < t->offset + t->size; i++)
+            square += ((double)got[i] - expected[i]) * ((double)got[i] - expected[i]);
+        sum += square;
+        size += own * own;
+        if (t->kind == GATE) {
+            gate_sum += square;
+            gate_size += own * own;
+        } else if (!(sqrt(square) <= 5 * tolerance * own)) {  // true of NaN too
+            wrong = t->name;
+        }
+    }
+    double error = sqrt(sum / size), gate_error = gate_size ? sqrt(gate_sum / gate_size) : 0;
+    snprintf(name, sizeof name, "%s: gradients, against the CPU's (%.1e)", what, error);
+    check(error <= tolerance, name, "over %.0e; the last wrong tensor is %s", tolerance, wrong);
+    if (sizeof(real) < sizeof(float) || !gate_size) return;
+    snprintf(name, sizeof name, "%s: the gates' gradients, against the CPU's (%.1e)", what,
+             gate_error);
+    check(gate_error <= tolerance, name, "over %.0e", tolerance);
 }
 
 // A network with more rows than a tile has, of a length that is not a multiple of 16 bytes: its
@@ -1351,8 +1474,8 @@ static void test_odd_network(const char *scheme, const char *options, int fused)
     model_backward(&m, tokens, tokens + 1, B, T, 1.0 / (B * T));
     snprintf(name, sizeof name, "model, %s %s%s", scheme, options, fused ? "" : " --fused off");
     against_cpu(name, "C 36, H 50, V 61: loss", &loss, &cpu_loss, 1, FORWARD);
-    against_cpu(name, "C 36, H 50, V 61: gradients", model_snapshot(&m).gradients,
-                cpu->gradients(c), m.list.size, BACKWARD);
+    strcat(name, ", C 36, H 50, V 61");
+    gradients_against_cpu(name, &m.list, model_snapshot(&m).gradients, cpu->gradients(c));
     for (int l = 0; l < 4; l++) {
         double v[2], cpu_v[2], gate, cpu_gate;
         layer_state(&m, l, B, T, v, &gate);
@@ -1383,6 +1506,26 @@ static void test_odd_kernels(const char *scheme, const char *, const char *optio
 static void test_odd_networks(void) {
     for_each_network(test_odd_kernels);
     test_odd_kernels("post", "", "--gate-act identity --gate-init 1");  // GPAS multiplies by 0
+}
+
+// A forward pass before zero_gradients() does not begin the backward pass. model_backward() does.
+static void test_late_backward(void) {
+    Options o;
+    Model m;
+    float *gradients[2];
+    rule_model(&m, &o, "");
+    model_update(&m, 0, 1, 1);
+    for (int early = 0; early < 2; early++) {
+        if (early) zero_gradients(&m);
+        model_forward(&m, rule_tokens, rule_tokens, RULE_B, RULE_T);
+        if (!early) zero_gradients(&m);
+        model_backward(&m, rule_tokens, rule_tokens, RULE_B, RULE_T, 1.0 / (RULE_B * RULE_T));
+        gradients[early] = copy(model_snapshot(&m).gradients, m.list.size);
+    }
+    check(same(gradients[0], gradients[1], m.list.size),
+          "model_backward: zero_gradients() before or after the forward pass, the same bits",
+          "they differ");
+    model_free(&m);
 }
 
 // Two steps give the same bits each time, whatever the order in which the CPU runs the blocks.
@@ -1416,12 +1559,13 @@ static void test_all_networks(void) {
 
 static int run_tests(void) {
     static void (*const tests[])(void) = {
-        test_gpas, test_residual, test_embedding, test_rmsnorm, test_rope, test_swiglu, test_matmul,
-        test_attention, test_crossentropy, test_adamw, test_fused, test_attention_tiles,
-        test_row_tiles, test_crossentropy_tiles,
-        test_crossentropy_padding, test_long_attention, test_attention_extended,
-        test_all_networks, test_recompute, test_odd_networks, test_stories, test_optimizer,
-        test_initial_values, test_initial_streams, test_order_of_blocks,
+        test_scratch, test_gpas, test_residual, test_embedding, test_rmsnorm, test_rope,
+        test_swiglu, test_matmul, test_attention, test_crossentropy, test_adamw, test_row_tiles,
+        test_many_numbers, test_wide_rows, test_sort_by_token, test_fused, test_attention_tiles,
+        test_crossentropy_tiles, test_crossentropy_padding, test_long_attention,
+        test_attention_extended, test_optimizer, test_late_backward, test_all_networks,
+        test_recompute, test_odd_networks, test_stories, test_initial_values, test_initial_streams,
+        test_order_of_blocks,
     };
     open_device();
     open_cpu();
