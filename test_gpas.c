@@ -1153,6 +1153,64 @@ static void test_sort_by_token(void) {
           starts[0], starts[V]);
 }
 
+// Three products that differ only in which matrices are transposed: gemm() must not take the
+// plan of one for another.
+static void test_square_matmul(void) {
+    enum { N = 16, n = N * N };
+    float *x = random_floats(n, 1, 1), *w = random_floats(n, 1, 2), *dy = random_floats(n, 1, 3);
+    float *got[3], *expected[3];
+    static const char *const names[] = {"forward: out", "backward: dinp", "backward: dweight"};
+    for (int k = 0; k < 3; k++) {
+        got[k] = zeros(n);
+        expected[k] = zeros(n);
+    }
+    for (int i = 0; i < n * N; i++) {
+        int row = i / n, column = i / N % N, k = i % N;
+        expected[0][row * N + column] += x[row * N + k] * w[column * N + k];
+        expected[1][row * N + column] += dy[row * N + k] * w[k * N + column];
+        expected[2][row * N + column] += dy[k * N + row] * x[k * N + column];
+    }
+    matmul_forward(got[0], x, w, N, N, N);
+    matmul_backward(got[1], got[2], dy, x, w, N, N, N);
+    for (int k = 0; k < 3; k++) {
+        char name[100];
+        snprintf(name, sizeof name, "matmul_%s, all matrices 16 x 16", names[k]);
+        check_close(name, got[k], expected[k], n, tolerances[k > 0], 0);
+    }
+}
+
+static void test_alignment_of(void) {
+    static const uintptr_t cases[][4] = {{512, 512, 512, 256}, {528, 512, 256, 16},
+                                         {512, 520, 256, 8}, {256, 512, 768 + 32, 32}};
+    for (int i = 0; i < 4; i++) {
+        const uintptr_t *c = cases[i];
+        int got = alignment_of((void *)c[0], (void *)c[1], (void *)c[2]);
+        check(got == (int)c[3], "alignment_of three addresses", "%d, not %d", got, (int)c[3]);
+    }
+}
+
+// Each number of each tensor is in exactly one chunk, also where a tensor takes several.
+static void test_chunks(void) {
+    Options o;
+    int good = 1;
+    options_from(&o, "--layers 2 --channels 68 --hidden 90 --heads 2 --vocab-size 131");
+    Config c = config_of(&o);
+    Layout layout = lay_out(&c);
+    char *times = (char *)allocate(layout.size, 1);
+    for (int i = 0; i < layout.num_chunks; i++) {
+        const Chunk *chunk = &layout.chunks[i];
+        for (int k = 0; k < chunk->size; k++) times[chunk->offset + k]++;
+    }
+    const Tensor *end = layout.list.tensors + layout.list.count;
+    for (const Tensor *t = layout.list.tensors; t < end; t++) {
+        const char *first = times + offset_of(&layout, t->kind, t->layer);
+        for (size_t k = 0; k < t->size; k++) good = good && first[k] == 1;
+    }
+    check(good, "lay_out: each parameter is in one chunk", "in none, or in several");
+    free(times);
+    free_layout(&layout);
+}
+
 static void test_crossentropy_tiles(void) {
     static const int widths[] = {259, 5000, 5001, 8};  // 5001: each thread sees several logits
     for (int i = 0; i < 4; i++) {
@@ -1560,12 +1618,12 @@ static void test_all_networks(void) {
 static int run_tests(void) {
     static void (*const tests[])(void) = {
         test_scratch, test_gpas, test_residual, test_embedding, test_rmsnorm, test_rope,
-        test_swiglu, test_matmul, test_attention, test_crossentropy, test_adamw, test_row_tiles,
-        test_many_numbers, test_wide_rows, test_sort_by_token, test_fused, test_attention_tiles,
-        test_crossentropy_tiles, test_crossentropy_padding, test_long_attention,
-        test_attention_extended, test_optimizer, test_late_backward, test_all_networks,
-        test_recompute, test_odd_networks, test_stories, test_initial_values, test_initial_streams,
-        test_order_of_blocks,
+        test_swiglu, test_matmul, test_attention, test_crossentropy, test_adamw, test_square_matmul,
+        test_alignment_of, test_chunks, test_row_tiles, test_many_numbers, test_wide_rows,
+        test_sort_by_token, test_fused, test_attention_tiles, test_crossentropy_tiles,
+        test_crossentropy_padding, test_long_attention, test_attention_extended, test_optimizer,
+        test_late_backward, test_all_networks, test_recompute, test_odd_networks, test_stories,
+        test_initial_values, test_initial_streams, test_order_of_blocks,
     };
     open_device();
     open_cpu();
