@@ -54,6 +54,7 @@ Without a GPU the same source runs on the CPU, slowly, through dev/gpu/cuda_on_c
 1. GPAS
 */
 
+// The GPAS of one layer.
 typedef struct {
     const float *g;  // (1) the gate, or NULL without GPAS
     int activation;  // which function a() is: GATE_SILU, ...
@@ -98,7 +99,7 @@ __global__ void gpas_add_partial_kernel(float *dgate, const float *partial, int 
     if (threadIdx.x == 0) *dgate -= gate_slope(*gate.g, gate.activation) * sum;
 }
 
-enum { MOST_BLOCKS = 2048 };  // if each thread takes many numbers
+enum { MOST_BLOCKS = 2048 };  // of a kernel whose threads take several numbers, or several rows
 
 template <class real>
 static void gpas_forward(real *out, const real *inp, Gate gate, size_t n) {
@@ -691,9 +692,9 @@ __device__ inline void mask_tile(Accumulator<COLS> &S, int row0, int column0) {
 
 // Takes one step of the online softmax. S (16,COLS) holds q_t . k_s and becomes e^(S_ts - m'). m
 // and l are updated; y (16,HS) is multiplied by e^(m - m'), and still lacks the terms of this tile.
-// A lane works on two of the 16 rows, hence m[2] and l[2]. To save multiplications, m is stored
-// times log2 e. To save shuffles, each of the four lanes that share a row has its own l, the sum
-// over its columns; the caller adds the four up after the last tile.
+// A lane holds parts of two of the 16 rows, hence m[2] and l[2]. To save multiplications, m is
+// stored multiplied by log2 e. To save shuffles, each of the four lanes that share a row has an l of
+// its own, the sum over its columns, and the caller adds the four after the last tile.
 template <int HS, int COLS>
 __device__ inline void softmax_tile(Accumulator<COLS> &S, Accumulator<HS> &y, float (&m)[2],
                                     float (&l)[2], float scale) {
@@ -726,7 +727,7 @@ __device__ inline void softmax_tile(Accumulator<COLS> &S, Accumulator<HS> &y, fl
 template <class real, int HS>
 __global__ void __launch_bounds__(THREADS, BLOCKS<HS>)
 attention_forward_kernel(real *out, float *lse, const real *qkv, int first, AttentionShape shape) {
-    constexpr int COLS = HS == 32 ? 64 : 8192 / sizeof(real) / HS;  // 4 tiles of 8 KiB
+    constexpr int COLS = HS == 32 ? 64 : 8192 / sizeof(real) / HS;  // 4 tiles of at most 8 KiB
     __shared__ Tile<real, HS> keys[2][COLS];
     __shared__ Tile<real, HS> values[2][COLS];
     int T = shape.T, C = shape.C;
@@ -931,12 +932,11 @@ static void attention_backward(real *dqkv, const real *dout, const real *out, co
 // in the cache, because few blocks of 1024 threads run at a time.
 // In the first loop each thread keeps the largest logit it has seen, and the sum of
 // e^(x_v - largest), and rescales this sum when it finds a larger logit.
-// losses, lse (N); logits (N,V), rows `stride` apart; targets (N). scale is the weight of each
-// loss. The gradients overwrite the logits, and are 0 from V on. With scale = 0 the logits are only
-// read. Nothing but the tests needs lse.
+// losses (N); logits (N,V), rows `stride` apart; targets (N). scale is the weight of each loss. The
+// gradients overwrite the logits, and are 0 from V on. With scale = 0 the logits are only read.
 template <class real, int W>
 __global__ void __launch_bounds__(1024, 2)
-crossentropy_kernel(float *losses, float *lse, real *logits, const int *targets, float scale, int V,
+crossentropy_kernel(float *losses, real *logits, const int *targets, float scale, int V,
                     int stride) {
     real *row = logits + (size_t)blockIdx.x * stride;
     int target = targets[blockIdx.x];
@@ -952,18 +952,14 @@ crossentropy_kernel(float *losses, float *lse, real *logits, const int *targets,
         for (int k = 0; k < W; k++) sum += exp2f((x[k] - largest) * LOG2_E);
     }
     float row_largest = block_max(largest);
-    // A thread that has seen no logit has sum 0, and its largest is -infinity.
-    sum = block_sum(sum != 0 ? sum * exp2f((largest - row_largest) * LOG2_E) : 0);
-    float row_lse = row_largest + logf(sum);
-    if (threadIdx.x == 0) {
-        lse[blockIdx.x] = row_lse;
-        losses[blockIdx.x] = row_lse - target_logit;
-    }
+    sum = block_sum(sum * exp2f((largest - row_largest) * LOG2_E));
+    float lse = row_largest + logf(sum);
+    if (threadIdx.x == 0) losses[blockIdx.x] = lse - target_logit;
     if (scale == 0) return;
     for (int v = threadIdx.x * W; v < stride; v += blockDim.x * W) {
         load(x, row + v);
         for (int k = 0; k < W; k++) {
-            float p = exp2f((x[k] - row_lse) * LOG2_E);
+            float p = exp2f((x[k] - lse) * LOG2_E);
             x[k] = v + k < V ? (p - (v + k == target)) * scale : 0;
         }
         store(row + v, x);
@@ -971,12 +967,11 @@ crossentropy_kernel(float *losses, float *lse, real *logits, const int *targets,
 }
 
 template <class real>
-static void crossentropy(float *losses, float *lse, real *logits, const int *targets, float scale,
-                         int N, int V, int stride) {
+static void crossentropy(float *losses, real *logits, const int *targets, float scale, int N,
+                         int V, int stride) {
     with_width<real>(stride, [&](auto W) {
         int threads = threads_for(stride / W, 1024);
-        crossentropy_kernel<real, W><<<N, threads>>>(
-            losses, lse, logits, targets, scale, V, stride);
+        crossentropy_kernel<real, W><<<N, threads>>>(losses, logits, targets, scale, V, stride);
     });
     LAUNCH_CHECK();
 }
@@ -1039,7 +1034,7 @@ struct Model {
     float *parameters, *gradients, *adam_m, *adam_v;    // (layout.size)
     void *network;               // Network<float> or Network<bf16>, see with_network()
     float *rope_table;           // (T,hs/2,2)
-    float *losses, *logits_lse, *host_losses;           // (B,T)
+    float *losses, *host_losses;                        // (B,T)
     float *doutput;              // (V,C) see output_forward()
     float *host_logits;          // (2V) a row as float and as `real`
     int *tokens, *targets;       // (B,T)
@@ -1055,7 +1050,7 @@ struct Model {
     int planning;                // 1: new_array() only counts bytes
 };
 
-// Calls f with the model's network, in its type.
+// Calls f with the model's network, which is a Network<bf16> or a Network<float>.
 template <class Function> static auto with_network(const Model *m, Function f) {
     if (m->options->dtype == DTYPE_BF16) return f((Network<bf16> *)m->network);
     return f((Network<float> *)m->network);
@@ -1137,7 +1132,6 @@ static void create_arrays(Model *m, Network<real> *net, int B, int training) {
     new_array(m, &net->activations[2 * c->L].rstd, N);
     new_array(m, &net->logits, (size_t)logit_rows(N) * m->V);
     new_array(m, &m->losses, N);
-    new_array(m, &m->logits_lse, N);
     new_array(m, &m->rope_table, T * (C / c->NH));
     new_array(m, &m->tokens, N);
     new_array(m, &m->targets, N);
@@ -1186,8 +1180,8 @@ static void check_network(const Config *c, int dtype) {
         die("--channels %d divided by --heads %d is more than %d, the widest head on the GPU", c->C,
             c->NH, MAX_HEAD);
     if (c->C > most)
-        die("--channels %d is more than %d, the most on the GPU%s", c->C, most,
-            W == 1 ? ", if it is not a multiple of 16 bytes" : "");
+        die("--channels %d is more than %d, the most on the GPU for a number that is%s a multiple "
+            "of %d", c->C, most, W == 1 ? " not" : "", wide);
 }
 
 void model_create(Model *m, const Options *o, int B, int training) {
@@ -1413,7 +1407,7 @@ The same sublayer backwards. Given dy, compute dx. train_gpas.c has the derivati
 
 The gradient of the stream stays in one array, dx: it holds dy on entry and dx at the end, when it
 is returned. If the fused kernel of sublayer i - 1 adds dfinp to it, it ends as ds or dz. If not, we
-add the branch here, and set dfinp to 0, because every fused kernel adds dfinp.
+add the branch here. Then we set dfinp to 0, because the next fused kernel would add it again.
 */
 template <class real>
 static real *sublayer_backward(const Model *m, const Network<real> *net, int l, int sub, real *dx,
@@ -1458,7 +1452,7 @@ static real *sublayer_backward(const Model *m, const Network<real> *net, int l, 
         rmsnorm_backward(net->dx_branch, d.norm[sub], net->dfinp, x, w.norm[sub], a->rstd, N, C);
         residual_forward(dx, dx, net->dx_branch, 1, n);                        // ds + norm^T dfinp
     }
-    CUDA_CHECK(cudaMemset(net->dfinp, 0, n * sizeof(real)));
+    if (m->options->fused) CUDA_CHECK(cudaMemset(net->dfinp, 0, n * sizeof(real)));
     return dx;
 }
 
@@ -1497,8 +1491,7 @@ static void output_forward(Model *m, const Network<real> *net, int N, int learni
         const real *x = final_normed + (size_t)n * C;
         real *dx = net->dfinp + (size_t)n * C;
         matmul_forward(net->logits, x, output, part, C, m->V);
-        crossentropy(m->losses + n, m->logits_lse + n, net->logits, m->targets + n,
-                     learning ? 1 : 0, part, V, m->V);
+        crossentropy(m->losses + n, net->logits, m->targets + n, learning ? 1 : 0, part, V, m->V);
         if (learning) matmul_backward(dx, m->doutput, net->logits, x, output, part, C, m->V);
     }
     m->backward_begun = learning;
@@ -1602,9 +1595,10 @@ void zero_gradients(Model *m) {
 void layer_state(Model *m, int l, int B, int T, double variances[2], double *gate) {
     size_t n = (size_t)B * T * m->config.C;
     Gate g = layer_gate(m, l);
-    float value = NAN, scale = 1;  // if `out` is s, GPAS has not scaled it yet
+    float value = NAN, scale = 1;
     if (g.g) CUDA_CHECK(cudaMemcpy(&value, g.g, sizeof value, cudaMemcpyDeviceToHost));
-    if (g.g && computes_next_norm(m, 2 * l)) scale = 1 - gate_value(value, g.activation);
+    if (g.g && computes_next_norm(m, 2 * l))  // `out` is s, which GPAS has not scaled yet
+        scale = 1 - gate_value(value, g.activation);
     with_network(m, [&](auto *net) {
         for (int s = 0; s < 2; s++)
             variances[s] = variance(net->activations[2 * l + s].out, n) * scale * scale;

@@ -63,7 +63,7 @@ TOOLS = {"sigmoid", "head_of"}
 
 # What gives a layer away in a comment, but is not indented below a "Given".
 SPOILERS = {
-    "gpas": r"\n +dg -?= .*|(: *|  +)dg -?= [^.,\n]*,?|sum of s_i dy_i for the ",
+    "gpas": r"\n +dg -?= .*|(: *|  +)dg -?= [^.,\n]*,?",
     "rope": r"(?s) direction: .*?back\.",
     "attention": r"(?s)A tile of keys s updates them to\n.*?new maximum\.\s",
     "crossentropy": r"  +dx_v = scale \(.*",
@@ -186,7 +186,7 @@ def without_derivation(lines, begin, end):
     """A comment, lines[begin:end], without its indented lines if it begins with "Given"."""
     text = [re.sub(r"^//", "", line) for line in lines[begin:end]]
     first = next((t.strip() for t in text if t.strip() not in ("", "/*")), "")
-    if not re.match(r"(Norm last\. )?Given\b", first):
+    if not first.startswith("Given"):
         return lines[begin:end]
     kept = []
     for line, t in zip(lines[begin:end], text):

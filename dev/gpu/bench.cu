@@ -168,7 +168,7 @@ static void time_forward(Model *m, const Network<bf16> *net, int B, int T) {
     });
     time_kernel("swiglu_forward", L, [&] { swiglu_forward(ffn->hidden, ffn->pre_act, N, H); });
     time_kernel("crossentropy", parts, [&] {
-        crossentropy(m->losses, m->logits_lse, net->logits, m->targets, 1, rows, m->config.V, m->V);
+        crossentropy(m->losses, net->logits, m->targets, 1, rows, m->config.V, m->V);
     });
 }
 
@@ -208,8 +208,8 @@ static void time_backward(Model *m, const Network<bf16> *net, int B, int T) {
     free(layers);
 }
 
-// What --fused off runs in place of the two fused kernels: the same operations, one after another.
-// This is no part of the step above. It shows what fusing saves.
+// The operations that --fused off runs in place of the two fused kernels, one after another. They
+// are not part of the step above; beside it, they show what fusing saves.
 static void time_unfused(Model *m, const Network<bf16> *net, int N) {
     int C = m->config.C, L = m->config.L;
     size_t n = (size_t)N * C;

@@ -15,13 +15,14 @@ static inline void cublas_check(cublasStatus_t status, const char *file, int lin
 
 // A product of column-major matrices: D (m,n) = A B, or D += A B, where A is (m,k), or (k,m) if
 // trans_a, and B is (k,n), or (n,k) if trans_b. real_size, result_size: the bytes of a number of A
-// and B, and of D. aligned: all three begin at a multiple of so many bytes.
+// and B, and of D. aligned: the
+// addresses of all three are multiples of it.
 typedef struct {
     int trans_a, trans_b, m, n, k, real_size, result_size, aligned;
 } Product;
 
-// To describe a product to cuBLASLt, and to choose one of its kernels, takes longer than to compute
-// a small product. So the last PLANS products are kept.
+// Describing a product to cuBLASLt, and choosing one of its kernels, takes longer than computing a
+// small product. So the last PLANS products are kept.
 typedef struct {
     Product product;
     cublasLtMatmulDesc_t operation;
@@ -33,7 +34,7 @@ enum { PLANS = 64, WORKSPACE = 32 << 20 };
 static cublasLtHandle_t cublaslt;
 static void *workspace;  // WORKSPACE bytes, for sums that a kernel splits into parts
 static Plan plans[PLANS];
-static int num_plans;    // ever made; the next one goes to plans[num_plans % PLANS]
+static int num_plans;    // how many have been made; the next goes to plans[num_plans % PLANS]
 
 static inline void free_plan(Plan *plan) {
     if (!plan->operation) return;
@@ -111,8 +112,8 @@ static inline int alignment_of(const void *a, const void *b, const void *d) {
 template <class result, class real>
 static void gemm(result *d, const real *a, int trans_a, const real *b, int trans_b, int m, int n,
                  int k, int accumulate) {
-    Product product = {trans_a,      trans_b,        m, n, k, (int)sizeof(real),
-                       (int)sizeof(result), alignment_of(a, b, d)};
+    Product product = {trans_a, trans_b, m, n, k, (int)sizeof(real), (int)sizeof(result),
+                       alignment_of(a, b, d)};
     Plan *plan = plan_for(product);
     float alpha = 1, beta = accumulate ? 1 : 0;
     CUBLAS_CHECK(cublasLtMatmul(cublaslt, plan->operation, &alpha, a, plan->a, b, plan->b, &beta, d,

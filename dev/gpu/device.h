@@ -1,12 +1,11 @@
 // device.h: defines bf16; CUDA_CHECK, LAUNCH_CHECK, open_device, scratch; Pack, load, store,
-// with_width, threads_for, blocks_for; thread_index, grid_threads;
-// upload, scale_array, variance; warp_sum, warp_max, block_sum,
-// block_max: what all kernels are built from.
+// with_width, thread_index, grid_threads, threads_for, blocks_for; upload, scale_array; warp_sum,
+// warp_max, block_sum, block_max; variance: what all kernels are built from.
 #ifndef DEVICE_H
 #define DEVICE_H
 #include "../utils.h"
 #ifdef CUDA_ON_CPU
-#include "dev/gpu/cuda_on_cpu.h"
+#include "dev/gpu/cuda_on_cpu.h"  // defines: what CUDA's headers and ptx.h define, for a CPU
 #else
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -182,7 +181,7 @@ __global__ void moments_kernel(Pack<double, 2> *sums, const real *x, size_t n) {
 // Returns the population variance of x (n).
 template <class real> static double variance(const real *x, size_t n) {
     Pack<double, 2> host[MOMENT_BLOCKS];
-    Pack<double, 2> *sums = (Pack<double, 2> *)scratch(MOMENT_BLOCKS * 4);
+    Pack<double, 2> *sums = (Pack<double, 2> *)scratch(4 * MOMENT_BLOCKS);  // 2 doubles each
     double sum = 0, square = 0;
     moments_kernel<real><<<MOMENT_BLOCKS, 256>>>(sums, x, n);
     LAUNCH_CHECK();

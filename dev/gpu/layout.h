@@ -1,11 +1,11 @@
 // layout.h: defines Layout, lay_out, free_layout, offset_of, ABSENT, copy_tensors; Chunk: where the
 // parameters of a network lie on the GPU.
 //
-// Each tensor begins at a multiple of 256 bytes, in bf16 too. Only wk, wv and w3 do not: they
-// follow the matrices with which they are multiplied. H and V are rounded up to multiples of 8, so
-// that rows begin at multiples of 16 bytes. Therefore w1, w3 and the output matrix have more rows
-// than in a file, and w2 has more columns. These numbers are 0 and their gradients are 0, so they
-// stay 0.
+// Each tensor begins at a multiple of 256 bytes, in bf16 too. Only wk, wv and w3 do not, because
+// they form one matrix with wq or w1, which they follow. H and V are rounded up to multiples of 8,
+// so that rows begin at multiples of 16 bytes. Therefore w1, w3 and the output matrix have more
+// rows than in a file, and w2 has more columns. The added numbers are 0 and their gradients are 0,
+// so they stay 0.
 #ifndef LAYOUT_H
 #define LAYOUT_H
 #include "device.h"
@@ -24,19 +24,22 @@ typedef struct {
 typedef struct {
     TensorList list;        // the names and shapes of the tensors, as in files
     int H, V;               // rounded up
-    size_t *offsets, size;  // see offset_of(); of an array that holds all tensors
+    size_t *offsets;        // see offset_of()
+    size_t size;            // of an array that holds all tensors
     Chunk *chunks;          // (num_chunks) on the host
     int num_chunks;
 } Layout;
 
-// Returns where a tensor begins in an array of layout->size numbers, or ABSENT if the network has
-// no such tensor. l is -1 for tensors of no layer.
 enum { KINDS = OUTPUT + 1 };
 const size_t ABSENT = (size_t)-1;
+
+// Returns where a tensor begins in an array of layout->size numbers, or ABSENT if the network has
+// no such tensor. l is -1 for tensors of no layer.
 static inline size_t &offset_of(const Layout *layout, int kind, int l) {
     return layout->offsets[(l + 1) * KINDS + kind];
 }
 
+// Cuts a tensor of `size` numbers, which begins at layout->size, into chunks.
 static inline void add_chunks(Layout *layout, const Tensor *t, size_t size) {
     for (size_t at = 0; at < size; at += CHUNK) {
         int n = (int)(size - at < CHUNK ? size - at : (size_t)CHUNK);
@@ -45,6 +48,7 @@ static inline void add_chunks(Layout *layout, const Tensor *t, size_t size) {
     }
 }
 
+// Decides where the tensors of a network lie. The caller calls free_layout().
 static inline Layout lay_out(const Config *c) {
     Layout layout = {tensor_list(c), (c->H + 7) / 8 * 8, (c->V + 7) / 8 * 8, NULL, 0, NULL, 0};
     const Tensor *end = layout.list.tensors + layout.list.count;
@@ -60,7 +64,7 @@ static inline Layout lay_out(const Config *c) {
         if (t->kind == W2) cols = layout.H;
         if (t->kind == OUTPUT) rows = layout.V;
         if (t->kind != WK && t->kind != WV && t->kind != W3)
-            layout.size = (layout.size + 127) / 128 * 128;
+            layout.size = (layout.size + 127) / 128 * 128;  // 256 bytes in bf16
         offset_of(&layout, t->kind, t->layer) = layout.size;
         add_chunks(&layout, t, rows * cols);
         layout.size += rows * cols;

@@ -109,7 +109,7 @@ def read_measured(path):
 
 def print_beside(rows, instead, measured):
     """Prints measured times beside the floors, the kernel that is furthest above its floor first.
-    `instead`: rows that are no part of a step, at the end."""
+    `instead`: rows that are not part of a step; they come last."""
     def with_time(row):
         return row[0], row[1], row[4], measured.get(row[0], float("nan"))
     table = sorted(map(with_time, rows), key=lambda row: row[2] - row[3])

@@ -77,7 +77,7 @@ __device__ inline void mma(float (&d)[4], const Pack<float, 2> (&a)[4],
         for (int i = 0; i < 4; i++)
             d[i] += A[warp][row_of(i / 2)][k] * B[warp][k][column_of(0, i)];
     }
-    __syncwarp();  // Only now may a lane overwrite A and B.
+    __syncwarp();  // Every lane has read A and B.
 }
 
 // ---- Between memory and registers.

@@ -437,6 +437,8 @@ WRONG_CALLS = [
     ("--preset 1b --batch 512 --total-batch 512 --layers 1000", "or try --recompute on"),
     ("--preset 1b --batch 512 --total-batch 512 --layers 1000 --recompute on", "GiB of memory"),
     ("--resume nan --steps 5 --check-finite on", "matmul_forward (w2) of layer 2, feed"),
+    ("--dtype bf16", "needs a GPU"),
+    ("--fused off", "an option of ./train_gpas_cuda"),
     ("--load key", "version"),
     ("--load gradients", "metadata"),
     ("--load nan --steps 0", "NaN or infinite logits"),
@@ -704,6 +706,11 @@ def test_other_program(program, dtype):
     check_error("error: a head too wide",
                 run("--channels 512 --heads 2 --vocab-size 259 --data data", program),
                 "widest head")
+    for channels, most in ((4104, "4096"), (1026, "1024")):
+        result = run(f"--channels {channels} --heads {channels // 6} --vocab-size 259 --data data",
+                     program)
+        check_error(f"error: --channels {channels} on the GPU", result,
+                    f"is more than {most}, the most on the GPU")
     check_error("error: not enough GPU memory",     # 700 GiB
                 run("--preset 1b --data data --layers 256 --seq-len 8 --steps 1", program),
                 "lower --batch")
