@@ -693,8 +693,8 @@ __device__ inline void mask_tile(Accumulator<COLS> &S, int row0, int column0) {
 // Takes one step of the online softmax. S (16,COLS) holds q_t . k_s and becomes e^(S_ts - m'). m
 // and l are updated; y (16,HS) is multiplied by e^(m - m'), and still lacks the terms of this tile.
 // A lane holds parts of two of the 16 rows, hence m[2] and l[2]. To save multiplications, m is
-// stored multiplied by log2 e. To save shuffles, each of the four lanes that share a row has an l of
-// its own, the sum over its columns, and the caller adds the four after the last tile.
+// stored multiplied by log2 e. To save shuffles, each of the four lanes that share a row has an l
+// of its own, the sum over its columns, and the caller adds the four after the last tile.
 template <int HS, int COLS>
 __device__ inline void softmax_tile(Accumulator<COLS> &S, Accumulator<HS> &y, float (&m)[2],
                                     float (&l)[2], float scale) {
