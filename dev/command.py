@@ -1,0 +1,115 @@
+"""
+What the Python programs of this project have in common: main(), which ends a program well whatever
+happens, and Parser, which reads its options.
+
+    from command import Error, Parser, main
+
+    def run():
+        ...
+        raise Error("what is wrong, and what the user can do")
+
+    if __name__ == "__main__":
+        main(run)
+
+Whatever goes wrong is told in one line on stderr, of at most two lines of a terminal.
+"""
+import argparse
+import os
+import signal
+import sys
+
+LONGEST = 158       # characters of a message: two lines of a terminal
+
+
+class Error(Exception):
+    """Something the user can put right: told in one line, without a traceback."""
+
+
+class Interrupted(BaseException):
+    """A signal asks the program to stop; its `finally:` blocks still run."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviations and no empty values: "$UNSET" is a mistake, not a wish."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         **settings)
+
+    def error(self, message):
+        raise Error(f"{message} (--help lists the options)")
+
+    def print_help(self, file=None):                # argparse's own ignores that a disk is full
+        print(self.format_help(), end="", file=file)
+
+    def parse_args(self, args=None, namespace=None):
+        options = super().parse_args(args, namespace)
+        for name, value in vars(options).items():
+            if value == "" or isinstance(value, list) and "" in value:
+                raise Error(f"{name.replace('_', '-')} is given, but empty")
+        return options
+
+
+def open_standard_files():
+    """Put /dev/null in the place of standard files that are closed, or the next file opened would
+    take their number and be written to by whoever prints."""
+    while True:
+        file = os.open(os.devnull, os.O_RDWR)       # takes the lowest number that is free
+        if file > 2:
+            break
+        os.set_inheritable(file, True)
+    os.close(file)
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    for stream in (sys.stdout, sys.stderr):         # what the locale cannot spell is no error
+        stream.reconfigure(errors="backslashreplace")
+
+
+open_standard_files()
+
+
+def interrupt(number, _):
+    signal.signal(number, signal.SIG_DFL)           # the second one stops at once
+    raise Interrupted(number)
+
+
+def say(message):
+    """Print a message on stderr. One that is too long, by what it quotes, loses its middle."""
+    line = f"{os.path.basename(sys.argv[0])}: {message}"
+    line = "".join(c if c.isprintable() else "?" for c in line)
+    if len(line) > LONGEST:
+        line = line[:LONGEST // 2 - 2] + "..." + line[-LONGEST // 2 + 2:]
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(run):
+    """Call run() and exit: with the status that it returns (None is 0); with 1 after an error; with
+    128 plus its number after a signal."""
+    status = 1
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
+                signal.signal(number, interrupt)
+        try:
+            result = run() or 0
+        except SystemExit as error:                 # of --help
+            result = error.code or 0
+        sys.stdout.flush()
+        status = result
+    except Error as error:
+        say(error)
+    except BrokenPipeError:                         # whoever reads this has seen enough: `| head`
+        status = 128 + signal.SIGPIPE
+    except OSError as error:
+        say(f"{error.filename or 'error'}: {error.strerror or error}")
+    except MemoryError:
+        say("not enough memory")
+    except Interrupted as signal_number:
+        status = 128 + signal_number.args[0]
+        say(f"stopped by {signal.Signals(signal_number.args[0]).name}")
+    try:
+        sys.stdout.flush()
+    except OSError:                                 # or Python would try once more, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(status)
