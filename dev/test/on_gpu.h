@@ -170,7 +170,10 @@ static void crossentropy_forward(float *losses, float *lse, const float *logits,
         Constants<int> t(targets, N);
         crossentropy<real>(e.p, x.p, t.p, 0, N, V, V);
     }
-    for (int n = 0; n < N; n++) lse[n] = losses[n] + (real)logits[(size_t)n * V + targets[n]];
+    for (int n = 0; n < N; n++) {
+        real logit = logits[(size_t)n * V + targets[n]];
+        lse[n] = losses[n] + (float)logit;
+    }
 }
 
 // The kernel computes lse again.
