@@ -1067,6 +1067,7 @@ int main(int argc, char **argv) {
     static Options options;
     static Model model;
     static Run run;
+    open_standard_files();
     let_waiting_threads_sleep(argv);
     parse_options(&options, argc, argv);
     open_run(&run, &model, &options);
@@ -1083,6 +1084,8 @@ int main(int argc, char **argv) {
         tell_story(&model, &options, &run.tokenizer, &run.progress.rng_state, stdout);
     }
     close_run(&run);
-    return stop_signal ? 128 + stop_signal : 0;
+    if (stop_signal) return 128 + stop_signal;
+    finish_output();
+    return 0;
 }
 #endif

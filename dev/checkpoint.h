@@ -1,5 +1,5 @@
 // checkpoint.h: defines Progress, checkpoint_write, checkpoint_read, checkpoint_options,
-// gradients_write.
+// checkpoint_step, newest_checkpoint, resumes_in_out, gradients_write.
 //
 // The format is safetensors: the length of the header in 8 bytes, the header as JSON, then the
 // numbers as they lie in memory. The tensors in the header follow from the options. So the reader
@@ -8,6 +8,7 @@
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
 #include "utils.h"
+#include <dirent.h>
 #include <inttypes.h>
 #include "model.h"
 
@@ -16,7 +17,38 @@ typedef struct {
     int step;            // updates done
     int64_t position;    // sequences trained on
     uint64_t rng_state;  // of the stories' generator
+    uint32_t tokenizer;  // the checksum of its tokenizer.bin; 0: not known, and not stored
 } Progress;
+
+// Returns the step of the checkpoint whose file has this name, "ckpt_STEP" and the ending, or -1.
+static inline int checkpoint_step(const char *name, const char *ending) {
+    int step = -1;
+    char right[64];
+    if (sscanf(name, "ckpt_%9d", &step) != 1) return -1;
+    snprintf(right, sizeof right, "ckpt_%06d%s", step, ending);
+    return strcmp(name, right) == 0 ? step : -1;
+}
+
+// Returns the step of the newest checkpoint in a folder, or -1 if there is none.
+static inline int newest_checkpoint(const char *path) {
+    int newest = -1;
+    DIR *folder = opendir(path);
+    for (struct dirent *entry; folder && (entry = readdir(folder));)
+        newest = imax(newest, checkpoint_step(entry->d_name, ".safetensors"));
+    if (folder) closedir(folder);
+    return newest;
+}
+
+// Does the run continue in the folder of the checkpoint that it resumes from?
+static inline int resumes_in_out(const Options *o) {
+    char folder[TEXT_SIZE];
+    struct stat from, out;
+    snprintf(folder, sizeof folder, "%s", o->resume);
+    char *slash = strrchr(folder, '/');
+    if (slash) slash[slash == folder] = 0;
+    return *o->resume && stat(slash ? folder : ".", &from) == 0 && stat(o->out, &out) == 0 &&
+           from.st_dev == out.st_dev && from.st_ino == out.st_ino;
+}
 
 static inline void print_tensor(FILE *file, const char *prefix, const char *name, const char *type,
                                 int rows, int cols, size_t *offset) {
@@ -36,10 +68,12 @@ static inline char *make_header(const Snapshot *s, const Progress *p, int gradie
     char *text, value[TEXT_SIZE];
     size_t length;
     FILE *file = open_memstream(&text, &length);
+    if (!file) die("not enough memory");
     fprintf(file, "{\"__metadata__\":{\"format\":\"pt\",\"kind\":\"%s\",\"step\":\"%d\"",
             gradients ? "gradients" : "checkpoint", p->step);
     fprintf(file, ",\"position\":\"%" PRId64 "\",\"random\":\"%" PRIu64 "\"", p->position,
             p->rng_state);
+    if (p->tokenizer) fprintf(file, ",\"tokenizer\":\"%" PRIu32 "\"", p->tokenizer);
     for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++) {
         if (row->group == NOT_STORED) continue;
         option_text(s->o, row, value);
@@ -56,7 +90,7 @@ static inline char *make_header(const Snapshot *s, const Progress *p, int gradie
         print_tensor(file, "", "loss", "F32", 1, 0, bytes);
     }
     fprintf(file, "}%*s", (int)(7 - ftell(file) % 8), "");  // a multiple of eight
-    fclose(file);
+    if (fclose(file) != 0) die("not enough memory");
     return text;
 }
 
@@ -66,20 +100,23 @@ typedef struct {
 } Part;
 
 // Writes header and parts to a temporary file, syncs it, renames it, and syncs the folder. So at
-// any moment `path` is either the old file or the new one, and complete. Frees the header.
+// any moment `path` is either the old file or the new one, and complete. If it is a link, the file
+// that it points to is written. Frees the header.
 static inline void write_safetensors(const char *path, char *header, const Part *parts,
                                      int num_parts) {
-    char temporary[2100];
+    char target[PATH_MAX], temporary[PATH_MAX + 4];
     uint64_t length = strlen(header);
-    snprintf(temporary, sizeof temporary, "%s.tmp", path);
-    FILE *file = fopen(temporary, "wb");
+    check_target(path);
+    if (!realpath(path, target)) snprintf(target, sizeof target, "%s", path);
+    snprintf(temporary, sizeof temporary, "%s.tmp", target);
+    FILE *file = fopen(temporary, "wbx");  // x: fails if there is such a file; it is not ours
     if (!file) die("cannot write %s: %s", temporary, strerror(errno));
     int good = fwrite(&length, 8, 1, file) == 1 && fwrite(header, length, 1, file) == 1;
     for (int i = 0; i < num_parts; i++)
         good = good && fwrite(parts[i].data, parts[i].bytes, 1, file) == 1;
-    good = good && fflush(file) == 0 && fsync(fileno(file)) == 0;
+    good = good && fflush(file) == 0 && sync_file(fileno(file));
     good = fclose(file) == 0 && good;
-    if (!good || rename(temporary, path) != 0 || !sync_folder(path)) {
+    if (!good || rename(temporary, target) != 0 || !sync_folder(target)) {
         int error = errno;
         unlink(temporary);
         die("cannot write %s: %s", path, strerror(error));
@@ -122,9 +159,14 @@ static inline FILE *checkpoint_open(const char *path, char **header, char **opti
            "\"%n", &step, &p->position, &p->rng_state, &used);
     if (!used || step < 0 || step > MOST_STEPS || p->position < 0 ||
         p->position > step * MOST_BATCH)
-        die("%s is not a checkpoint of this program: its metadata is missing or invalid", path);
+        die("%s is not a checkpoint as this program writes it: another kind of file, or rewritten "
+            "by another program", path);
     p->step = (int)step;
     *options = *header + used;
+    p->tokenizer = 0;
+    used = 0;
+    sscanf(*options, ",\"tokenizer\":\"%10" SCNu32 "\"%n", &p->tokenizer, &used);
+    *options += used;
     return file;
 }
 
@@ -158,7 +200,8 @@ static inline void checkpoint_options(const char *path, Options *o, int resume,
 
 // Fills the parameters of a network that has the checkpoint's options; with `resume` also Adam's
 // moments and the progress. If s has no arrays yet, it only checks that the file holds what it
-// should, so that a damaged one cannot make us allocate what it claims.
+// should, so that a damaged one cannot make us allocate what it claims. Exits if the network was
+// trained with another tokenizer than p->tokenizer.
 static inline void checkpoint_read(const char *path, const Snapshot *s, Progress *p, int resume) {
     Progress progress;
     char *header, *rest, *expected;
@@ -169,13 +212,19 @@ static inline void checkpoint_read(const char *path, const Snapshot *s, Progress
     const char *theirs = strstr(rest, "\"},\""), *ours = strstr(expected, "\"},\"");
     if (strncmp(header, expected, rest - header) != 0 || !theirs ||
         strncmp(ours, theirs, strcspn(ours, " ")) != 0)
-        die("%s is damaged: its tensors are not those of its options", path);
+        die("%s is damaged, or rewritten by another program: its tensors are not those of its "
+            "options", path);
+    if (p->tokenizer && progress.tokenizer && p->tokenizer != progress.tokenizer)
+        die("%s was trained with another tokenizer than %s/tokenizer.bin; give its own --data",
+            path, s->o->data);
     if (bytes != right_bytes)
         die("%s is damaged: %zu bytes of numbers, not %zu", path, (size_t)bytes, right_bytes);
     float *arrays[] = {s->parameters, s->adam_m, s->adam_v};
     for (int i = 0; s->parameters && i < (resume ? 3 : 1); i++)
         if (fread(arrays[i], sizeof(float), s->list.size, file) != s->list.size)
             die("cannot read %s: %s", path, strerror(errno));
+    if (!progress.tokenizer) progress.tokenizer = p->tokenizer;
+    p->tokenizer = progress.tokenizer;
     if (resume) *p = progress;
     fclose(file);
     free(header);

@@ -13,10 +13,11 @@ static inline void print_help(void) {
         else printf("  --%-13s %s [%s]\n", row->name, row->help, row->value);
     printf("\nExamples\n"
            "  ./%s --norm pre --gpas on --out out/gpas\n"
-           "  ./%s --resume out/gpas/ckpt_000800.safetensors --steps 1600\n"
-           "  ./%s --steps 0 --load out/gpas/ckpt_000800.safetensors --prompt \"Lily\"\n"
+           "  ./%s --resume out/gpas --steps 1600\n"
+           "  ./%s --load out/gpas --prompt \"Lily\"\n"
            "  ./%s --load out/gpas/ckpt_000800.safetensors --eval data/toy/val.bin\n"
            "OMP_NUM_THREADS sets the number of threads.\n", program, program, program, program);
+    finish_output();
 }
 
 // Was this option given on the command line?
@@ -66,10 +67,10 @@ static inline void check_memory(const Options *o, const char *const given[NUM_RO
     if (!training && batch == 1) inside += (L - 1) * 3 * C;  // queries, keys and values
     double shared = V + 7 * C + C + H + 3 * C + 2 * H;
     double activations = 4 * tokens * (shared + inside + L * (2 * C * outputs + o->heads));
-    double all = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+    double all = memory_limit("");
     if (parameters + activations > all)
-        die("about %.1f GiB of memory are needed, of %.1f; lower --batch, --seq-len or the "
-            "network's size%s", (parameters + activations) / GiB, all / GiB,
+        die("needs about %.1f GiB of memory, of %.1f; lower --batch, --seq-len or the network's "
+            "size%s", (parameters + activations) / GiB, all / GiB,
             o->recompute || !training ? "" : ", or try --recompute on");
     if (!*path || (is_given(given, "seq-len") && (*o->load || is_given(given, "batch")))) return;
     if (activations > GiB / 2 && stat(path, &info) == 0 && activations > 64.0 * info.st_size)
@@ -77,20 +78,67 @@ static inline void check_memory(const Options *o, const char *const given[NUM_RO
             "both options if that is meant", path, activations / GiB);
 }
 
-// Finds the options on the command line: given[r] becomes the text given for option r.
+// If the path of --load or --resume is a folder, replaces it by that of its newest checkpoint.
+static inline void find_checkpoint(char *path) {
+    char folder[TEXT_SIZE];
+    if (!is_folder(path)) return;
+    snprintf(folder, sizeof folder, "%s", path);
+    int step = newest_checkpoint(folder);
+    if (step < 0) die("%s has no checkpoint, ckpt_*.safetensors", folder);
+    if (snprintf(path, TEXT_SIZE, "%s/ckpt_%06d.safetensors", folder, step) >= TEXT_SIZE)
+        die("%s: the path is too long", folder);
+}
+
+// Returns how many characters must be changed, added or removed to make a of b (Levenshtein).
+static inline int edit_distance(const char *a, const char *b) {
+    int row[64], n = imin((int)strlen(b), 63);
+    for (int j = 0; j <= n; j++) row[j] = j;
+    for (int i = 1; a[i - 1]; i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (int j = 1; j <= n; j++) {
+            int replaced = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            row[j] = imin(replaced, 1 + imin(row[j], row[j - 1]));
+        }
+    }
+    return row[n];
+}
+
+// Exits with the option that is most like the one given, if one is.
+__attribute__((noreturn))
+static inline void unknown_option(const char *text) {
+    const char *name = text + strspn(text, "-"), *best = NULL;
+    int least = imin(3, 1 + (int)strlen(name) / 3);  // a distance that is too large
+    for (int r = 0; r < NUM_ROWS; r++)
+        if (option_rows[r].name && edit_distance(name, option_rows[r].name) < least) {
+            best = option_rows[r].name;
+            least = edit_distance(name, best);
+        }
+    if (best) die("unknown option %s; did you mean --%s?", text, best);
+    die("unknown option %s; --help lists them all", text);
+}
+
+// Finds the options on the command line, --name value or --name=value: given[r] becomes the text
+// given for option r.
 static inline void find_options(const char *given[NUM_ROWS], int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         int r = 0;
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
+        char *option = argv[i], *equals = strncmp(option, "--", 2) ? NULL : strchr(option, '=');
+        if (!strcmp(option, "--help") || !strcmp(option, "-h")) {
             print_help();
             exit(0);
         }
-        while (r < NUM_ROWS && !(option_rows[r].name && strncmp(argv[i], "--", 2) == 0 &&
-                                 strcmp(argv[i] + 2, option_rows[r].name) == 0)) r++;
-        if (r == NUM_ROWS) die("unknown option %s; --help lists them all", argv[i]);
-        if (i + 1 == argc) die("%s needs a value", argv[i]);
-        if (given[r]) die("%s is given twice", argv[i]);
-        given[r] = argv[++i];
+        if (equals) *equals = 0;
+        while (r < NUM_ROWS && !(option_rows[r].name && strncmp(option, "--", 2) == 0 &&
+                                 strcmp(option + 2, option_rows[r].name) == 0)) r++;
+        if (r == NUM_ROWS) unknown_option(option);
+        if (!equals && i + 1 == argc) die("%s needs a value", option);
+        if (given[r]) die("%s is given twice", option);
+        given[r] = equals ? equals + 1 : argv[++i];
+        // Most likely an unset variable of the shell. Only a prompt may be empty.
+        if (!*given[r] && option_rows[r].offset != offsetof(Options, prompt))
+            die("%s is given, but empty", option);
     }
 }
 
@@ -112,6 +160,8 @@ static inline void parse_options(Options *o, int argc, char **argv) {
                 preset = 1;
             }
         }
+        find_checkpoint(o->load);
+        find_checkpoint(o->resume);
         if (pass != 1) continue;
         if (*o->load && *o->resume) die("--load and --resume exclude each other");
         if (preset && (*o->load || *o->resume)) die("--preset: the checkpoint has its own sizes");
@@ -125,7 +175,7 @@ static inline void parse_options(Options *o, int argc, char **argv) {
     if (!on_gpu && is_given(given, "fused"))
         die("--fused is an option of ./train_gpas_cuda; the CPU computes one operation at a time");
     if (!on_gpu) o->dtype = DTYPE_FP32;  // even if the checkpoint was written on a GPU in bf16
-    if (evaluates(o)) o->steps = 0;
+    if (evaluates(o) || (*o->load && *o->prompt && !is_given(given, "steps"))) o->steps = 0;
     if (o->total_batch == 0) o->total_batch = o->batch;
     if (o->warmup < 0) o->warmup = o->steps / 10;
     check_options(o, given);

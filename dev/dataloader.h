@@ -1,11 +1,13 @@
-// dataloader.h: defines DataLoader, dataloader_add, dataloader_open, dataloader_close,
-// dataloader_batch.
+// dataloader.h: defines DataLoader, check_tokenizer, dataloader_add, dataloader_open,
+// dataloader_close, dataloader_batch.
 //
 // Token files are llm.c's: 256 int32 (magic 20240520, version 1, the number of tokens), then the
-// tokens as uint16. They are mapped into memory.
+// tokens as uint16. They are mapped into memory. Ours have two more numbers in the header, which are
+// 0 in llm.c's own: number 4 is the checksum of tokenizer.bin, number 5 how many files the split has.
 #ifndef DATALOADER_H
 #define DATALOADER_H
 #include "utils.h"
+#include <dirent.h>
 #include "random.h"
 
 // The data of one split, cut into windows of T + 1 tokens that do not overlap: T inputs, and the
@@ -18,14 +20,22 @@ typedef struct {
     int T, V;
     int64_t epoch;             // the epoch of `order`; -1: none yet
     uint64_t rng_state;        // at the start of epoch 0; 0: the windows come in order
+    uint32_t tokenizer;        // the checksum of the network's tokenizer.bin; 0: not known
 } DataLoader;
 
-// Adds the windows of one token file.
-static inline void dataloader_add(DataLoader *loader, const char *path) {
+// Exits if a file, whose header this is, was made with another tokenizer than the network's.
+static inline void check_tokenizer(const char *path, const int32_t *header, uint32_t tokenizer) {
+    if (header[4] && tokenizer && (uint32_t)header[4] != tokenizer)
+        die("%s was made with another tokenizer than the network's", path);
+}
+
+// Adds the windows of one token file, and returns its header.
+static inline const int32_t *dataloader_add(DataLoader *loader, const char *path) {
     size_t bytes, stride = loader->T + 1, old = loader->num_windows;
     const int32_t *header = map_file(path, "token", 20240520, &bytes);
     if (header[2] < 0 || bytes != 1024 + 2 * (size_t)header[2])
         die("%s should hold %d tokens but is %zu bytes long", path, header[2], bytes);
+    check_tokenizer(path, header, loader->tokenizer);
     loader->num_windows += header[2] / stride;
     size_t room = loader->num_windows + 1;
     loader->windows =
@@ -34,28 +44,52 @@ static inline void dataloader_add(DataLoader *loader, const char *path) {
     if (!loader->windows || !loader->order) die("not enough memory for the index of %s", path);
     for (size_t i = old; i < loader->num_windows; i++)
         loader->windows[i] = (const uint16_t *)(header + 256) + (i - old) * stride;
+    return header;
 }
 
-// Opens DIR/SPLIT.bin and DIR/SPLIT_000.bin, DIR/SPLIT_001.bin, ..., whichever exist.
+// Returns how many files DIR/SPLIT_000.bin, DIR/SPLIT_001.bin, ... there must be, by the highest of
+// their numbers.
+static inline int count_shards(const char *dir, const char *split) {
+    int shards = 0;
+    size_t n = strlen(split);
+    DIR *folder = opendir(dir);
+    for (struct dirent *entry; folder && (entry = readdir(folder));) {
+        int number, used = 0;
+        if (strncmp(entry->d_name, split, n) != 0 || entry->d_name[n] != '_') continue;
+        sscanf(entry->d_name + n + 1, "%6d.bin%n", &number, &used);
+        if (used && entry->d_name[n + 1 + used] == 0) shards = imax(shards, number + 1);
+    }
+    if (folder) closedir(folder);
+    return shards;
+}
+
+// Opens DIR/SPLIT.bin, or DIR/SPLIT_000.bin, DIR/SPLIT_001.bin, ... and exits if one is missing.
 static inline void dataloader_open(DataLoader *loader, const char *dir, const char *split, int T,
-                                   int V, uint64_t rng_state) {
+                                   int V, uint32_t tokenizer, uint64_t rng_state) {
     char path[2048];
+    int shards = count_shards(dir, split), made = 0;
     memset(loader, 0, sizeof *loader);
     loader->split = split;
     loader->T = T;
     loader->V = V;
     loader->rng_state = rng_state;
     loader->epoch = -1;
+    loader->tokenizer = tokenizer;
     snprintf(path, sizeof path, "%s/%s.bin", dir, split);
-    if (access(path, F_OK) == 0) dataloader_add(loader, path);
-    for (int i = 0; i < 1000; i++) {
-        snprintf(path, sizeof path, "%s/%s_%03d.bin", dir, split, i);
-        if (access(path, F_OK) != 0) break;
-        dataloader_add(loader, path);
+    int whole = access(path, F_OK) == 0;
+    if (!whole && !shards)
+        die("%s has no %s.bin; prepro_tinystories.py --help says how to make it", dir, split);
+    if (whole && shards) die("%s has %s.bin and %s_*.bin: which is meant?", dir, split, split);
+    for (int i = 0; i < imax(shards, 1); i++) {
+        if (shards) snprintf(path, sizeof path, "%s/%s_%03d.bin", dir, split, i);
+        if (access(path, F_OK) != 0) die("%s is missing, one of %d or more files", path, shards);
+        made = imax(made, dataloader_add(loader, path)[5]);
     }
+    if (made && made != imax(shards, 1))
+        die("%s has %d files of %s, but %d were made", dir, imax(shards, 1), split, made);
     if (!loader->num_windows)
-        die("%s has no %s.bin of %d tokens or more; prepro_tinystories.py --out %s writes one", dir,
-            split, T + 1, dir);
+        die("%s/%s.bin is shorter than a sequence of %d tokens; lower --seq-len", dir, split,
+            T + 1);
 }
 
 static inline void dataloader_close(DataLoader *loader) {

@@ -19,7 +19,10 @@ static inline void evaluate_text(Run *run) {
     DataLoader *loader = &run->val;
     int T = o->seq_len;
     double bytes = 0;
+    char byte;
+    int length;
     loader->split = o->eval;
+    loader->tokenizer = run->progress.tokenizer;
     loader->T = T;
     loader->V = o->vocab_size;
     loader->epoch = -1;
@@ -28,8 +31,11 @@ static inline void evaluate_text(Run *run) {
     run->val_windows = (int64_t)loader->num_windows;
     double loss = validate(run), tokens = (double)T * loader->num_windows;
     for (size_t w = 0; tokenizer->V && w < loader->num_windows; w++)
-        for (int t = 0; t < T; t++)
-            bytes += tokenizer_bytes(tokenizer, loader->windows[w][t], loader->windows[w][t + 1]);
+        for (int t = 0; t < T; t++) {
+            const uint16_t *at = loader->windows[w] + t;
+            tokenizer_text(tokenizer, at[0], at[1], &byte, &length);
+            bytes += length;
+        }
     printf("%s, %.0f tokens: loss %.6f nats per token, perplexity %.4f", o->eval, tokens, loss,
            exp(loss));
     if (bytes > 0) printf(", %.6f nats per byte of text", loss * tokens / bytes);
@@ -50,9 +56,23 @@ static inline const uint16_t *read_list(const Options *o, const uint16_t **p, co
     return list;
 }
 
+// Returns the length of an ending of n tokens, without the space that it begins with, in characters
+// (bytes that do not go on with one), or in tokens where there is no tokenizer.
+static inline int ending_length(const Tokenizer *tokenizer, const uint16_t *ending, int n) {
+    char byte;
+    int characters = 0, length;
+    for (int i = 0; tokenizer->V && i < n; i++) {
+        const char *text = tokenizer_text(tokenizer, i ? ending[i - 1] : TOKEN_BOS, ending[i],
+                                          &byte, &length);
+        for (int j = 0; j < length; j++) characters += (text[j] & 0xC0) != 0x80;
+    }
+    return tokenizer->V ? imax(characters, 1) : n;
+}
+
 // Answers question number q at *p: adds 1 to right[0] if the right ending has the smallest loss,
-// and to right[1] if it has the smallest loss per token. The endings share their context, which is
-// computed once. A context that is too long for T loses its beginning; returns 1 if that happened.
+// and to right[1] if it has the smallest loss for its length: acc and acc_norm of EleutherAI's
+// lm-evaluation-harness. The endings share their context, which is computed once. A context that is
+// too long for T loses its beginning; returns 1 if that happened.
 static inline int answer(Run *run, const uint16_t **p, const uint16_t *end, int q, int right[2]) {
     const Options *o = run->o;
     const uint16_t *question = *p;
@@ -77,8 +97,9 @@ static inline int answer(Run *run, const uint16_t **p, const uint16_t *end, int 
             least[0] = loss;
             picked[0] = e;
         }
-        if (loss / n < least[1]) {
-            least[1] = loss / n;
+        double per_length = loss / ending_length(&run->tokenizer, ending, n);
+        if (per_length < least[1]) {
+            least[1] = per_length;
             picked[1] = e;
         }
     }
@@ -92,11 +113,13 @@ static inline void evaluate_choices(Run *run) {
     size_t bytes;
     const int32_t *header = map_file(path, "multiple-choice", 20240522, &bytes);
     const uint16_t *p = (const uint16_t *)(header + 256), *end = p + (bytes - 1024) / 2;
+    check_tokenizer(path, header, run->progress.tokenizer);
     int questions = header[2], right[2] = {0, 0}, cut = 0;
     for (int q = 0; q < questions; q++) cut += answer(run, &p, end, q, right);
     if (questions < 1 || p != end || bytes % 2) die("%s is damaged: it has another length", path);
-    printf("%s, %d questions: accuracy %.4f, with losses per token %.4f\n", path, questions,
-           (double)right[0] / questions, (double)right[1] / questions);
+    printf("%s, %d questions: accuracy %.4f, with losses per %s %.4f\n", path, questions,
+           (double)right[0] / questions, run->tokenizer.V ? "character" : "token",
+           (double)right[1] / questions);
     if (cut)
         printf("the beginning of %d questions was cut off to fit --seq-len %d\n", cut,
                run->o->seq_len);

@@ -3,7 +3,6 @@
 #ifndef LOGS_H
 #define LOGS_H
 #include "utils.h"
-#include <dirent.h>
 #include "run.h"
 #include "sampler.h"
 
@@ -11,16 +10,15 @@
 OUT/log.csv and OUT/layers.csv
 */
 
-// Opens OUT/name. A run that resumes at start_step keeps the lines up to that step; a new one
-// starts with the header.
-static inline FILE *open_log(const Options *o, const char *name, int start_step,
-                             const char *header) {
+// Opens OUT/name, keeps its lines up to step `last`, or none if that is -1, and makes sure of the
+// header.
+static inline FILE *open_log(const Options *o, const char *name, int last, const char *header) {
     char path[2048], line[1024];
     long keep = 0;
     snprintf(path, sizeof path, "%s/%s", o->out, name);
-    FILE *file = *o->resume ? fopen(path, "r+") : NULL;
-    while (file && fgets(line, sizeof line, file) && strchr(line, '\n') &&
-           atoi(line) <= start_step)
+    check_target(path);
+    FILE *file = last >= 0 ? fopen(path, "r+") : NULL;
+    while (file && fgets(line, sizeof line, file) && strchr(line, '\n') && atoi(line) <= last)
         keep = ftell(file);
     if (!file) file = fopen(path, "w");
     if (!file || fseek(file, keep, SEEK_SET) != 0 || ftruncate(fileno(file), keep) != 0)
@@ -41,6 +39,7 @@ static inline void cut_samples(const Options *o, int start_step) {
     long keep = 0;
     int step = 0;
     snprintf(path, sizeof path, "%s/samples.txt", o->out);
+    check_target(path);
     FILE *file = fopen(path, "r+");
     if (!file && errno == ENOENT) return;
     if (!file) die("cannot write %s: %s", path, strerror(errno));
@@ -53,13 +52,31 @@ static inline void cut_samples(const Options *o, int start_step) {
         die("cannot write %s: %s", path, strerror(errno));
 }
 
+// Removes from OUT the checkpoints up to step `last` whose steps are multiples of `every`, and what
+// a killed run left half-written.
+static inline void remove_checkpoints(const Options *o, int every, int64_t last) {
+    char path[2048];
+    DIR *folder = opendir(o->out);
+    for (struct dirent *entry; folder && (entry = readdir(folder));) {
+        int step = checkpoint_step(entry->d_name, ".safetensors");
+        int old = step >= 0 && step <= last && step % every == 0;
+        if (!old && checkpoint_step(entry->d_name, ".safetensors.tmp") < 0) continue;
+        snprintf(path, sizeof path, "%s/%s", o->out, entry->d_name);
+        unlink(path);
+    }
+    if (folder) closedir(folder);
+}
+
+// Opens the logs of a run that continues the one in OUT, or of a new one, which may replace it.
 static inline void open_logs(Run *run) {
     const Options *o = run->o;
+    int continues = resumes_in_out(o);
     make_folder(o->out);
-    cut_samples(o, *o->resume ? run->start_step : -1);
-    run->log = open_log(o, "log.csv", run->start_step,
+    remove_checkpoints(o, 1, continues ? -1 : INT_MAX);
+    cut_samples(o, continues ? run->start_step : -1);
+    run->log = open_log(o, "log.csv", continues ? run->start_step : -1,
                         "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s");
-    run->layers = open_log(o, "layers.csv", run->start_step,
+    run->layers = open_log(o, "layers.csv", continues ? run->start_step : -1,
                            "step,layer,attention_variance,mlp_variance,gate,grad_norm");
 }
 
@@ -110,35 +127,18 @@ static inline void log_layers(Run *run) {
 Checkpoints, stories, gradients
 */
 
-// Removes from OUT the checkpoints of --save-every, except the newest --keep up to `step`, and what
-// a killed run left half-written.
-static inline void remove_old_checkpoints(const Options *o, int step) {
-    char path[2048], name[64];
-    int every = imax(1, o->save_every);
-    int64_t oldest = step - step % every - (o->keep - 1) * (int64_t)every;
-    DIR *folder = opendir(o->out);
-    for (struct dirent *entry; folder && (entry = readdir(folder));) {
-        int number = 0, half = 0;
-        if (sscanf(entry->d_name, "ckpt_%9d.safetensors.tmp%n", &number, &half) != 1) continue;
-        snprintf(name, sizeof name, "ckpt_%06d.safetensors%s", number, half ? ".tmp" : "");
-        if (strcmp(name, entry->d_name) != 0 || number > step) continue;
-        if (!half && (!o->save_every || number % every || number >= oldest)) continue;
-        snprintf(path, sizeof path, "%s/%s", o->out, name);
-        unlink(path);
-    }
-    if (folder) closedir(folder);
-}
-
 // Saves OUT/ckpt_STEP.safetensors, after making sure that the logs are on the disk up to this step.
+// Of the checkpoints of --save-every the newest --keep stay.
 static inline void save(Run *run) {
     const Options *o = run->o;
     char path[2048];
+    int step = run->progress.step, every = o->save_every;
     Snapshot snapshot = model_snapshot(run->model);
-    if (fsync(fileno(run->log)) != 0 || fsync(fileno(run->layers)) != 0)
+    if (!sync_file(fileno(run->log)) || !sync_file(fileno(run->layers)))
         die("cannot write the logs in %s: %s", o->out, strerror(errno));
-    snprintf(path, sizeof path, "%s/ckpt_%06d.safetensors", o->out, run->progress.step);
+    snprintf(path, sizeof path, "%s/ckpt_%06d.safetensors", o->out, step);
     checkpoint_write(path, &snapshot, &run->progress);
-    remove_old_checkpoints(o, run->progress.step);
+    if (every) remove_checkpoints(o, every, step - step % every - o->keep * (int64_t)every);
 }
 
 // Adds a story to OUT/samples.txt if there is a tokenizer.
@@ -150,7 +150,7 @@ static inline void sample(Run *run) {
     if (!file) die("cannot write %s: %s", path, strerror(errno));
     fprintf(file, "--- step %d ---\n", run->progress.step);
     tell_story(run->model, run->o, &run->tokenizer, &run->progress.rng_state, file);
-    int good = fflush(file) == 0 && fsync(fileno(file)) == 0;
+    int good = fflush(file) == 0 && sync_file(fileno(file));
     if (fclose(file) != 0 || !good) die("cannot write %s: %s", path, strerror(errno));
 }
 
@@ -187,9 +187,8 @@ static inline void stop_not_finite(Run *run, double loss) {
         for (l = o->layers; l > 0 && isfinite(run->layer_norms[l - 1]);) l--;
         snprintf(where, sizeof where, l ? "the gradient of layer %d" : "the gradient", l);
     }
-    die("step %d: NaN or infinity (loss %g), first in %s; no checkpoint contains it. Lower --lr or "
-        "set --grad-clip 1, and resume from an earlier checkpoint; --check-finite on finds the "
-        "operation", current_step, loss, where);
+    die("step %d: NaN or infinity, first in %s; not saved. Resume with a lower --lr or "
+        "--grad-clip 1; --check-finite on finds the operation", current_step, where);
 }
 
 // Prints once what is trained, on what, and how.

@@ -23,7 +23,7 @@ typedef struct {
     int vocab_size, layers, channels, hidden, heads, seq_len;
     int preset, dtype, fused, batch, total_batch, recompute, steps, warmup, seed;
     double lr, weight_decay, grad_clip, gate_clip;
-    int val_every, val_batches, sample_every, save_every, keep, print_every, length;
+    int overwrite, val_every, val_batches, sample_every, save_every, keep, print_every, length;
     double temperature, top_p;
     char data[TEXT_SIZE], out[TEXT_SIZE], resume[TEXT_SIZE], load[TEXT_SIZE], prompt[TEXT_SIZE];
     char dump_grads[TEXT_SIZE], eval[TEXT_SIZE], eval_choice[TEXT_SIZE];
@@ -96,6 +96,8 @@ static const OptionRow option_rows[] = {
     {"data", "data/toy", STRING(data), NETWORK_DATA,
      "folder with train.bin, val.bin, tokenizer.bin"},
     {"out", "out", STRING(out), RUN, "folder for logs, stories and checkpoints"},
+    {"overwrite", "off", ONE_OF(overwrite), NOT_STORED,
+     "off|on: on replaces the run that is in OUT"},
     {"val-every", "50", INT(val_every), 0, 1e9, RUN, "steps between validations; 0: last only"},
     {"val-batches", "20", INT(val_batches), 0, 1e9, RUN, "batches in a validation; 0: all"},
     {"sample-every", "0", INT(sample_every), 0, 1e9, RUN, "steps between stories; 0: last only"},
@@ -103,8 +105,9 @@ static const OptionRow option_rows[] = {
     {"keep", "2", INT(keep), 1, 1e6, RUN, "how many of those checkpoints to keep"},
     {"print-every", "10", INT(print_every), 1, 1e9, RUN,
      "steps between lines when not on a terminal"},
-    {"resume", "", STRING(resume), NOT_STORED, "continue the run that wrote this checkpoint"},
-    {"load", "", STRING(load), NOT_STORED, "start from the weights in this checkpoint"},
+    {"resume", "", STRING(resume), NOT_STORED,
+     "continue the run that wrote this checkpoint; a folder means its newest"},
+    {"load", "", STRING(load), NOT_STORED, "start from the weights in this checkpoint or folder"},
     {"dump-grads", "", STRING(dump_grads), NOT_STORED,
      "write the gradients of the first batch to this file and exit"},
     {"check-finite", "off", ONE_OF(check_finite), NOT_STORED,
@@ -114,7 +117,8 @@ static const OptionRow option_rows[] = {
     {"eval-choice", "", STRING(eval_choice), NOT_STORED,
      "accuracy on this file of multiple-choice questions"},
     HEADING("Stories"),
-    {"prompt", "", STRING(prompt), NOT_STORED, "how the story begins"},
+    {"prompt", "", STRING(prompt), NOT_STORED,
+     "how the story begins; with --load and without --steps, only tells it"},
     {"length", "512", INT(length), 1, 1e6, RUN, "most tokens in a story"},
     {"temperature", "0.8", NUMBER(temperature), 0, 100, RUN,
      "how daring the story is; 0: always the likeliest token"},
@@ -151,15 +155,28 @@ static inline int nth_choice(const char *help, int index, char *word) {
     return snprintf(word, 32, "%.*s", (int)strcspn(help, "|:"), help) > 0;
 }
 
+// Can the text stand in a JSON string as it is? It must be valid UTF-8.
+static inline int fits_json(const char *text) {
+    for (const unsigned char *p = (const unsigned char *)text; *p; p++) {
+        int more = *p < 0xC2 ? 0 : *p < 0xE0 ? 1 : *p < 0xF0 ? 2 : *p < 0xF5 ? 3 : 0;
+        if (*p < ' ' || *p == '"' || *p == '\\' || (*p >= 0x80 && !more)) return 0;
+        // The second byte tells overlong forms, surrogates and what is above U+10FFFF.
+        if ((*p == 0xE0 && p[1] < 0xA0) || (*p == 0xED && p[1] > 0x9F) ||
+            (*p == 0xF0 && p[1] < 0x90) || (*p == 0xF4 && p[1] > 0x8F)) return 0;
+        for (; more; more--)
+            if ((*++p & 0xC0) != 0x80) return 0;
+    }
+    return 1;
+}
+
 // Stores the text as the value of this row's option in o. Returns NULL, or what is wrong with it.
 static inline const char *set_option(Options *o, const OptionRow *row, const char *text) {
     static char problem[100];
     void *place = (char *)o + row->offset;
     char *end, word[32];
     if (row->type == TEXT) {
-        for (const char *p = text; row->group != NOT_STORED && *p; p++)
-            if (*p == '"' || *p == '\\' || (unsigned char)*p < ' ')
-                return "must hold no quotation mark, backslash or control character";
+        if (row->group != NOT_STORED && !fits_json(text))
+            return "must be UTF-8 without quotation marks, backslashes and control characters";
         return snprintf((char *)place, TEXT_SIZE, "%s", text) < TEXT_SIZE ? NULL : "is too long";
     }
     if (row->type == CHOICE) {

@@ -23,23 +23,25 @@ typedef struct {
 
 // Exits if the checkpoint does not match the options. This comes before any large allocation, so
 // that a damaged header cannot make us allocate absurd sizes.
-static inline void check_checkpoint(const char *path, const Options *o) {
+static inline void check_checkpoint(const char *path, const Options *o, Progress *progress) {
     Config config = config_of(o);
     Snapshot expected = {o, tensor_list(&config), NULL, NULL, NULL, NULL};
-    checkpoint_read(path, &expected, NULL, 0);
+    checkpoint_read(path, &expected, progress, 0);
     free(expected.list.tensors);
 }
 
 // Opens the tokenizer, which decides the size of the vocabulary.
 static inline void open_tokenizer(Run *run, Options *o) {
     int needed = o->steps == 0 && !evaluates(o);
+    const char *checkpoint = *o->load ? o->load : o->resume;
     if (tokenizer_open(&run->tokenizer, o->data)) {
         if (o->vocab_size && o->vocab_size != run->tokenizer.V)
-            die("--vocab-size is %d, but %s/tokenizer.bin has %d pieces", o->vocab_size, o->data,
-                run->tokenizer.V);
+            die("%s has %d tokens, but %s/tokenizer.bin has %d", *checkpoint ? checkpoint :
+                "--vocab-size", o->vocab_size, o->data, run->tokenizer.V);
         o->vocab_size = run->tokenizer.V;
+        run->progress.tokenizer = run->tokenizer.checksum;
     } else if (needed || !o->vocab_size) {
-        die("%s/tokenizer.bin is missing; prepro_tinystories.py --out %s writes it", o->data,
+        die("%s/tokenizer.bin is missing; prepro_tinystories.py --help says how to make it",
             o->data);
     }
 }
@@ -47,13 +49,33 @@ static inline void open_tokenizer(Run *run, Options *o) {
 // Opens the data for training and validation.
 static inline void open_data(Run *run, const Options *o) {
     uint64_t rng_state = (uint64_t)o->seed + 1;
-    dataloader_open(&run->train, o->data, "train", o->seq_len, o->vocab_size, rng_state);
-    dataloader_open(&run->val, o->data, "val", o->seq_len, o->vocab_size, 0);
+    uint32_t tokenizer = run->progress.tokenizer;
+    dataloader_open(&run->train, o->data, "train", o->seq_len, o->vocab_size, tokenizer, rng_state);
+    dataloader_open(&run->val, o->data, "val", o->seq_len, o->vocab_size, tokenizer, 0);
     if (o->total_batch / 16 > (int64_t)run->train.num_windows)
         die("--total-batch %d would use each of the %zu sequences in %s over 16 times a step",
             o->total_batch, run->train.num_windows, o->data);
     int64_t windows = run->val.num_windows, limit = (int64_t)o->val_batches * o->batch;
     run->val_windows = limit && windows > limit ? limit : windows;
+}
+
+// Exits if a new run would replace another in OUT: its checkpoints, its stories, or the log of more
+// than step 0.
+static inline void check_out(const Options *o) {
+    const char *names[] = {"log.csv", "layers.csv", "samples.txt"};
+    char path[2048], line[1024];
+    int used = newest_checkpoint(o->out) >= 0;
+    for (int i = 0; i < 3; i++) {
+        snprintf(path, sizeof path, "%s/%s", o->out, names[i]);
+        check_target(path);
+        FILE *file = fopen(path, "r");
+        while (file && fgets(line, sizeof line, file))
+            used |= strncmp(line, "step,", 5) != 0 && strncmp(line, "0,", 2) != 0;
+        if (file) fclose(file);
+    }
+    if (used && !o->overwrite && !resumes_in_out(o))
+        die("%s holds a run: --resume %s continues it, another --out keeps it, --overwrite on "
+            "replaces it", o->out, o->out);
 }
 
 // Prepares everything that the options ask for: tokenizer, data, network, checkpoint. Sets
@@ -67,8 +89,9 @@ static inline void open_run(Run *run, Model *model, Options *o) {
     run->o = o;
     signal(SIGXFSZ, SIG_IGN);  // a file that may not grow any further is an error like a full disk
     open_tokenizer(run, o);
+    if (*checkpoint) check_checkpoint(checkpoint, o, &run->progress);
     if (training) open_data(run, o);
-    if (*checkpoint) check_checkpoint(checkpoint, o);
+    if (training && !*o->dump_grads) check_out(o);
     model_create(model, o, training || *o->eval ? o->batch : 1, training);
     run->progress.rng_state = o->seed;
     if (*checkpoint) {

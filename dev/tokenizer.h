@@ -1,5 +1,5 @@
-// tokenizer.h: defines Tokenizer, tokenizer_open, tokenizer_close, tokenizer_encode,
-// tokenizer_bytes, tokenizer_print.
+// tokenizer.h: defines Tokenizer, crc32, tokenizer_open, tokenizer_close, tokenizer_encode,
+// tokenizer_text, tokenizer_print.
 //
 // The file is llama2.c's tokenizer.bin: the length of the longest piece, then for each id its
 // score, its length and its bytes.
@@ -15,7 +15,18 @@ typedef struct {
     int *lengths;         // (V)
     float *scores;        // (V)
     char *file;
+    uint32_t checksum;    // of the file
 } Tokenizer;
+
+// Returns the CRC-32 of n bytes, as zlib and gzip compute it.
+static inline uint32_t crc32(const char *bytes, size_t n) {
+    uint32_t crc = ~0u;
+    for (size_t i = 0; i < n; i++) {
+        crc ^= (unsigned char)bytes[i];
+        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
+    }
+    return ~crc;
+}
 
 // Reads DIR/tokenizer.bin. Returns 0 if there is no such file; exits if it is damaged.
 static inline int tokenizer_open(Tokenizer *t, const char *dir) {
@@ -29,6 +40,7 @@ static inline int tokenizer_open(Tokenizer *t, const char *dir) {
     t->file = (char *)allocate(size, 1);
     if (fread(t->file, 1, size, file) != size) die("cannot read %s: %s", path, strerror(errno));
     fclose(file);
+    t->checksum = crc32(t->file, size);
     size_t room = size / 8 < MOST ? size / 8 + 1 : (size_t)MOST;
     t->pieces = (const char **)allocate(room, sizeof *t->pieces);
     t->lengths = (int *)allocate(room, sizeof(int));
@@ -116,22 +128,25 @@ static inline int tokenizer_encode(const Tokenizer *t, const char *text, int *to
     return n;
 }
 
-// Returns the number of bytes of text in a token: 0 for BOS; the space at the beginning of a story,
-// after BOS, does not count.
-static inline int tokenizer_bytes(const Tokenizer *t, int previous, int token) {
-    int length = token < TOKEN_BYTE ? 0 : token < TOKEN_PIECE ? 1 : t->lengths[token];
-    char first = token < TOKEN_PIECE ? (char)(token - TOKEN_BYTE) : *t->pieces[token];
-    return length - (previous == TOKEN_BOS && length && first == ' ');
+// Returns the text of a token and writes its length to *length: 0 for BOS. The space at the
+// beginning of a story, after BOS, does not count. byte: room for the text of a token of one byte.
+static inline const char *tokenizer_text(const Tokenizer *t, int previous, int token, char *byte,
+                                         int *length) {
+    const char *text = token < TOKEN_PIECE ? byte : t->pieces[token];
+    *byte = (char)(token - TOKEN_BYTE);
+    *length = token < TOKEN_BYTE ? 0 : token < TOKEN_PIECE ? 1 : t->lengths[token];
+    int skip = previous == TOKEN_BOS && *length && *text == ' ';
+    *length -= skip;
+    return text + skip;
 }
 
-// Writes a token's text to file, without the space at the beginning of a story and without bytes
-// that control a terminal.
+// Writes a token's text to file, without the bytes that control a terminal.
 static inline void tokenizer_print(const Tokenizer *t, int previous, int token, FILE *file) {
-    char byte = (char)(token - TOKEN_BYTE);
-    int length = tokenizer_bytes(t, previous, token);
-    const char *piece = token < TOKEN_PIECE ? &byte : t->pieces[token] + t->lengths[token] - length;
+    char byte;
+    int length;
+    const char *text = tokenizer_text(t, previous, token, &byte, &length);
     for (int i = 0; i < length; i++)
-        if (piece[i] == '\n' || ((unsigned char)piece[i] >= ' ' && piece[i] != 127))
-            fputc(piece[i], file);
+        if (text[i] == '\n' || text[i] == '\t' || ((unsigned char)text[i] >= ' ' && text[i] != 127))
+            fputc(text[i], file);
 }
 #endif

@@ -1,4 +1,5 @@
-// utils.h: defines die, allocate, imin, imax; open_file, map_file, make_folder, sync_folder;
+// utils.h: defines die, allocate, memory_limit, imin, imax; open_file, map_file, check_target,
+// is_folder, make_folder, sync_file, sync_folder; open_standard_files, finish_output;
 // catch_signals, let_waiting_threads_sleep.
 //
 // Like all headers in this folder it compiles as C11 and as C++17, because both programs include
@@ -22,6 +23,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+// With these the loss of a training differs in the second digit, and nothing finds a NaN any more.
+#if defined __FAST_MATH__ || __FINITE_MATH_ONLY__ + 0 || defined __ASSOCIATIVE_MATH__ || \
+    defined __RECIPROCAL_MATH__ || defined __USE_FAST_MATH__
+#error "compile without -Ofast and -ffast-math: they give wrong losses and hide NaN"
+#endif
+
 extern const char program[];  // the program's name; train_gpas.c and train_gpas.cu define it
 
 static int current_step;  // the training step that is being computed, for messages; 0: none
@@ -29,19 +36,24 @@ static int current_step;  // the training step that is being computed, for messa
 static inline int imin(int a, int b) { return a < b ? a : b; }
 static inline int imax(int a, int b) { return a > b ? a : b; }
 
-// Prints exactly one line on stderr (control characters become '?') and exits with status 1. If two
+// Prints exactly one line on stderr and exits with status 1. Control characters become '?', and a
+// message that is longer than two lines of a terminal, by what it quotes, loses its middle. If two
 // threads fail at once, the second one waits here until the program has ended.
 __attribute__((noreturn, format(printf, 1, 2)))
 static inline void die(const char *format, ...) {
-    char text[4096];
+    enum { LONGEST = 158 };
+    char text[8192];
     va_list args;
     va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
+    int n = snprintf(text, sizeof text, "%s: ", program);
+    vsnprintf(text + n, sizeof text - n, format, args);
     for (char *c = text; *c; c++)
         if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    size_t length = strlen(text), half = length > LONGEST ? LONGEST / 2 : length;
     flockfile(stderr);
     fflush(stdout);
-    fprintf(stderr, "%s: %s\n", program, text);
+    fprintf(stderr, "%.*s%s%s\n", (int)half, text, half < length ? "..." : "",
+            half < length ? text + length - LONGEST / 2 + 3 : "");
     exit(1);
 }
 
@@ -64,6 +76,37 @@ static inline void *allocate(size_t count, size_t size) {
     return memset(p, 0, bytes);
 }
 
+// Returns how many bytes of memory the program may use: what the machine has, or less where a
+// container, a cgroup of version 1 or 2, has a limit. root: "", or in tests the folder that stands
+// for /.
+static inline double memory_limit(const char *root) {
+    char path[2 * PATH_MAX], line[PATH_MAX];
+    double limit = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE), bytes;
+    snprintf(path, sizeof path, "%s/proc/self/cgroup", root);
+    FILE *file, *groups = fopen(path, "r");
+    while (groups && fgets(line, sizeof line, groups)) {  // "0::/group" or "5:cpu,memory:/group"
+        char *controllers = strchr(line, ':');
+        char *group = controllers ? strchr(controllers + 1, ':') : NULL, *slash;
+        if (!group) continue;
+        *group++ = 0;
+        group[strcspn(group, "\n")] = 0;
+        int version2 = strcmp(controllers, ":") == 0;
+        if (!version2 && !strstr(controllers, "memory")) continue;
+        do {  // the limits of the groups around it count too
+            snprintf(path, sizeof path, version2 ? "%s/sys/fs/cgroup%s/memory.max"
+                     : "%s/sys/fs/cgroup/memory%s/memory.limit_in_bytes", root, group);
+            if ((file = fopen(path, "r"))) {
+                if (fscanf(file, "%lf", &bytes) == 1 && bytes < limit) limit = bytes;
+                fclose(file);
+            }
+            slash = strrchr(group, '/');
+            if (slash) *slash = 0;
+        } while (slash);
+    }
+    if (groups) fclose(groups);
+    return limit;
+}
+
 /* ------------------------------------------------------------------------------------------------
 Files
 */
@@ -76,7 +119,9 @@ static inline FILE *open_file(const char *path, size_t *bytes) {
     if (file < 0 || fstat(file, &info) != 0) die("cannot open %s: %s", path, strerror(errno));
     if (!S_ISREG(info.st_mode)) die("cannot open %s: it is not a file", path);
     *bytes = (size_t)info.st_size;
-    return fdopen(file, "rb");
+    FILE *stream = fdopen(file, "rb");
+    if (!stream) die("cannot open %s: %s", path, strerror(errno));
+    return stream;
 }
 
 // Maps a file in one of llm.c's formats into memory, where it stays until the program ends: 256
@@ -95,17 +140,28 @@ static inline const int32_t *map_file(const char *path, const char *kind, int ma
     return header;
 }
 
+// Waits until what was written to a file is on the disk. Returns 0 if the disk failed, but not if
+// this kind of file or file system cannot be told to wait.
+static inline int sync_file(int file) {
+    return fsync(file) == 0 || (errno != EIO && errno != ENOSPC && errno != EDQUOT);
+}
+
 // Makes sure that the name `path` is on the disk by an fsync() of the folder that contains it: the
-// file's own fsync() only covers its content. Returns 0 if the fsync() fails.
+// file's own fsync() only covers its content. Returns 0 if the disk failed.
 static inline int sync_folder(const char *path) {
-    char folder[2100];
+    char folder[PATH_MAX];
     snprintf(folder, sizeof folder, "%s", path);
     char *slash = strrchr(folder, '/');
     if (slash) slash[slash == folder] = 0;
     int file = open(slash ? folder : ".", O_RDONLY);
-    int good = file < 0 || fsync(file) == 0 || errno == EINVAL;  // EINVAL: it cannot be synced
+    int good = file < 0 || sync_file(file);
     if (file >= 0) close(file);
     return good;
+}
+
+static inline int is_folder(const char *path) {
+    struct stat info;
+    return stat(path, &info) == 0 && S_ISDIR(info.st_mode);
 }
 
 // Creates the folder `path` and its parents where they do not exist.
@@ -115,26 +171,69 @@ static inline void make_folder(const char *path) {
         if (path[i] == '/' || path[i] == 0) {
             snprintf(part, sizeof part, "%.*s", (int)i, path);
             if (mkdir(part, 0777) == 0) sync_folder(part);
-            else if (errno != EEXIST)
+            else if (!is_folder(part))
                 die("cannot create the folder %s: %s", part, strerror(errno));
         }
+}
+
+// Exits if `path` exists and is not a regular file, or a link to one: to open a pipe for writing
+// might never end, and to rename a file onto a device would replace it.
+static inline void check_target(const char *path) {
+    struct stat info;
+    if (lstat(path, &info) != 0) return;
+    if (stat(path, &info) != 0) die("cannot write %s: %s", path, strerror(errno));
+    if (!S_ISREG(info.st_mode)) die("cannot write %s: it is not a file", path);
+}
+
+// Opens /dev/null in the place of standard files that are closed: the next file that we open would
+// take their number, and what the program prints would land in it.
+static inline void open_standard_files(void) {
+    int file;
+    while ((file = open("/dev/null", O_RDWR)) >= 0 && file <= 2) {}
+    close(file);
+}
+
+// Exits if not all that was printed could be written.
+static inline void finish_output(void) {
+    if (fflush(stdout) != 0) die("cannot write to standard output: %s", strerror(errno));
+    if (ferror(stdout)) die("not all of the output could be written");
 }
 
 /* ------------------------------------------------------------------------------------------------
 Signals and threads
 */
 
-// After SIGINT or SIGTERM the training loop finishes its step, saves and stops; a second signal
-// kills the program at once.
+// After one of these signals the training loop finishes its step, saves and stops. SIGHUP: the
+// terminal is gone. SIGPIPE: who reads the output is, as in `| head`. A second Ctrl-C or SIGTERM
+// stops at once. Signals that were ignored when the program started, as by nohup, stay so.
 static volatile sig_atomic_t stop_signal;
-static inline void remember_signal(int number) { stop_signal = number; }
+
+static inline void print_in_handler(const char *text) {
+    if (write(2, text, strlen(text)) < 0) return;  // there is nobody to tell
+}
+
+static inline void handle_signal(int number) {
+    int again = number == stop_signal && (number == SIGINT || number == SIGTERM), error = errno;
+    if (number == SIGPIPE && stop_signal) return;
+    stop_signal = number;
+    if (again) {
+        print_in_handler("\nstopped at once; what came after the last checkpoint is lost\n");
+        _exit(128 + number);
+    }
+    if (number != SIGPIPE)
+        print_in_handler("\nfinishing this step, then saving; a second time stops at once\n");
+    errno = error;
+}
+
 static inline void catch_signals(void) {
-    struct sigaction action;
+    const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
+    struct sigaction action, old;
     memset(&action, 0, sizeof action);
-    action.sa_handler = remember_signal;
-    action.sa_flags = SA_RESETHAND | SA_RESTART;
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    action.sa_handler = handle_signal;
+    action.sa_flags = SA_RESTART;
+    for (int i = 0; i < 4; i++)
+        if (sigaction(numbers[i], NULL, &old) == 0 && old.sa_handler != SIG_IGN)
+            sigaction(numbers[i], &action, NULL);
 }
 
 // OpenMP threads that wait for others spin by default. That is fast as long as each has a core of

@@ -1,7 +1,7 @@
 /*
 test_headers.c: tests the headers in dev/ that need no network: the data loader, the tokenizer, the
-sampler, the evaluation, the schedule. Where they call a network, a stub answers that records how it
-is called.
+sampler, the evaluation, the schedule, the limit of memory. Where they call a network, a stub
+answers that records how it is called.
 
     build/test_headers    one line for each check, then `N passed, N failed`
 */
@@ -158,7 +158,7 @@ static void first_tokens(DataLoader *loader, int64_t position, int n, int *first
 }
 
 static void open_count(DataLoader *loader, uint64_t rng_state) {
-    dataloader_open(loader, folder, "count", 4, 60000, rng_state);
+    dataloader_open(loader, folder, "count", 4, 60000, 0, rng_state);
 }
 
 // How many of the n numbers are in another place in b?
@@ -186,7 +186,7 @@ static void test_windows(void) {
     dataloader_close(&loader);
     write_tokens("part_000.bin", 10);
     write_tokens("part_001.bin", 7);
-    dataloader_open(&loader, folder, "part", 4, 60000, 0);
+    dataloader_open(&loader, folder, "part", 4, 60000, 0, 0);
     dataloader_batch(&loader, 2, 1, tokens, targets);
     check(loader.num_windows == 3 && tokens[0] == 0 && tokens[3] == 3,
           "dataloader: shards follow one another", "%zu windows", loader.num_windows);
@@ -246,19 +246,20 @@ static void decode(const Tokenizer *tokenizer, const int *tokens, int n, char *t
 }
 
 // Checks that each text comes back after encoding and decoding, and has as many bytes as
-// tokenizer_bytes() says.
+// tokenizer_text() says.
 static void test_round_trips(const Tokenizer *tokenizer, const char *kind) {
     static const char *const texts[] = {"Once upon a time", "",
-                                        "caf\xc3\xa9 \xe2\x80\x9cquoted\xe2\x80\x9d\nnew",
+                                        "caf\xc3\xa9 \xe2\x80\x9cquoted\xe2\x80\x9d\n\tnew",
                                         "the thehe", "\xff broken \x80"};
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
-        char name[100], text[100] = "";
-        int tokens[100], n = tokenizer_encode(tokenizer, texts[i], tokens), bytes = 0;
+        char name[100], text[100] = "", byte;
+        int tokens[100], n = tokenizer_encode(tokenizer, texts[i], tokens), bytes = 0, length;
         decode(tokenizer, tokens, n, text, sizeof text);
         snprintf(name, sizeof name, "tokenizer: %s, round trip of text %zu", kind, i);
         check(strcmp(text, texts[i]) == 0 && tokens[0] == TOKEN_BOS, name, "it came back as %s",
               text);
-        for (int k = 1; k < n; k++) bytes += tokenizer_bytes(tokenizer, tokens[k - 1], tokens[k]);
+        for (int k = 1; k < n; k++, bytes += length)
+            tokenizer_text(tokenizer, tokens[k - 1], tokens[k], &byte, &length);
         snprintf(name, sizeof name, "tokenizer: %s, length of text %zu", kind, i);
         check(bytes == (int)strlen(texts[i]), name, "%d bytes", bytes);
     }
@@ -474,6 +475,64 @@ static void test_validate(void) {
     dataloader_close(&run.val);
 }
 
+// The length of an ending is that of its text in characters: not its first space, and a character
+// of several bytes once.
+static void test_ending_length(void) {
+    static const char *const pieces[] = {" t", "he", "\xc3\xa9"};
+    const uint16_t ending[] = {259, 260, 261, TOKEN_BYTE + 0xc3, TOKEN_BYTE + 0xa9};
+    Tokenizer tokenizer, none = {0};
+    write_tokenizer(pieces, 3);
+    tokenizer_open(&tokenizer, folder);
+    check(ending_length(&tokenizer, ending, 5) == 5, "ending_length: characters", "%d",
+          ending_length(&tokenizer, ending, 5));
+    check(ending_length(&none, ending, 4) == 4,
+          "ending_length: tokens, where there is no tokenizer", "%d",
+          ending_length(&none, ending, 4));
+    tokenizer_close(&tokenizer);
+    check(crc32("123456789", 9) == 0xCBF43926, "crc32: the value that every CRC-32 gives", "%x",
+          (unsigned)crc32("123456789", 9));
+}
+
+/* ------------------------------------------------------------------------------------------------
+Limits of memory
+*/
+
+static void write_line(const char *name, const char *line) {
+    char path[300];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    *strrchr(path, '/') = 0;
+    make_folder(path);
+    write_file(name, line, strlen(line));
+}
+
+// Containers limit the memory by files of the kernel, which a folder stands for here.
+static void test_memory_limit(void) {
+    const char *list = "proc/self/cgroup", *whole = "9223372036854771712\n";
+    double all = memory_limit("/nowhere");
+    check(all > 1 << 24, "memory_limit: that of the machine", "%g", all);
+    write_line(list, "0::/a/b\n");
+    write_line("sys/fs/cgroup/a/b/memory.max", "max\n");
+    check(memory_limit(folder) == all, "memory_limit: a group without a limit", "%g",
+          memory_limit(folder));
+    write_line("sys/fs/cgroup/a/memory.max", "3000000\n");
+    check(memory_limit(folder) == 3000000, "memory_limit: version 2, the group around it", "%g",
+          memory_limit(folder));
+    write_line("sys/fs/cgroup/a/b/memory.max", "2000000\n");
+    check(memory_limit(folder) == 2000000, "memory_limit: version 2, the smaller one", "%g",
+          memory_limit(folder));
+    write_line(list, "0::/host/path\n");
+    write_line("sys/fs/cgroup/memory.max", "1000000\n");
+    check(memory_limit(folder) == 1000000, "memory_limit: version 2, inside of a container", "%g",
+          memory_limit(folder));
+    write_line(list, "12:cpuset:/x\n4:cpu,memory:/docker/1f\n0::/none\n");
+    write_line("sys/fs/cgroup/memory.max", "max\n");
+    write_line("sys/fs/cgroup/memory/memory.limit_in_bytes", whole);
+    check(memory_limit(folder) == all, "memory_limit: version 1 without a limit", "%g",
+          memory_limit(folder));
+    write_line("sys/fs/cgroup/memory/docker/1f/memory.limit_in_bytes", "4000000\n");
+    check(memory_limit(folder) == 4000000, "memory_limit: version 1", "%g", memory_limit(folder));
+}
+
 /* ------------------------------------------------------------------------------------------------
 Schedule and clipping
 */
@@ -542,7 +601,9 @@ int main(void) {
     test_windows_of_story();
     test_end_of_story();
     test_answer();
+    test_ending_length();
     test_validate();
+    test_memory_limit();
     test_learning_rate();
     test_clip_factors();
     return summary();

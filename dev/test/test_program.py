@@ -10,6 +10,7 @@ learning rate of each step, which parameters decay. In the second form the given
 bf16, must have the losses of ./train_gpas, and each must be able to resume the other's run.
 """
 import csv
+import json
 import math
 import os
 import re
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from array import array
 
 from test_export import read_safetensors, write_tokens
@@ -30,7 +32,7 @@ PROJECT = os.getcwd()
 TRAIN = os.path.abspath("train_gpas")
 SIZES = "--channels 16 --hidden 24 --heads 2 --seq-len 16"
 NETWORK = "--layers 2 " + SIZES
-SMALL = f"--data data --out run {NETWORK} --batch 2 --val-every 5 "
+SMALL = f"--data data --out run --overwrite on {NETWORK} --batch 2 --val-every 5 "
 STOPPED = (f"--data data --out stop {NETWORK} --batch 2 --val-every 5 --steps 3000 "
            "--sample-every 300 --length 30 ")
 LOG = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s"
@@ -67,11 +69,12 @@ def check_success(name, result, also=True, seen=""):
 
 
 def check_error(name, result, words):
-    """Status 1 and exactly one line on stderr, which contains the words."""
+    """Status 1 and exactly one line on stderr, which contains the words and fits on two lines of a
+    terminal."""
     status, _, errors = result
     lines = errors.count("\n")
-    check(status == 1 and lines == 1 and errors.endswith("\n") and words in errors, name,
-          f"status {status}, {lines} lines: {errors}")
+    check(status == 1 and lines == 1 and errors.endswith("\n") and words in errors
+          and len(errors) < 160, name, f"status {status}, {lines} lines: {errors}")
 
 
 def content(path):
@@ -230,19 +233,30 @@ def test_checkpoints_kept():
                   kept() == names[2:] + ["ckpt_1.safetensors"], kept())
 
 
-def run_and_stop(number):
-    """Trains and sends a signal after about 20 steps. Returns the exit status and stdout."""
+def run_and_stop(*numbers, **settings):
+    """Trains and sends signals after about 20 steps; 0 closes the pipe that the output goes to.
+    Returns the exit status, stdout and stderr."""
     remove("stop")
     process = subprocess.Popen([TRAIN, *STOPPED.split()], stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
     try:
         while process.poll() is None and content("stop/log.csv").count(b"\n") < 20:
             time.sleep(0.002)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=300)
+        for number in numbers:
+            if number:
+                process.send_signal(number)
+            else:
+                process.stdout.close()
+        output = b"" if process.stdout.closed else process.stdout.read()
+        errors = process.stderr.read()
+        process.wait(timeout=300)
     finally:
         process.kill()
-    return process.returncode, output.decode("latin-1")
+    return process.returncode, output.decode("latin-1"), errors.decode("latin-1")
+
+
+def stopped_checkpoints():
+    return [f"stop/{name}" for name in os.listdir("stop") if name.startswith("ckpt_")]
 
 
 def test_stop():
@@ -251,11 +265,12 @@ def test_stop():
     check_success("stop: a run that is not stopped", result)
     last = "stop/ckpt_003000.safetensors"
     checkpoint, stories = read(last), read("stop/samples.txt")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        status, output = run_and_stop(number)
-        check(status == 128 + number,
-              f"stop: {number.name} ends the run with status {128 + number}", f"status {status}")
-        saved = [f"stop/{name}" for name in os.listdir("stop") if name.startswith("ckpt_")]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        status, output, errors = run_and_stop(number)
+        check(status == 128 + number and "a second time stops at once" in errors,
+              f"stop: {number.name} ends the run with status {128 + number} and says what it does",
+              f"status {status}, {errors}")
+        saved = stopped_checkpoints()
         named = re.findall(r"Stopped\..* --resume (\S+)", output)
         check(saved == named and saved != [last],
               f"stop: {number.name}: it saves and says how to resume", f"{saved}, {output[-200:]}")
@@ -264,6 +279,251 @@ def test_stop():
                       read(last) == checkpoint, "another checkpoint")
         check(read("stop/samples.txt") == stories,
               f"stop: {number.name}: and has told the same stories", read("stop/samples.txt"))
+
+
+def test_stop_without_a_reader():
+    """`| head` stops a run like a signal. `| tee` gets the Ctrl-C too, and is gone first."""
+    status, _, _ = run_and_stop(0)
+    check(status == 128 + signal.SIGPIPE and stopped_checkpoints(),
+          "stop: a run whose output nobody reads saves and stops", f"status {status}")
+    status, _, _ = run_and_stop(0, signal.SIGINT)
+    check(status == 130 and stopped_checkpoints(),
+          "stop: Ctrl-C after the reader is gone saves, with status 130", f"status {status}")
+    status, _, errors = run_and_stop(signal.SIGHUP, signal.SIGHUP, signal.SIGTERM)
+    check(status in (129, 143) and stopped_checkpoints(),
+          "stop: a terminal that closes sends several signals; the run saves all the same",
+          f"status {status}, {errors}")
+    ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    status, output, errors = run_and_stop(signal.SIGHUP, **ignore)
+    check(status == 0 and not errors and os.path.exists("stop/ckpt_003000.safetensors"),
+          "stop: nohup: SIGHUP stays ignored", f"status {status}, {errors}")
+
+
+def test_stop_at_once():
+    """A step of so many sequences takes seconds."""
+    remove("long")
+    child = subprocess.Popen([TRAIN, *shlex.split(
+        "--data data --out long --channels 256 --hidden 1024 --heads 2 --seq-len 16 --batch 64 "
+        "--total-batch 2816 --steps 9 --val-batches 1 --layers 4")], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while child.poll() is None and content("long/layers.csv").count(b"\n") < 5:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    first = os.read(child.stderr.fileno(), 1000)
+    child.send_signal(signal.SIGINT)
+    errors = child.communicate(timeout=30)[1]
+    check(child.returncode == 130 and b"a second time" in first and b"stopped at once" in errors,
+          "stop: the second Ctrl-C stops at once and says so",
+          f"status {child.returncode}, {first + errors}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Standard files, other files, folders in use.
+
+def test_standard_files():
+    train("--batch 2 --steps 3", "told")
+    telling = "--load told --steps 0"
+    for arguments in (telling, "--load told --eval data/val.bin", "--help",
+                      SMALL + "--steps 3 --dump-grads dump", SMALL + "--steps 3"):
+        with open("/dev/full", "w", encoding="ascii") as full:
+            done = subprocess.run([TRAIN, *arguments.split()], stdout=full, stderr=subprocess.PIPE,
+                                  check=False)
+        check_error(f"full device: {arguments}", (done.returncode, "", done.stderr.decode()),
+                    "cannot write to standard output")
+    check(os.path.exists("run/ckpt_000003.safetensors"), "full device: a run trains and saves")
+    result = run(SMALL + "--steps 3", limit="exec <&- >&- 2>&-")
+    logs = read("run/log.csv") + read("run/layers.csv") + read("run/samples.txt")
+    check(result[0] == 0 and b"tok/s" not in logs and logs.startswith(LOG.encode()),
+          "closed: nothing that is printed lands in a log", f"{result}, {logs}")
+    status, _, _ = run("--banana", limit="exec <&- >&- 2>&-")
+    check(status == 1, "closed: an error has status 1", status)
+
+
+def test_special_files():
+    train("--batch 2 --steps 3", "told")
+    for folder, name in (("p1", "log.csv"), ("p2", "layers.csv"), ("p3", "samples.txt")):
+        os.mkdir(folder)
+        os.mkfifo(f"{folder}/{name}")
+        check_error(f"special: a pipe as {name}",
+                    run(SMALL.replace("--out run", f"--out {folder}") + "--steps 3"), "not a file")
+    os.mkfifo("fifo")
+    os.symlink("nowhere", "dangling")
+    os.symlink("target", "link")
+    write("target", b"old")
+    write("mine", b"old")
+    write("mine.tmp", b"precious")
+    for name, words in (("fifo", "not a file"), ("/dev/null", "not a file"), ("data", "not a file"),
+                        ("dangling", "No such file"), ("mine", "mine.tmp: File exists")):
+        check_error(f"special: --dump-grads {name}", run(SMALL + f"--dump-grads {name}"), words)
+    check(read("mine") == b"old" and read("mine.tmp") == b"precious",
+          "special: a file that stands in the way is kept")
+    check_success("special: --dump-grads through a link", run(SMALL + "--dump-grads link"),
+                  os.path.islink("link") and len(read("target")) > 100)
+    os.chdir("told")
+    check_success("special: . is a folder", run("--resume . --out . --data ../data --steps 5"),
+                  os.path.exists("ckpt_000005.safetensors"))
+    os.chdir("..")
+
+
+def test_empty_values():
+    """What an unset variable of the shell leaves: --resume "$UNSET"."""
+    remove("out")
+    names = re.findall(r"^  --(\S+)", run("--help")[1], re.MULTILINE)
+    for name in names:
+        if name != "prompt":
+            check_error(f"empty: --{name} ''", run(f"--{name} ''"), "given, but empty")
+    check(len(names) > 40 and not os.path.exists("out"), "empty: nothing is written", names)
+    check_error("empty: --resume=", run("--resume="), "given, but empty")
+    train("--batch 2 --steps 1", "told")
+    check_success("empty: a prompt may be empty", run("--load told --steps 0 --prompt ''"))
+
+
+def folder_content(folder):
+    return {name: read(f"{folder}/{name}") for name in os.listdir(folder)}
+
+
+def test_folder_in_use():
+    network = f"--data data {NETWORK} --batch 2 --val-every 5 "
+    train("--batch 2 --steps 20 --save-every 10", "first")
+    train("--batch 2 --steps 4", "other")
+    before = folder_content("first")
+    for options in (network, "--load other ", "--resume other ", "--resume other/. "):
+        check_error(f"in use: {options}", run(options + "--out first --steps 5"), "holds a run")
+    check(folder_content("first") == before, "in use: and nothing there changes")
+    os.mkdir("notes")
+    write("notes/samples.txt", b"my own\n")
+    check_error("in use: a file of another program", run(network + "--steps 2 --out notes"),
+                "holds a run")
+    check_success("in use: --overwrite on replaces the run",
+                  run(network + "--steps 5 --out first --overwrite on"),
+                  sorted(os.listdir("first")) == ["ckpt_000005.safetensors", "layers.csv",
+                                                  "log.csv", "samples.txt"])
+    check(column(table("first/log.csv"), "step") == [0, 1, 2, 3, 4, 5],
+          "in use: and its logs", read("first/log.csv"))
+    check_success("in use: a copied run continues in the copy",
+                  run("--resume other --out copy --steps 6"),
+                  column(table("copy/log.csv"), "step") == [5, 6])
+    remove("failed")
+    check_error("in use: a run that ends before its first step",
+                run(network.replace("--data data", "--data big --vocab-size 300")
+                    + "--out failed --steps 5"), "vocabulary")
+    check_success("in use: leaves the folder free", run(network + "--out failed --steps 5"))
+
+
+def test_shortcuts():
+    """Ways to say it that users try."""
+    train("--batch 2 --steps 20 --save-every 5 --keep 9", "many")
+    check_success("shortcut: --name=value", run(SMALL + "--steps=3 --lr=0.001"))
+    check_success("shortcut: --resume FOLDER takes the newest", run("--resume many --steps 21"),
+                  os.path.exists("many/ckpt_000021.safetensors"))
+    for options in ("--load many --prompt Lily", "--load many/ --prompt Lily --length 3"):
+        status, story, errors = run(options)
+        check(status == 0 and not errors and story.startswith("Lily") and "step" not in story,
+              f"shortcut: {options} only tells a story", f"{status}, {story}{errors}")
+    check_success("shortcut: with --steps it trains",
+                  run("--load many --prompt Lily --steps 2 --out run --overwrite on"),
+                  b"Lily" in read("run/samples.txt"))
+    status, story, _ = run("--load many --prompt 'a\tb' --length 1")
+    check(status == 0 and story.startswith("a\tb"), "shortcut: a tab is text", story)
+
+
+# ------------------------------------------------------------------------------------------------
+# Whose file is it: data of several files, tokenizers, checkpoints of other versions.
+
+def with_header(data, number, value):
+    return data[:4 * number] + struct.pack("<I", value) + data[4 * number + 4:]
+
+
+def test_shards():
+    os.mkdir("shards")
+    whole = tokens(3000, 101)
+    write("shards/val.bin", tokens(300, 103))
+    for name in ("train_000", "train_001", "train_002"):
+        write(f"shards/{name}.bin", with_header(whole, 5, 3))
+    training = f"--data shards --vocab-size 259 {NETWORK} --out run --overwrite on --steps 1"
+    check_success("shards: three of three", run(training))
+    os.rename("shards/train_002.bin", "shards/kept")
+    check_error("shards: the last is missing", run(training), "has 2 files of train, but 3 were made")
+    os.rename("shards/kept", "shards/train_1002.bin")
+    check_error("shards: one in the middle is missing", run(training),
+                "train_002.bin is missing, one of 1003")
+    os.remove("shards/train_1002.bin")
+    write("shards/train.bin", whole)
+    check_error("shards: two sets in one folder", run(training), "which is meant")
+
+
+def test_tokenizers():
+    """A checkpoint remembers its tokenizer."""
+    shutil.copytree("data", "bytes")
+    pieces = tokenizer(PIECES[:259])
+    write("bytes/train.bin", with_header(tokens(3000, 101), 4, zlib.crc32(pieces)))
+    train("--batch 2 --steps 3", "known", "bytes")
+    header = read_safetensors("known/ckpt_000003.safetensors")[0]["__metadata__"]
+    check(header.get("tokenizer") == str(zlib.crc32(pieces)), "tokenizer: its checksum is stored",
+          header)
+    shutil.copytree("bytes", "swapped")
+    write("swapped/tokenizer.bin", pieces[:-1] + b"?")
+    before = read("known/ckpt_000003.safetensors")
+    for options, words in (("--load known --steps 0", "another tokenizer"),
+                           ("--load known --eval data/val.bin", "another tokenizer"),
+                           ("--resume known --steps 5", "another tokenizer")):
+        check_error(f"tokenizer: {options} with another", run(options + " --data swapped"), words)
+    check_error("tokenizer: data of another", run(SMALL.replace("--data data", "--data swapped")
+                                                  + "--steps 3"), "another tokenizer")
+    write("text.bin", with_header(tokens(300, 101), 4, 12345))
+    write("questions.bin", struct.pack("<5i", 20240522, 1, 1, 0, 12345).ljust(1024, b"\0"))
+    check_error("tokenizer: a text of another", run("--load known --eval text.bin"),
+                "another tokenizer")
+    check_error("tokenizer: questions of another",
+                run("--load known --eval-choice questions.bin"), "another tokenizer")
+    old = before.replace(f',"tokenizer":"{zlib.crc32(pieces)}"'.encode(), b"", 1)
+    size = int.from_bytes(old[:8], "little") - (len(before) - len(old))
+    write("old", size.to_bytes(8, "little") + old[8:])
+    check_success("tokenizer: a checkpoint of an older version", run("--load old --steps 0"))
+    check_success("tokenizer: resumes, and remembers it from then on",
+                  run("--resume old --steps 5 --out run --overwrite on"),
+                  b'"tokenizer":' in read("run/ckpt_000005.safetensors"))
+
+
+def test_rewritten():
+    """Other programs write the header's parts in another order, or with spaces."""
+    train("--batch 2 --steps 3", "told")
+    data = read("told/ckpt_000003.safetensors")
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    for name, text in (("reversed", json.dumps(dict(reversed(header.items())))),
+                       ("spaced", json.dumps(header)),
+                       ("tensors", json.dumps({"__metadata__": header.pop("__metadata__"),
+                                               **dict(reversed(header.items()))},
+                                              separators=(",", ":")))):
+        text = text.encode() + b" " * (-len(text) % 8)
+        write("rewritten", len(text).to_bytes(8, "little") + text + data[end:])
+        check_error(f"rewritten: {name}", run("--load rewritten --steps 0"),
+                    "rewritten by another program")
+
+
+def test_paths():
+    """Paths are stored in the checkpoint, which is JSON in UTF-8."""
+    for path, good in ((b"caf\xc3\xa9 \xe2\x82\xac \xf0\x9f\x99\x82", True), (b"caf\xe9", False),
+                       (b"\xc3", False), (b"\xc0\xaf", False), (b"\xed\xa0\x80", False),
+                       (b"\xf5\x80\x80\x80", False), (b"a\tb", False)):
+        done = subprocess.run([TRAIN, *SMALL.replace("--out run", "").encode().split(), b"--steps",
+                               b"1", b"--out", path], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, check=False)
+        check(done.returncode == (not good) and os.path.exists(path) == good
+              and (good or b"UTF-8" in done.stderr), f"paths: {path}", done.stderr)
+    remove("caf\u00e9 \u20ac \U0001f642")
+
+
+def test_compiler_options():
+    """With -Ofast the losses are wrong in the second digit and NaN is not found."""
+    compiler = shlex.split(os.environ.get("CC") or "gcc")
+    if not shutil.which(compiler[0]):
+        return
+    for option in ("-Ofast", "-ffast-math", "-ffinite-math-only", "-O2"):
+        done = subprocess.run([*compiler, "-std=c11", option, "-fopenmp", "-fsyntax-only",
+                               f"{PROJECT}/train_gpas.c"], stderr=subprocess.PIPE, check=False)
+        check((done.returncode == 0) == (option == "-O2"), f"compiler: {option}",
+              done.stderr.decode(errors="replace"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -327,7 +587,7 @@ def test_no_room():
     if b"__asan_init" not in read(TRAIN):   # AddressSanitizer takes all addresses there are
         check_error("error: a checkpoint that claims 7 GB is refused before they are taken",
                     run("--load deep --steps 0", limit="ulimit -v 4000000"),
-                    "damaged: its tensors")
+                    "damaged, or rewritten by another program: its tensors")
 
 
 def changed(checkpoint, old, new):
@@ -382,7 +642,13 @@ GOOD = "good/ckpt_000003.safetensors"
 WRONG_CALLS = [
     ("--banana 3", "unknown option --banana"),
     ("banana", "unknown option banana"),
+    ("--leyers 3", "did you mean --layers?"),
+    ("-seq_len 3", "did you mean --seq-len?"),
     ("--layers", "needs a value"),
+    ("--layers=two", "whole number"),
+    ("--out " + "x" * 5000, "is too long"),
+    ("--layers " + "9" * 5000, "whole number from 1 to 1000"),
+    ("y" * 5000, "--help lists them all"),
     ("--layers 2 --layers 3", "twice"),
     ("--layers two", "whole number"),
     ("--layers 1.5", "whole number"),
@@ -410,8 +676,8 @@ WRONG_CALLS = [
     ("--load none", "cannot open"),
     ("--data none", "tokenizer.bin is missing"),
     ("--data none --vocab-size 300", "has no train.bin"),
-    ("--data data --vocab-size 300", "259 pieces"),
-    ("--data data --steps 3 --seq-len 4000", "or more"),
+    ("--data data --vocab-size 300", "--vocab-size has 300 tokens, but data/tokenizer.bin has 259"),
+    ("--data data --steps 3 --seq-len 4000", "lower --seq-len"),
     ("--data data --out data/train.bin/x", "folder"),
     (SMALL + "--steps 1 --dump-grads none/x", "cannot write"),
     (f"--load {GOOD} --layers 3", "contradicts"),
@@ -419,31 +685,32 @@ WRONG_CALLS = [
     (f"--resume {GOOD}", "give more --steps"),
     ("--resume data/train.bin", "not a checkpoint"),
     ("--load short", "safetensors header"),
-    ("--load foreign", "metadata"),
+    ("--load foreign", "rewritten by another program"),
     ("--load cut", "damaged"),
     ("--load long", "damaged"),
     ("--load tensors", "damaged"),
     ("--load value", "damaged"),
-    ("--load step", "metadata"),
-    ("--load position", "metadata"),
+    ("--load step", "another kind of file"),
+    ("--load position", "another kind of file"),
     ("--load random", "damaged"),
     ("--load lines", "damaged"),
     (SMALL + "--total-batch 50000", "16 times"),
     ("--load large", "damaged"),
     ("--resume hungry --steps 9", "GiB"),
     ("--load pipe", "not a file"),
-    ("--load .", "not a file"),
+    ("--load .", "has no checkpoint"),
     ("--data pipe_data --vocab-size 300", "not a file"),
     ("--preset 1b --batch 512 --total-batch 512 --layers 1000", "or try --recompute on"),
     ("--preset 1b --batch 512 --total-batch 512 --layers 1000 --recompute on", "GiB of memory"),
-    ("--resume nan --steps 5 --check-finite on", "matmul_forward (w2) of layer 2, feed"),
+    ("--resume nan --steps 5 --out run --overwrite on --check-finite on",
+     "matmul_forward (w2) of layer 2, feed"),
     ("--dtype bf16", "needs a GPU"),
     ("--fused off", "an option of ./train_gpas_cuda"),
     ("--load key", "version"),
-    ("--load gradients", "metadata"),
+    ("--load gradients", "another kind of file"),
     ("--load nan --steps 0", "NaN or infinite logits"),
     ("--load nan --steps 0 --temperature 0", "NaN or infinite logits"),
-    ("--resume nan --steps 5", "first in layer 2, feed-forward"),
+    ("--resume nan --steps 5 --out run --overwrite on", "first in layer 2, feed-forward"),
     ("--data magic --vocab-size 300", "magic"),
     ("--data version --vocab-size 300", "version"),
     ("--data count --vocab-size 300", "bytes long"),
@@ -724,7 +991,10 @@ def test_other_program(program, dtype):
 
 
 TESTS = [test_training, test_telling, test_story_by_heart, test_gates_kept, test_checkpoints_kept,
-         test_stop, test_waiting_threads, test_errors, test_no_room, test_gradient_scale,
+         test_stop, test_stop_without_a_reader, test_stop_at_once, test_errors, test_standard_files,
+         test_special_files, test_empty_values, test_folder_in_use, test_shortcuts, test_shards,
+         test_tokenizers, test_rewritten, test_paths, test_compiler_options, test_waiting_threads,
+         test_no_room, test_gradient_scale,
          test_epochs,
          test_learning_rate, test_weight_decay, test_clips, test_gates_of_zero, test_log,
          test_layers]

@@ -124,11 +124,11 @@ static void parse(Options *o, int argc, const char *const *words) {
 static void read_input(const uint8_t *data, size_t size) {
     static Options o;
     static Model m;
-    Progress progress;
+    Progress progress = {0, 0, 0, 0};
     write_input("checkpoint", data + 1, size - 1);
     const char *words[] = {"", data[0] % 2 ? "--resume" : "--load", path, "--data", folder};
     parse(&o, 5, words);
-    check_checkpoint(path, &o);
+    check_checkpoint(path, &o, &progress);
     int training = *o.resume && o.steps > 0;
     model_create(&m, &o, training ? o.batch : 1, training);
     Snapshot snapshot = model_snapshot(&m);
@@ -145,7 +145,7 @@ static void read_input(const uint8_t *data, size_t size) {
     write_input("train.bin", data + 1, size - 1);
     memset(&run, 0, sizeof run);
     if (data[0] % 2) {
-        dataloader_open(&run.train, folder, "train", T, 300, 7);
+        dataloader_open(&run.train, folder, "train", T, 300, 0, 7);
         for (int i = 0; i < 9; i++)
             dataloader_batch(&run.train, i * (int64_t)data[0] * 1000003, 3, tokens, targets);
         dataloader_close(&run.train);
