@@ -301,11 +301,11 @@ def test_stop_without_a_reader():
 
 def test_stop_at_once():
     """A step of so many sequences takes seconds."""
-    remove("long")
+    remove("slow")
     child = subprocess.Popen([TRAIN, *shlex.split(
-        "--data data --out long --channels 256 --hidden 1024 --heads 2 --seq-len 16 --batch 64 "
+        "--data data --out slow --channels 256 --hidden 1024 --heads 2 --seq-len 16 --batch 64 "
         "--total-batch 2816 --steps 9 --val-batches 1 --layers 4")], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    while child.poll() is None and content("long/layers.csv").count(b"\n") < 5:
+    while child.poll() is None and content("slow/layers.csv").count(b"\n") < 5:
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     first = os.read(child.stderr.fileno(), 1000)
