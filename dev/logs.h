@@ -187,8 +187,8 @@ static inline void stop_not_finite(Run *run, double loss) {
         for (l = o->layers; l > 0 && isfinite(run->layer_norms[l - 1]);) l--;
         snprintf(where, sizeof where, l ? "the gradient of layer %d" : "the gradient", l);
     }
-    die("step %d: NaN or infinity, first in %s; not saved. Resume with a lower --lr or "
-        "--grad-clip 1; --check-finite on finds the operation", current_step, where);
+    die("step %d: NaN or infinity, first in %s; not saved. Try a lower --lr or "
+        "--grad-clip 1; --check-finite on says more", current_step, where);
 }
 
 // Prints once what is trained, on what, and how.

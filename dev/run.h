@@ -74,8 +74,8 @@ static inline void check_out(const Options *o) {
         if (file) fclose(file);
     }
     if (used && !o->overwrite && !resumes_in_out(o))
-        die("%s holds a run: --resume %s continues it, another --out keeps it, --overwrite on "
-            "replaces it", o->out, o->out);
+        die("%s holds a run; --resume continues it, another --out keeps it, --overwrite on "
+            "replaces it", o->out);
 }
 
 // Prepares everything that the options ask for: tokenizer, data, network, checkpoint. Sets
