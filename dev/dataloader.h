@@ -76,7 +76,7 @@ static inline void dataloader_open(DataLoader *loader, const char *dir, const ch
     loader->epoch = -1;
     loader->tokenizer = tokenizer;
     snprintf(path, sizeof path, "%s/%s.bin", dir, split);
-    int whole = access(path, F_OK) == 0;
+    int whole = access(path, F_OK) == 0 || errno != ENOENT;  // without permission, say
     if (!whole && !shards)
         die("%s has no %s.bin; prepro_tinystories.py --help says how to make it", dir, split);
     if (whole && shards) die("%s has %s.bin and %s_*.bin: which is meant?", dir, split, split);

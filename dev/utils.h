@@ -242,8 +242,11 @@ static inline void catch_signals(void) {
 // waiting threads sleep after some microseconds, which costs nothing measurable on an idle machine.
 // libgomp (gcc) reads its environment before main(), so the program starts itself again, once.
 static inline void let_waiting_threads_sleep(char **argv) {
-    char path[4096];
-    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || getenv("KMP_BLOCKTIME")) return;
+    const char *names[] = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}, *value;
+    char path[PATH_MAX];
+    for (int i = 0; i < 3; i++)
+        if ((value = getenv(names[i])) && *value) return;
+    unsetenv("OMP_WAIT_POLICY");  // empty, it would keep the others from being read
     setenv("GOMP_SPINCOUNT", "1000", 1);
     setenv("KMP_BLOCKTIME", "0", 1);  // libomp (clang) reads this one, and later
     ssize_t length = readlink("/proc/self/exe", path, sizeof path - 1);

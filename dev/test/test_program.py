@@ -551,6 +551,9 @@ def test_waiting_threads():
         return
     seen = environment_of_a_run({})
     check(seen.get("GOMP_SPINCOUNT") == "1000", "waiting threads sleep soon", seen)
+    seen = environment_of_a_run({"OMP_WAIT_POLICY": ""})
+    check(seen == {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"},
+          "waiting threads sleep soon where the choice is empty", seen)
     given = {"OMP_WAIT_POLICY": "passive"}
     seen = environment_of_a_run(given)
     check(seen == given, "waiting threads do what the user has chosen", seen)
