@@ -25,7 +25,7 @@
 
 // With these the loss of a training differs in the second digit, and nothing finds a NaN any more.
 #if defined __FAST_MATH__ || __FINITE_MATH_ONLY__ + 0 || defined __ASSOCIATIVE_MATH__ || \
-    defined __RECIPROCAL_MATH__ || defined __USE_FAST_MATH__
+    defined __RECIPROCAL_MATH__
 #error "compile without -Ofast and -ffast-math: they give wrong losses and hide NaN"
 #endif
 
