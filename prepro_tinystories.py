@@ -19,6 +19,7 @@ of a word. A story is the token <s>, a space, and its text. Memory stays small w
 the input, so a story of more than 16 KB is cut into several.
 """
 import argparse
+import codecs
 import http.client
 import io
 import itertools
@@ -26,15 +27,17 @@ import json
 import os
 import random
 import re
-import shutil
 import struct
 import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 from array import array
-from codecs import charmap_decode
 from importlib import import_module
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "dev"))
+from command import CLEAR, Error, Parser, main, read_json
 
 SEPARATOR = b"<|endoftext|>"
 LONGEST = 1 << 14                   # bytes of a story; what is longer is cut
@@ -47,12 +50,8 @@ UNK, BOS, EOS = 0, 1, 2             # <unk>, <s>, </s>; then come the bytes
 BYTE_VOCABULARY = 3 + 256
 DOWNLOAD_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 DOWNLOADS = ["TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"]
-OUR_FILES = re.compile(r"(train|val)(_\d{3,})?\.bin|tokenizer\.(bin|model)")
-CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""      # wipes a line of progress off the terminal
-
-
-class Error(Exception):
-    """Something the user can put right: told in one line, without a traceback."""
+OUR_FILES = re.compile(r"(train|val)(_\d{3,})?\.bin|tokenizer\.(bin|model)|prepro\.json")
+LAST_FILES = ["tokenizer.bin", "prepro.json"]
 
 
 def say(line, end="\n"):
@@ -94,13 +93,30 @@ def cut(text, most=LONGEST):
     return pieces + [text]
 
 
+def open_text(path):
+    """Open a text in UTF-8 behind the mark that some editors begin it with."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Error(f"{path} is not a file")
+    file = open(path, "rb")
+    file.seek(len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8))
+    return file
+
+
+def check_text(path, data):
+    """Text in UTF-16 or UTF-32 has bytes of 0 in any language: in its spaces, in its lines."""
+    if b"\0" in data:
+        raise Error(f"{path} is not text in UTF-8, perhaps UTF-16, which iconv -f utf-16 -t utf-8 "
+                    "converts")
+
+
 def read_stories(paths, progress=None):
     """The stories of these files, without the white space around them; empty ones are left out."""
     for path in paths:
         chunk, tail, cuts = True, b"", 0
-        with open(path, "rb") as file:
+        with open_text(path) as file:
             while chunk:
                 chunk = file.read(CHUNK)
+                check_text(path, chunk)
                 *stories, tail = (tail + (chunk or SEPARATOR)).split(SEPARATOR)
                 pieces = [piece for story in stories for piece in cut(story.strip())]
                 *more, tail = cut(tail.lstrip(), LONGEST + len(SEPARATOR))  # may end in half of one
@@ -125,20 +141,31 @@ def read_corpus(args, progress=None):
 
 # ------------------------------------------------------------------------------------------------
 # The download: into NAME.part, which a later run takes up where this one broke off, and which gets
-# its final name only when it has the length that the server announced.
+# its final name only when it has the length that the server announced. NAME.version remembers which
+# version of the file it is, so that a download is not made of two.
 
-def open_url(url, start):
-    """Ask for the file from byte `start` on. Returns (response, first byte of it, whole length)."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+def version_of(response):
+    """What the server calls this version of the file, or "". A weak tag (W/) may stand for two."""
+    tag = response.headers.get("ETag", "")
+    return tag if tag.startswith('"') else response.headers.get("Last-Modified", "")
+
+
+def open_url(url, start, version):
+    """Ask for the file from byte `start` on, if it still is this version. Returns (response, first
+    byte of it, whole length)."""
+    headers = {"Range": f"bytes={start}-", "If-Range": version} if start else {}
+    request = urllib.request.Request(url, headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not start:
             raise
         if error.headers.get("Content-Range") == f"bytes */{start}":
-            return io.BytesIO(), start, start   # 416: nothing comes after `start`: we have it all,
-        return open_url(url, 0)                 # or more than there is
+            return error, start, start          # 416: nothing comes after `start`: we have it all,
+        return open_url(url, 0, "")             # or more than there is
     if response.status == 206:
+        if version_of(response) != version:     # it should not have sent a part
+            return open_url(url, 0, "")
         place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         if not place or int(place[1]) != start:
             raise Error(f"{url}: the server sent another part of the file than it was asked for")
@@ -153,12 +180,19 @@ def download(url, path):
     if os.path.exists(path):
         say(f"{path} is already there")
         return
-    part = path + ".part"
+    part, record, version = path + ".part", path + ".version", ""
+    if os.path.exists(record):
+        with open(record, encoding="latin-1") as file:      # as HTTP's headers are
+            version = file.read()
+    start = os.path.getsize(part) if version and os.path.exists(part) else 0
     try:
-        response, start, total = open_url(url, os.path.getsize(part) if os.path.exists(part) else 0)
+        response, start, total = open_url(url, start, version)
         progress = Progress(os.path.basename(path), total, start)
         with response, open(part, "ab") as file:
             file.truncate(start)
+            if start == 0:
+                with open(record, "w", encoding="latin-1") as note:
+                    note.write(version_of(response))
             for chunk in iter(lambda: response.read(CHUNK), b""):
                 file.write(chunk)
                 progress.add(len(chunk))
@@ -170,13 +204,26 @@ def download(url, path):
         raise Error(f"{url}: {progress.done:,} bytes came instead of {total:,} "
                     "(the same command again resumes the download)")
     os.replace(part, path)
+    os.remove(record)
 
 
 # ------------------------------------------------------------------------------------------------
 # Vocabularies. Each has `pieces`, a (text, score) for every token in order, `model`, for
 # sentencepiece, and `encode`, from a list of stories to little-endian uint16 tokens.
 
-class ByteVocabulary:
+class Vocabulary:
+    def file(self):
+        """The bytes of tokenizer.bin."""
+        return (struct.pack("<i", max(len(text) for text, score in self.pieces))
+                + b"".join(struct.pack("<fi", score, len(text)) + text
+                           for text, score in self.pieces))
+
+    def checksum(self):
+        """Stands in the header of token files: they mean nothing in another vocabulary."""
+        return zlib.crc32(self.file())
+
+
+class ByteVocabulary(Vocabulary):
     """Byte b is token 3 + b."""
     pieces = [(text, 0.0) for text in [b"<unk>", b"\n<s>\n", b"\n</s>\n"]
               + [bytes([b]) for b in range(256)]]
@@ -186,11 +233,11 @@ class ByteVocabulary:
     def encode(self, stories):
         """Python is slow from bytes to numbers above 255, but fast from text to UTF-16: so each
         token is a character for a moment."""
-        return "".join(chr(BOS) + charmap_decode(b" " + story, "strict", self.tokens)[0]
+        return "".join(chr(BOS) + codecs.charmap_decode(b" " + story, "strict", self.tokens)[0]
                        for story in stories).encode("utf-16-le")
 
 
-class BpeVocabulary:
+class BpeVocabulary(Vocabulary):
     """Byte-pair encoding by sentencepiece, with the settings of llama2.c."""
 
     def __init__(self, model):
@@ -242,8 +289,9 @@ def sample_lines(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# The files. They are written into OUT/unfinished and moved when all of them are complete, so that a
-# run that is killed leaves no half-written file under a name that the trainer would open.
+# The files. They are written into OUT/.unfinished and moved when all of them are complete: a run
+# that is killed leaves no half-written file under a name that the trainer would open. Nothing else
+# is deleted, and nothing in OUT replaced without --overwrite.
 
 class TokenWriter:
     """Writes the token files of one split, "train" or "val"."""
@@ -281,45 +329,88 @@ class TokenWriter:
     def close_file(self):
         if self.file:
             self.file.seek(0)
-            self.file.write(struct.pack("<3i", 20240520, 1, self.shard_tokens - self.room))
+            self.file.write(struct.pack("<4iI", 20240520, 1, self.shard_tokens - self.room, 0,
+                                        self.vocabulary.checksum()))
             self.file.close()
 
     def finish(self):
         self.flush()
         self.close_file()
+        for i in range(self.files):             # so that a missing one is noticed
+            with open(f"{self.path}_{i:03d}.bin", "r+b") as file:
+                file.seek(20)
+                file.write(struct.pack("<i", self.files))
         if self.files == 1:
             os.rename(f"{self.path}_000.bin", f"{self.path}.bin")
 
 
-def tokenizer_bytes(vocabulary):
-    return (struct.pack("<i", max(len(text) for text, score in vocabulary.pieces))
-            + b"".join(struct.pack("<fi", score, len(text)) + text
-                       for text, score in vocabulary.pieces))
-
-
 def write_tokenizer(folder, vocabulary):
     with open(f"{folder}/tokenizer.bin", "wb") as file:
-        file.write(tokenizer_bytes(vocabulary))
+        file.write(vocabulary.file())
     if vocabulary.model:
         with open(f"{folder}/tokenizer.model", "wb") as file:
             file.write(vocabulary.model)
 
 
+def texts_of(args):
+    return (args.input or []) + (args.val_input or [])
+
+
+def our_files(folder):
+    return sorted(filter(OUR_FILES.fullmatch, os.listdir(folder) if os.path.isdir(folder) else []))
+
+
+def remove_ours(folder):
+    for name in our_files(folder):
+        os.remove(f"{folder}/{name}")
+
+
 def publish(folder, out):
     """Put the new files in the place of those of an earlier run. tokenizer.bin goes first and comes
-    last: nothing trains without it, so old and new files never pass for a set."""
-    for name in sorted(filter(OUR_FILES.fullmatch, os.listdir(out))):
-        os.remove(f"{out}/{name}")
-    for name in sorted(os.listdir(folder), key=lambda name: name == "tokenizer.bin"):
+    late: nothing trains without it, so old and new files never pass for a set."""
+    for name in LAST_FILES:
+        if os.path.exists(f"{out}/{name}"):
+            os.remove(f"{out}/{name}")
+    remove_ours(out)
+    for name in sorted(os.listdir(folder), key=lambda name: ["", *LAST_FILES].index(
+            name if name in LAST_FILES else "")):
         os.replace(f"{folder}/{name}", f"{out}/{name}")
 
 
+def how_made(args):
+    """prepro.json: all that the files of OUT depend on."""
+    made = {name: getattr(args, name) for name in ("vocab_size", "val_fraction", "shard_tokens",
+                                                   "seed")}
+    for name in ("input", "val_input"):
+        made[name] = [[os.path.abspath(path), os.path.getsize(path), os.path.getmtime(path)]
+                      for path in getattr(args, name) or []]
+    return json.dumps(made, indent=1) + "\n"
+
+
+def is_made(args):
+    """Has this very command filled OUT before? Other files of these names there are an error."""
+    there = our_files(args.out)
+    if args.overwrite or not there:
+        return False
+    if set(LAST_FILES) <= set(there) and all(map(os.path.exists, texts_of(args))):
+        with open(f"{args.out}/prepro.json", encoding="utf-8") as file:
+            if file.read() == how_made(args):
+                return True
+    raise Error(f"{args.out} has {', '.join(there)} already; --overwrite replaces that, another "
+                "--out keeps it")
+
+
 def write_files(args):
-    files = (args.input or []) + (args.val_input or [])
+    files, folder = texts_of(args), f"{args.out}/.unfinished"
     progress = Progress("encoding", sum(os.path.getsize(path) for path in files))
-    folder = f"{args.out}/unfinished"
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
+    ours = [os.path.realpath(f"{args.out}/{name}") for name in our_files(args.out)]
+    for path in files:
+        if os.path.realpath(path) in ours:
+            raise Error(f"{path} would be replaced; give another --out")
+    os.makedirs(folder, exist_ok=True)
+    remove_ours(folder)                         # what a killed run left
+    if os.path.islink(folder) or os.listdir(folder):
+        raise Error(f"{folder} is in use by others; move it away")
     try:
         vocabulary = ByteVocabulary()
         if args.vocab_size > BYTE_VOCABULARY:
@@ -336,9 +427,12 @@ def write_files(args):
                             "separate them, long ones are cut); see --val-fraction, --val-input")
             writer.finish()
         write_tokenizer(folder, vocabulary)
+        with open(f"{folder}/prepro.json", "w", encoding="utf-8") as file:
+            file.write(how_made(args))
         publish(folder, args.out)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_ours(folder)
+        os.rmdir(folder)
     for split, writer in writers.items():
         print(f"{split}: {writer.stories:,} stories, {writer.tokens:,} tokens")
     print(f"vocabulary: {len(vocabulary.pieces):,} pieces\nall of it is in {args.out}")
@@ -366,21 +460,32 @@ def read_vocabulary(folder):
             vocabulary = BpeVocabulary(model)
         except RuntimeError:
             raise Error(f"{folder}/tokenizer.model is damaged")
-    if tokenizer_bytes(vocabulary) != expected:
+    if vocabulary.file() != expected:
         raise Error(f"{folder}: tokenizer.bin and tokenizer.model are not of the same vocabulary")
     return vocabulary
 
 
+def without_markers(text):
+    """WikiHow's [header], [title] and [step] are no text; as lm-evaluation-harness has it."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
 def encode_question(line, number, vocabulary):
-    """A line of JSON as bytes of the file. An ending goes on from the context after a space."""
-    question = json.loads(line)
+    """A line of JSON as bytes of the file. The context begins with what the scene is about, where
+    that is known. An ending goes on from the context after a space."""
+    question = read_json(line)
+    if "ctx_a" in question and "ctx_b" in question:
+        question["ctx"] = question["ctx_a"] + " " + question["ctx_b"].capitalize()
+    if "activity_label" in question:
+        question["ctx"] = question["activity_label"] + ": " + question["ctx"]
     context, endings, label = question["ctx"], question["endings"], int(question["label"])
     if not (isinstance(context, str) and isinstance(endings, list) and len(endings) > 1
             and all(isinstance(text, str) and text for text in endings)):
         raise ValueError("needs a text ctx and several texts endings")
     if not 0 <= label < len(endings):
         raise ValueError(f"label {label} is none of the {len(endings)} endings")
-    texts = [vocabulary.encode([text.encode()]) for text in [context] + endings]
+    texts = [vocabulary.encode([without_markers(text).encode()]) for text in [context] + endings]
     texts[1:] = [tokens[2:] for tokens in texts[1:]]        # BOS begins the context only
     body = struct.pack("<2H", label, len(endings))
     for tokens in texts:
@@ -396,8 +501,10 @@ def write_questions(args):
     if OUR_FILES.fullmatch(name):
         raise Error(f"{path}: {args.out}/{name} is a name of a file to train on; rename {path}")
     vocabulary = read_vocabulary(args.out)
-    with open(path, "rb") as file:
-        lines = file.read().split(b"\n")
+    with open_text(path) as file:
+        data = file.read()
+    check_text(path, data)
+    lines = data.split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
@@ -408,21 +515,22 @@ def write_questions(args):
             raise Error(f"{path}, line {number}: {error}")
     if not 0 < len(questions) < 65536:
         raise Error(f"{path} has {len(questions):,} questions, not 1 to 65,535")
-    part = f"{args.out}/{name}.part"
-    with open(part, "wb") as file:
-        header = struct.pack("<4i", 20240522, 1, len(questions), max(map(len, questions)))
-        file.write(header.ljust(1024, b"\0") + b"".join(questions))
-    os.replace(part, f"{args.out}/{name}")
-    print(f"{len(questions):,} questions are in {args.out}/{name}")
+    header = struct.pack("<4iI", 20240522, 1, len(questions), max(map(len, questions)),
+                         vocabulary.checksum())
+    data, target = header.ljust(1024, b"\0") + b"".join(questions), f"{args.out}/{name}"
+    if os.path.exists(target) and not args.overwrite:
+        with open_text(target) as file:
+            file.seek(0)
+            if file.read() != data:
+                raise Error(f"{target} is already there, and another; --overwrite replaces it")
+    with open(target + ".part", "wb") as file:
+        file.write(data)
+    os.replace(target + ".part", target)
+    print(f"{len(questions):,} questions are in {target}")
 
 
 # ------------------------------------------------------------------------------------------------
 # The command line.
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Error(f"{message} (--help lists the options)")
-
 
 def number(kind, low, high):
     """An option's value: a number from low to high."""
@@ -434,10 +542,10 @@ def number(kind, low, high):
 
 
 def parse_options():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--out", metavar="DIR", help="folder to write into (data/toy, or data/tinystories)")
+    add("--overwrite", action="store_true", help="replace the files of another vocabulary or text")
     add("--vocab-size", metavar="N", type=number(int, BYTE_VOCABULARY, 1 << 16),
         help="259 (the default) for bytes, more for BPE by sentencepiece (--download: 4096)")
     add("--val-fraction", metavar="F", type=number(float, 1e-6, 0.5),
@@ -469,9 +577,9 @@ def check_options(args):
     source = ("--show" if args.show else "--download" if args.download else
               "--multiple-choice" if args.multiple_choice else
               "--input" if args.input else "the toy stories")
-    files = {"out", "vocab_size", "shard_tokens"}
+    files = {"out", "vocab_size", "shard_tokens", "overwrite"}
     allowed = {"--show": {"show", "seed"}, "--download": files | {"download", "url"},
-               "--multiple-choice": {"out", "multiple_choice"},
+               "--multiple-choice": {"out", "multiple_choice", "overwrite"},
                "--input": files | {"input", "val_input", "val_fraction"},
                "the toy stories": files | {"seed", "val_fraction"}}
     for option, value in vars(args).items():
@@ -501,38 +609,26 @@ def require_sentencepiece():
                     f"(or take bytes, which need nothing: --vocab-size {BYTE_VOCABULARY})")
 
 
-def run(args):
+def run():
+    args = parse_options()
     if args.multiple_choice:
         return write_questions(args)
     if args.show:
         for story in itertools.islice(toy_stories(args.seed), args.show):
             print(f"{story.decode()}\n{SEPARATOR.decode()}")
         return
+    if args.download:
+        args.input, args.val_input = [[f"{args.out}/{name}"] for name in DOWNLOADS]
+    if is_made(args):
+        print(f"{args.out} was made by this command; --overwrite makes it again")
+        return
     if args.vocab_size > BYTE_VOCABULARY:
         require_sentencepiece()                 # better to miss it now than after 2 GB
     if args.download:
         os.makedirs(args.out, exist_ok=True)
-        args.input, args.val_input = [[f"{args.out}/{name}"] for name in DOWNLOADS]
         for name in DOWNLOADS:
             download(f"{args.url.rstrip('/')}/{name}", f"{args.out}/{name}")
     write_files(args)
-
-
-def main():
-    try:
-        run(parse_options())
-        sys.stdout.flush()
-        return 0
-    except Error as error:
-        say(f"prepro_tinystories.py: {error}")
-    except BrokenPipeError:                     # as in `--show 100 | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        say(f"prepro_tinystories.py: {error.filename or 'error'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        say("prepro_tinystories.py: interrupted")
-        return 130
-    return 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -926,4 +1022,4 @@ alone]. <close>]
 """
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(run)

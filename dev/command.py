@@ -14,6 +14,7 @@ happens, and Parser, which reads its options.
 Whatever goes wrong is told in one line on stderr, of at most two lines of a terminal.
 """
 import argparse
+import json
 import os
 import signal
 import sys
@@ -67,6 +68,19 @@ def open_standard_files():
 
 
 open_standard_files()
+CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""       # wipes a line of progress off the terminal
+
+
+def read_json(text):
+    """What a JSON text means; ValueError where it is wrong, or has a name twice in an object: other
+    programs might take the other value."""
+    def unique(pairs):
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the name {name!r} is there twice")
+        return dict(pairs)
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def interrupt(number, _):
@@ -80,7 +94,7 @@ def say(message):
     line = "".join(c if c.isprintable() else "?" for c in line)
     if len(line) > LONGEST:
         line = line[:LONGEST // 2 - 2] + "..." + line[-LONGEST // 2 + 2:]
-    print(line, file=sys.stderr, flush=True)
+    print(CLEAR + line, file=sys.stderr, flush=True)
 
 
 def main(run):

@@ -10,18 +10,21 @@ import hashlib
 import http.server
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+import zlib
 from array import array
 
 PREPRO = os.path.abspath("prepro_tinystories.py")
 COMPARE, FIGURES = os.path.abspath("dev/tools/compare.py"), os.path.abspath("dev/tools/figures.py")
-# The toy stories of --seed 1. Where the grammar changes on purpose, so do these.
-TOY_SHA256 = {"train.bin": "83b65c29044864b03c9598d428ca76fa321c25ac5928df43120975db5138d1b6",
-              "val.bin": "26f0ca2e03d20323b9ba128220fbf2be403786cf21fd30ad3304c706729556a3"}
+# The tokens of the toy stories of --seed 1. Where the grammar changes on purpose, so do these.
+TOY_SHA256 = {"train.bin": "a2dc2adab7719cc8fc25f8f06ef2ed96cb955e79daaa1a3d1a11d24402822999",
+              "val.bin": "bdb2d09d706865049ca60ef0bd303cb95f9af09119ff1a66f7393ec4da9f8a3a"}
 passed = failed = 0
 
 
@@ -44,11 +47,13 @@ def prepro(*arguments, **environment):
 
 
 def check_error(what, result, words):
-    """One line on stderr that holds the words, status 1. Progress may stand before it."""
+    """One line on stderr, of two lines of a terminal at most, that holds the words; status 1.
+    Progress may stand before it."""
     status, _, errors = result
     scripts = "prepro_tiny", "compare", "figures"
     lines = [line for line in errors.splitlines() if line.startswith(scripts)]
     good = status == 1 and len(lines) == 1 and words in lines[0] and "Traceback" not in errors
+    good = good and len(lines[0]) < 160
     check(good, f"error: {what}", f"status {status}: {errors}")
 
 
@@ -69,8 +74,12 @@ def tokens_of(path):
     tokens = array("H", data[1024:])
     if sys.byteorder == "big":
         tokens.byteswap()
-    if header[:2] != (20240520, 1) or header[2] != len(tokens) or any(header[3:]):
-        raise ValueError(f"{path}: bad header {header[:4]}")
+    split = re.match("[a-z]+", os.path.basename(path))[0]
+    files = [name for name in os.listdir(os.path.dirname(path)) if name.startswith(split)]
+    checksum = zlib.crc32(read(os.path.join(os.path.dirname(path), "tokenizer.bin")))
+    if header[:4] != (20240520, 1, len(tokens), 0) or any(header[6:]) \
+            or header[4] % 2**32 != checksum or header[5] != len(files):
+        raise ValueError(f"{path}: bad header {header[:7]}")
     return tokens
 
 
@@ -97,7 +106,7 @@ def test_toy_stories():
           "toy stories: all different, none both in training and validation")
     check(max(tokens_of("toy/train.bin")) < 259, "toy stories: tokens are bytes")
     for name, expected in TOY_SHA256.items():
-        digests = [hashlib.sha256(read(f"{folder}/{name}")).hexdigest()
+        digests = [hashlib.sha256(read(f"{folder}/{name}")[1024:]).hexdigest()
                    for folder in ("toy", "toy2")]
         check(digests == [expected] * 2, f"toy stories: {name} has the same bytes everywhere",
               digests)
@@ -127,23 +136,24 @@ def test_input():
           "--input: every story comes back, stripped, with bytes that are not UTF-8", val)
     check(len(val) == 2, "--input: every 20th story is held out", len(val))
     write("other.txt", b"The one story to validate on.")
-    prepro("--input", "mine.txt", "mine.txt", "--val-input", "other.txt", "--out", "mine")
+    prepro("--input", "mine.txt", "mine.txt", "--val-input", "other.txt", "--out", "mine",
+           "--overwrite")
     check(len(stories_of("mine/train.bin")) == 80
           and stories_of("mine/val.bin") == [b"The one story to validate on."],
           "--input of two files, --val-input")
     whole = tokens_of("mine/train.bin")
     status, _, errors = prepro("--input", "mine.txt", "mine.txt", "--val-input", "other.txt",
-                               "--out", "mine", "--shard-tokens", "1000")
+                               "--out", "mine", "--shard-tokens", "1000", "--overwrite")
     shards = sorted(name for name in os.listdir("mine") if name.startswith("train"))
     joined = sum((tokens_of(f"mine/{name}") for name in shards), array("H"))
     check(len(shards) > 2 and "train.bin" not in shards and joined == whole,
           "--shard-tokens: shards that together are the whole, train.bin gone", shards)
-    prepro("--input", "mine.txt", "--out", "mine")
+    prepro("--input", "mine.txt", "--out", "mine", "--overwrite")
     left = sorted(name for name in os.listdir("mine") if name.startswith("train"))
     check(left == ["train.bin"], "one file again: the old shards are gone", left)
     before = read("mine/train.bin")
-    check_error("a missing file", prepro("--input", "mine.txt", "none.txt", "--out", "mine"),
-                "none.txt")
+    check_error("a missing file",
+                prepro("--input", "mine.txt", "none.txt", "--out", "mine", "--overwrite"), "none.txt")
     check(read("mine/train.bin") == before, "after an error the old files are still there")
     write("big.txt", b"many words " * 10000)
     status, _, errors = prepro("--input", "big.txt", "mine.txt", "--val-input", "other.txt",
@@ -151,18 +161,180 @@ def test_input():
     text = b" ".join(stories_of("big/train.bin"))
     check(status == 0 and text.count(b"many words") == 10000,
           "a story of 110 KB is cut and nothing is lost", text.count(b"many words"))
+    prepro("--input", "mine.txt", "--out", "shards", "--shard-tokens", "1")
+    shards = sum(name.startswith("train") for name in os.listdir("shards"))
+    check(shards > 1000 and len(tokens_of(f"shards/train_{shards - 1}.bin")) == 1,
+          "--shard-tokens 1: more than 1000 shards", shards)
+
+
+def test_encodings():
+    """UTF-8 may begin with a mark, which is no text; UTF-16 and UTF-32 are refused."""
+    text = "\n<|endoftext|>\n".join(f"Zo\u00eb has {i} \u732b." for i in range(40))
+    write("bom.txt", text.encode("utf-8-sig"))
+    write("plain.txt", text.encode())
+    for name in ("bom", "plain"):
+        prepro("--input", f"{name}.txt", "plain.txt", f"{name}.txt", "--out", name)
+    check(read("bom/train.bin") == read("plain/train.bin"), "encodings: the mark of UTF-8 is no text")
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"):
+        write("wide.txt", text.encode(encoding))
+        check_error(f"encodings: {encoding}", prepro("--input", "wide.txt", "--out", "wide"), "UTF-16")
+        check_error(f"encodings: {encoding}, the second file",
+                    prepro("--input", "plain.txt", "--val-input", "wide.txt", "--out", "wide"),
+                    "UTF-16")
+    check(os.listdir("wide") == [], "encodings: nothing is left behind", os.listdir("wide"))
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    status, _, errors = prepro("--input", "plain.txt", "--out", os.fsdecode(b"caf\xe9"), **plain)
+    check(status == 0 and os.path.exists(b"caf\xe9/train.bin"),
+          "encodings: a folder that is not UTF-8, in the locale C", errors)
+
+
+def content(folder):
+    """The bytes of all files in a folder and below it."""
+    return {os.path.join(at, name): read(os.path.join(at, name))
+            for at, _, names in os.walk(folder) for name in names}
+
+
+def test_ownership():
+    """Nothing is deleted or replaced that this run did not write, unless --overwrite says so."""
+    text = b"\n<|endoftext|>\n".join(b"A cat sat on mat %d." % i for i in range(50))
+    for folder in ("own/unfinished", "own/.unfinished"):
+        os.makedirs(folder)
+        write(f"{folder}/a.txt", text)
+        write(f"{folder}/train.bin.txt", b"mine")
+    write("own/tokenizer.model", b"not yours")
+    before = content("own")
+    for source in ("own/unfinished/a.txt", "own/.unfinished/a.txt", "mine.txt"):
+        check_error(f"ownership: another's tokenizer.model, --input {source}",
+                    prepro("--input", source, "--out", "own"), "tokenizer.model already")
+        check_error(f"ownership: another's .unfinished, --input {source}",
+                    prepro("--input", source, "--out", "own", "--overwrite"), "in use")
+    check(content("own") == before, "ownership: nothing is touched")
+    os.mkdir("kill")
+    os.mkdir("kill/.unfinished")
+    write("kill/.unfinished/train_000.bin", b"half")
+    status, _, errors = prepro("--input", "own/unfinished/a.txt", "--out", "kill")
+    check(status == 0 and sorted(os.listdir("kill")) == ["prepro.json", "tokenizer.bin", "train.bin",
+                                                         "val.bin"],
+          "ownership: what a killed run left is removed", errors)
+    before = content("kill")
+    status, said, errors = prepro("--input", "own/unfinished/a.txt", "--out", "kill")
+    check(status == 0 and "--overwrite makes it again" in said and content("kill") == before,
+          "ownership: the same command again has nothing to do", said + errors)
+    for arguments in ([], ["--input", "mine.txt"], ["--seed", "2"], ["--download"],
+                      ["--input", "own/unfinished/a.txt", "--val-fraction", "0.1"]):
+        check_error(f"ownership: {arguments}: other data is there",
+                    prepro(*arguments, "--out", "kill"), "train.bin")
+    write("own/unfinished/a.txt", text + b"More.")
+    check_error("ownership: the same command with another text",
+                prepro("--input", "own/unfinished/a.txt", "--out", "kill"), "--overwrite")
+    check_error("ownership: an input that would be replaced",
+                prepro("--input", "kill/train.bin", "--out", "kill", "--overwrite"), "replaced")
+    check(content("kill") == before, "ownership: nothing is replaced")
+    status, _, errors = prepro("--input", "mine.txt", "--out", "kill", "--overwrite")
+    check(status == 0 and content("kill") != before, "ownership: --overwrite", errors)
+
+
+def test_special_files():
+    os.mkfifo("pipe")
+    os.mkdir("real")
+    os.symlink("real", "linked")
+    for path in ("pipe", "/dev/zero", "real"):
+        check_error(f"special: --input {path}", prepro("--input", path, "--out", "x"), "not a file")
+        check_error(f"special: --multiple-choice {path}",
+                    prepro("--multiple-choice", path, "--out", "plain"), "not a file")
+    check_error("special: --out is a file", prepro("--input", "mine.txt", "--out", "mine.txt"),
+                "mine.txt")
+    status, _, errors = prepro("--input", "mine.txt", "--out", "linked")
+    check(status == 0 and os.path.islink("linked") and os.path.exists("real/train.bin"),
+          "special: --out is a link to a folder", errors)
+    os.chdir("real")
+    status, _, errors = prepro("--input", "../mine.txt", "--out", ".", "--overwrite")
+    check(status == 0, "special: --out .", errors)
+    os.chdir("..")
+    os.symlink(PREPRO, "script.py")
+    check(run("script.py", "--show", "1")[0] == 0, "special: the script itself is a link")
+
+
+def test_endings():
+    """Signals, closed and full standard files, empty values."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        child = subprocess.Popen([sys.executable, PREPRO, "--out", "stopped"],
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while child.poll() is None and not os.path.exists("stopped/.unfinished/train_000.bin"):
+            time.sleep(0.01)
+        child.send_signal(number)
+        errors = child.communicate()[1].decode()
+        check(child.returncode == 128 + number and errors.count("\n") == 1
+              and os.listdir("stopped") == [],
+              f"endings: {number.name}: status, one line, no half-written file",
+              f"{child.returncode}, {errors}, {os.listdir('stopped')}")
+    for command, expected in (("--show 1 >&- 2>&-", 0), ("--help >&- <&- 2>&-", 0),
+                              ("--show 1 > /dev/full", 1), ("--help > /dev/full", 1),
+                              ("--input mine.txt --out full > /dev/full", 1),
+                              ("--banana 2>&-", 1), ("--input mine.txt --out closed >&- 2>&-", 0)):
+        status = subprocess.call(["sh", "-c", f'"$0" "$1" {command}', sys.executable, PREPRO],
+                                 stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        check(status == expected, f"endings: {command}", status)
+    check(len(stories_of("closed/train.bin")) == 38, "endings: nothing that is printed gets into data")
+    for option in ("--out", "--input", "--val-input", "--url", "--multiple-choice", "--vocab-size",
+                   "--val-fraction", "--shard-tokens", "--seed", "--show"):
+        check(prepro(option, "")[0] == 1 and not os.path.exists("data"), f"empty: {option}")
+    check_error("empty: one of two inputs", prepro("--input", "mine.txt", "", "--out", "x"), "empty")
+    check_error("a message that quotes 4 kB", prepro("--input", "y" * 4000, "--out", "x"), "...")
+
+
+def test_questions():
+    """HellaSwag is prepared as lm-evaluation-harness does."""
+    def context_and_ending(line):
+        write("q.jsonl", b"\xef\xbb\xbf" + line.encode() + b"\n")
+        result = prepro("--multiple-choice", "q.jsonl", "--out", "plain", "--overwrite")
+        numbers = array("H", read("plain/q.bin")[1024:]) if result[0] == 0 else []
+        texts, at = [], 5
+        while at < len(numbers):
+            tokens = numbers[at + 1:at + 1 + numbers[at]]
+            texts.append(bytes(token - 3 for token in tokens if token > 2).decode())
+            at += 1 + numbers[at]
+        return texts[:2] or result
+
+    for line, expected in (
+            ('{"ctx": "How to x [title] Go. [step] Then", "endings": ["a [step] b", "c"]',
+             [" How to x. Go. Then", " a b"]),
+            ('{"ctx": "A man sits. he", "ctx_a": "A man sits.", "ctx_b": "he", "activity_label": '
+             '"Sitting", "endings": ["stands", "c"]', [" Sitting: A man sits. He", " stands"])):
+        texts = context_and_ending(line + ', "label": 0}')
+        check(texts == expected, f"--multiple-choice: {expected}", texts)
+    good = '{"ctx": "a", "endings": ["b", "c"], "label": 0}'
+    header = struct.unpack("<6I", read("plain/q.bin")[:24])
+    check(header[4] == zlib.crc32(read("plain/tokenizer.bin")), "--multiple-choice: the checksum",
+          header)
+    write("q.jsonl", good.encode())
+    before = read("plain/q.bin")
+    check_error("--multiple-choice: other questions of that name",
+                prepro("--multiple-choice", "q.jsonl", "--out", "plain"), "--overwrite replaces")
+    check(read("plain/q.bin") == before, "--multiple-choice: they stay")
+    for _ in range(2):
+        check(prepro("--multiple-choice", "q.jsonl", "--out", "bom")[0] == 0,
+              "--multiple-choice: the same questions again")
+    for line, words in ((good.replace('"ctx"', '"label": 1, "ctx"'), "'label' is there twice"),
+                        ('{"ctx": "\xe9"}', "line 1"), (good.replace("a", "a\0"), "UTF-16")):
+        write("q2.jsonl", line.encode("latin-1"))
+        check_error(f"--multiple-choice: {line!r}",
+                    prepro("--multiple-choice", "q2.jsonl", "--out", "plain"), words)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves FILES in the way that the first part of the path says."""
+    """Serves FILES in the way that the first part of the path says. tag: of their version."""
     files = {}
     asked = []
+    tag = '"one"'
 
     def do_GET(self):
         way, name = self.path.strip("/").split("/")
         data, start = self.files[name], 0
         self.asked.append((way, name, self.headers.get("Range")))
         place = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        if self.headers.get("If-Range") != self.tag and way != "careless":
+            place = None
         if way == "missing":
             return self.send_error(404)
         if way == "page":
@@ -183,6 +355,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("Content-Type", "text/plain")
+        if way not in ("untagged", "page"):
+            self.send_header("ETag", "W/" * (way == "weak") + self.tag)
         if way != "nolength":
             self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
@@ -232,8 +406,22 @@ def test_download():
         folder = f"j{size}"
         os.mkdir(folder)
         write(f"{folder}/{names[0]}.part", (text + b"other")[:size])
+        write(f"{folder}/{names[0]}.version", Server.tag.encode())
         status, _, errors = fetch("plain", folder)
         check(status == 0 and arrived(folder), f"--download after {what} .part", errors)
+    for way in ("plain", "careless", "untagged", "weak"):   # "careless" ignores If-Range
+        Server.files[names[0]], Server.tag = text.upper(), '"old"'
+        fetch("broken" if way in ("plain", "careless") else way, f"v{way}")
+        write(f"v{way}/{names[0]}.part", text.upper()[:len(text) // 2])
+        if os.path.exists(f"v{way}/{names[0]}"):
+            os.remove(f"v{way}/{names[0]}")
+        Server.files[names[0]], Server.tag = text, '"one"'
+        status, _, errors = prepro("--download", "--vocab-size", "259", "--out", f"v{way}", "--url",
+                                   f"{base}/{way}", "--overwrite")
+        check(status == 0 and arrived(f"v{way}") and not os.path.exists(f"v{way}/{names[0]}.version"),
+              f"a file that has changed since, {way}: it starts over", errors)
+    status, said, _ = fetch("plain", "a")
+    check(status == 0 and "--overwrite makes it again" in said, "--download twice", said)
     server.shutdown()
     server.server_close()
     check_error("no server", fetch("plain", "e"), "cannot download")
@@ -346,6 +534,11 @@ def main():
         test_toy_stories()
         test_tokenizer()
         test_input()
+        test_encodings()
+        test_ownership()
+        test_special_files()
+        test_questions()
+        test_endings()
         test_download()
         write("toy.txt", prepro("--show", "300")[1].encode())
         test_pieces()
