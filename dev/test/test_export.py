@@ -14,10 +14,12 @@ import math
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 
 HERE = os.path.abspath(".")
 EXPORT, PREPRO = f"{HERE}/dev/tools/export.py", f"{HERE}/prepro_tinystories.py"
@@ -47,10 +49,10 @@ def export(*arguments):
 
 
 def check_error(what, result, words):
-    """One line on stderr that holds the words, status 1."""
+    """One line on stderr, of two lines of a terminal at most, that holds the words; status 1."""
     status, _, errors = result
-    check(status == 1 and errors.count("\n") == 1 and words in errors, f"error: {what}",
-          f"status {status}: {errors}")
+    check(status == 1 and errors.count("\n") == 1 and words in errors and len(errors) < 160,
+          f"error: {what}", f"status {status}: {errors}")
 
 
 def read(path):
@@ -310,6 +312,14 @@ def test_tokenizer():
     check_error("tokenizer.model is another", export(path, "--to", "hf", "--out", "x"), "another")
     os.remove("pieces/tokenizer.model")
     check_error("no tokenizer.model", export(path, "--to", "hf", "--out", "x"), "is missing")
+    check_error("another tokenizer than that of the training",
+                export(path, "--to", "hf", "--out", "x", "--data", "data"), "pieces")
+    write("pieces/tokenizer.bin", data.replace(b"the", b"tho"))
+    check_error("another tokenizer of the same size", export(path, "--to", "hf", "--out", "x"),
+                "another tokenizer")
+    checksum = b',"tokenizer":"%d"' % zlib.crc32(data)
+    write("old", longer(read(path), checksum, b""))     # as before checkpoints had it
+    path = "old"
     place = data.index(b"the")
     for what, bad, words in (
             ("pieces spelled alike", data.replace(b"th", b"he", 1), "spelled alike"),
@@ -356,6 +366,9 @@ def test_refusals():
             ("no JSON", data[:8] + b"x" + data[9:], "metadata"),
             ("another kind", data.replace(b'"checkpoint"', b'"gradients!"', 1), "metadata"),
             ("a truncated file", data[:-1], "bytes of numbers"),
+            ("a name twice", longer(data, b'"seed":"1"', b'"seed":"1","norm":"pre"'), "twice"),
+            ("a tensor twice", longer(data, b'"norm.weight":', b'"norm.weight":{},"norm.weight":'),
+             "twice"),
             ("no numbers", data[:end], "bytes of numbers"), ("a longer file", data + b"x", "bytes"),
             ("another shape", data.replace(b"[259,16]", b"[16,259]", 1), "tok_embeddings"),
             ("another name", data.replace(b'"norm.weight"', b'"morn.weight"', 1), "norm.weight"),
@@ -382,9 +395,31 @@ def test_refusals():
                 "is missing")
     check_error("no checkpoint", export("none", "--to", "hf", "--out", "x"), "none")
     check_error("a folder", export("data", "--to", "hf", "--out", "x"), "data")
+    os.mkfifo("pipe")
+    check_error("a pipe", export("pipe", "--to", "hf", "--out", "x"), "not a file")
+    os.makedirs("x.unfinished/mine")
+    check_error("another's folder", export(good, "--to", "hf", "--out", "x"), "File exists")
+    check(os.path.isdir("x.unfinished/mine"), "another's folder is kept")
+    shutil.rmtree("x.unfinished")
+    os.symlink("hf0", "y")
+    check_error("a link", export(good, "--to", "hf", "--out", "y"), "already there")
+    for option in ("--out", "--data", "--to"):
+        check(export(good, "--to", "hf", "--out", "x", option, "")[0] == 1, f"empty: {option}")
     check_error("an existing folder", export(good, "--to", "hf", "--out", "hf0"), "already there")
     check_error("no --out", export(good, "--to", "hf"), "--out")
     check_error("another target", export(good, "--to", "onnx", "--out", "x"), "--to")
+    header = json.loads(data[8:end])        # as if another program had written it: other places
+    names = sorted(set(header) - {"__metadata__"}, reverse=True)
+    moved, body = {"__metadata__": header["__metadata__"]}, b""
+    for name in names:
+        first, last = header[name]["data_offsets"]
+        moved[name] = {**header[name], "data_offsets": [len(body), len(body) + last - first]}
+        body += data[end + first:end + last]
+    text = json.dumps(moved, indent=1).encode()
+    write("moved", len(text).to_bytes(8, "little") + text + body)
+    status, _, errors = export("moved", "--to", "llama2c", "--out", "moved_c")
+    check(status == 0 and read("moved_c/model.bin") == read("llama2c0/model.bin"),
+          "a checkpoint that another program rewrote", errors)
     left = [name for name in os.listdir(".") if name.startswith("x")]
     check(not left, "what is refused leaves nothing behind", left)
     check(weights == read_safetensors(good)[1], "the checkpoint is not touched")
@@ -407,7 +442,7 @@ def test_evaluation(program, model, path):
     check(status == 0 and len(numbers) == 3
           and all(abs(a / b - 1) < 1e-5 for a, b in zip(numbers, expected)),
           "--eval: loss, perplexity, loss per byte", f"{expected} in Python, {line}{errors}")
-    draw, lines, right, cut = random.Random(3), [], [0, 0], 0
+    draw, lines, right, cut = random.Random(7), [], [0, 0], 0
     for question in range(12):
         words = ["".join(draw.choices("abcde", k=draw.randint(1, 6))) for _ in range(5)]
         text = words[4] * draw.randint(1, 2)
@@ -418,7 +453,7 @@ def test_evaluation(program, model, path):
             kept = context[-(12 + 1 - len(ending)):]
             shortened |= len(kept) < len(context)
             sums.append(sum(model.losses(kept + ending)[len(kept) - 1:]))
-            means.append(sums[-1] / len(ending))
+            means.append(sums[-1] / len(word))
         cut += shortened
         label = (sums if question % 2 else means).index(min(sums if question % 2 else means))
         lines.append({"ctx": text, "endings": words[:4], "label": label})
@@ -429,7 +464,7 @@ def test_evaluation(program, model, path):
     check(result[0] == 0, "--multiple-choice", result)
     status, page, errors = run(program, "--dtype", "fp32", "--load", path, "--eval-choice",
                                "data/choice.bin", "--seq-len", "12")
-    expected = (f"12 questions: accuracy {right[0] / 12:.4f}, with losses per token "
+    expected = (f"12 questions: accuracy {right[0] / 12:.4f}, with losses per character "
                 f"{right[1] / 12:.4f}\nthe beginning of {cut} questions was cut off")
     check(status == 0 and expected in page, "--eval-choice: accuracies, contexts cut to fit",
           f"{expected} in Python, {page}{errors}")
@@ -444,8 +479,9 @@ def test_evaluation_errors(path):
     data = read("data/good.bin")
     numbers = struct.unpack(f"<{len(data) // 2 - 512}H", data[1024:])
     byte = [[3 + b for b in text] for text in (b" A cat", b" sat.", b" flew.")]
+    checksum = zlib.crc32(read("data/tokenizer.bin"))
     check(numbers == (65535, 2 * len(numbers), 0, 1, 2, 7, 1, *byte[0], 5, *byte[1], 6, *byte[2])
-          and struct.unpack_from("<5i", data) == (20240522, 1, 1, 2 * len(numbers), 0),
+          and struct.unpack_from("<4iIi", data) == (20240522, 1, 1, 2 * len(numbers), checksum, 0),
           "--multiple-choice: llm.c's layout", numbers)
 
     def number(at, value):

@@ -68,7 +68,8 @@ def test_runs(folder):
     # One run again, up to step 3 as an interrupt leaves it: the set goes on from its checkpoint.
     before = log_without_time(folders[0])
     experiment = figures.read_table(table, out)[0][0]
-    run("./train_gpas", *experiment.options, "--seed", "1", "--out", folders[0], "--data", data)
+    run("./train_gpas", *experiment.options, "--seed", "1", "--out", folders[0], "--data", data,
+        "--overwrite", "on")
     os.unlink(os.path.join(folders[0], "ckpt_000004.safetensors"))
     with open(os.path.join(folders[0], "log.csv"), encoding="utf-8") as file:
         lines = file.read().split("\n")

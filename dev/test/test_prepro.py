@@ -153,7 +153,8 @@ def test_input():
     check(left == ["train.bin"], "one file again: the old shards are gone", left)
     before = read("mine/train.bin")
     check_error("a missing file",
-                prepro("--input", "mine.txt", "none.txt", "--out", "mine", "--overwrite"), "none.txt")
+                prepro("--input", "mine.txt", "none.txt", "--out", "mine", "--overwrite"),
+                "none.txt")
     check(read("mine/train.bin") == before, "after an error the old files are still there")
     write("big.txt", b"many words " * 10000)
     status, _, errors = prepro("--input", "big.txt", "mine.txt", "--val-input", "other.txt",
@@ -174,10 +175,11 @@ def test_encodings():
     write("plain.txt", text.encode())
     for name in ("bom", "plain"):
         prepro("--input", f"{name}.txt", "plain.txt", f"{name}.txt", "--out", name)
-    check(read("bom/train.bin") == read("plain/train.bin"), "encodings: the mark of UTF-8 is no text")
+    check(read("bom/train.bin") == read("plain/train.bin"), "encodings: UTF-8's mark is no text")
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"):
         write("wide.txt", text.encode(encoding))
-        check_error(f"encodings: {encoding}", prepro("--input", "wide.txt", "--out", "wide"), "UTF-16")
+        check_error(f"encodings: {encoding}", prepro("--input", "wide.txt", "--out", "wide"),
+                    "UTF-16")
         check_error(f"encodings: {encoding}, the second file",
                     prepro("--input", "plain.txt", "--val-input", "wide.txt", "--out", "wide"),
                     "UTF-16")
@@ -213,8 +215,8 @@ def test_ownership():
     os.mkdir("kill/.unfinished")
     write("kill/.unfinished/train_000.bin", b"half")
     status, _, errors = prepro("--input", "own/unfinished/a.txt", "--out", "kill")
-    check(status == 0 and sorted(os.listdir("kill")) == ["prepro.json", "tokenizer.bin", "train.bin",
-                                                         "val.bin"],
+    files = ["prepro.json", "tokenizer.bin", "train.bin", "val.bin"]
+    check(status == 0 and sorted(os.listdir("kill")) == files,
           "ownership: what a killed run left is removed", errors)
     before = content("kill")
     status, said, errors = prepro("--input", "own/unfinished/a.txt", "--out", "kill")
@@ -275,11 +277,11 @@ def test_endings():
         status = subprocess.call(["sh", "-c", f'"$0" "$1" {command}', sys.executable, PREPRO],
                                  stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         check(status == expected, f"endings: {command}", status)
-    check(len(stories_of("closed/train.bin")) == 38, "endings: nothing that is printed gets into data")
+    check(len(stories_of("closed/train.bin")) == 38, "endings: no output gets into data")
     for option in ("--out", "--input", "--val-input", "--url", "--multiple-choice", "--vocab-size",
                    "--val-fraction", "--shard-tokens", "--seed", "--show"):
         check(prepro(option, "")[0] == 1 and not os.path.exists("data"), f"empty: {option}")
-    check_error("empty: one of two inputs", prepro("--input", "mine.txt", "", "--out", "x"), "empty")
+    check_error("empty: one of two", prepro("--input", "mine.txt", "", "--out", "x"), "empty")
     check_error("a message that quotes 4 kB", prepro("--input", "y" * 4000, "--out", "x"), "...")
 
 
@@ -418,7 +420,8 @@ def test_download():
         Server.files[names[0]], Server.tag = text, '"one"'
         status, _, errors = prepro("--download", "--vocab-size", "259", "--out", f"v{way}", "--url",
                                    f"{base}/{way}", "--overwrite")
-        check(status == 0 and arrived(f"v{way}") and not os.path.exists(f"v{way}/{names[0]}.version"),
+        check(status == 0 and arrived(f"v{way}")
+              and not os.path.exists(f"v{way}/{names[0]}.version"),
               f"a file that has changed since, {way}: it starts over", errors)
     status, said, _ = fetch("plain", "a")
     check(status == 0 and "--overwrite makes it again" in said, "--download twice", said)

@@ -304,7 +304,8 @@ def test_stop_at_once():
     remove("slow")
     child = subprocess.Popen([TRAIN, *shlex.split(
         "--data data --out slow --channels 256 --hidden 1024 --heads 2 --seq-len 16 --batch 64 "
-        "--total-batch 2816 --steps 9 --val-batches 1 --layers 4")], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        "--total-batch 2816 --steps 9 --val-batches 1 --layers 4")],
+                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     while child.poll() is None and content("slow/layers.csv").count(b"\n") < 5:
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
@@ -442,7 +443,8 @@ def test_shards():
     training = f"--data shards --vocab-size 259 {NETWORK} --out run --overwrite on --steps 1"
     check_success("shards: three of three", run(training))
     os.rename("shards/train_002.bin", "shards/kept")
-    check_error("shards: the last is missing", run(training), "has 2 files of train, but 3 were made")
+    check_error("shards: the last is missing", run(training),
+                "has 2 files of train, but 3 were made")
     os.rename("shards/kept", "shards/train_1002.bin")
     check_error("shards: one in the middle is missing", run(training),
                 "train_002.bin is missing, one of 1003")

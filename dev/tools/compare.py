@@ -8,7 +8,6 @@ The first folder is the training without GPAS (the baseline), the second the one
 files of each are read: log.csv (losses), layers.csv (variances and gates) and samples.txt
 (stories written along the way). The page shows what they say, whoever won.
 """
-import argparse
 import glob
 import math
 import os
@@ -17,24 +16,22 @@ import shlex
 import sys
 from textwrap import wrap
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
+from command import Error, Parser, main
+
 LOG = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s"
 LAYERS = "step,layer,attention_variance,mlp_variance,gate,grad_norm"
 WIDTH, STORY_LINES = 80, 12
-
-
-def fail(message):
-    sys.exit("compare.py: " + message)
 
 
 # ---------------------------------------------------------------------------
 # Reading. Every line is checked; the first wrong one is named and ends the program.
 
 def read_text(path):
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror} (train first: make run)")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Error(f"{path} is not a file")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
 
 
 def read_table(path, header, required):
@@ -42,19 +39,19 @@ def read_table(path, header, required):
     lines = read_text(path).split("\n")
     names, rows = header.split(","), []
     if lines[0] != header:
-        fail(f"{path}, line 1: expected the header {header}")
+        raise Error(f"{path}, line 1: expected the header {header}")
     if lines.pop() != "":
-        fail(f"{path}, line {len(lines) + 1}: cut off before its end (still training?)")
+        raise Error(f"{path}, line {len(lines) + 1}: cut off before its end (still training?)")
     for at, line in enumerate(lines[1:], 2):
         fields, row = line.split(","), {}
         if len(fields) != len(names):
-            fail(f"{path}, line {at}: expected {len(names)} fields, found {len(fields)}")
+            raise Error(f"{path}, line {at}: expected {len(names)} fields, found {len(fields)}")
         for name, field in zip(names, fields):
             number = int if name in ("step", "layer") else float
             try:
                 row[name] = number(field) if field or name in required else None
             except ValueError:
-                fail(f"{path}, line {at}: {name} is {field!r}, expected a number")
+                raise Error(f"{path}, line {at}: {name} is {field!r}, expected a number")
         rows.append(row)
     return rows
 
@@ -63,9 +60,9 @@ class Run:
     """One training: its rows, validation losses and layers by step, and its last story."""
 
     def __init__(self, folder):
-        self.folder = folder.rstrip("/")
+        self.folder = folder.rstrip("/") or folder
         if not os.path.isdir(folder):
-            fail(f"{folder} is not a folder (train first: make run)")
+            raise Error(f"{folder} is not a folder: train first")
         rows = read_table(os.path.join(folder, "log.csv"), LOG, ["step"])
         self.rows = {row["step"]: row for row in sorted(rows, key=lambda row: row["step"])}
         self.val = {step: row["val_loss"] for step, row in self.rows.items()
@@ -83,11 +80,11 @@ class Run:
             self.layers.setdefault(row["step"], {})[row["layer"]] = row
         for step, layers in self.layers.items():
             if len(layers) != self.L or list(layers) != list(range(1, self.L + 1)):
-                fail(f"{path}: step {step} lacks some of the layers 1 to {self.L}")
+                raise Error(f"{path}: step {step} lacks some of the layers 1 to {self.L}")
             if len({row["gate"] is None for row in layers.values()}) != 1:
-                fail(f"{path}: at step {step} some layers have a gate and some have none")
+                raise Error(f"{path}: at step {step} some layers have a gate and some have none")
         if not rows:
-            fail(f"{path} holds no layers yet")
+            raise Error(f"{path} holds no layers yet")
         self.gated = {row["gate"] is not None for row in rows}
 
 
@@ -202,7 +199,7 @@ def one_minus_silu(gate):
 def by_layer(base, gpas, silu):
     step = max(set(base.layers) & set(gpas.layers), default=None)
     if step is None:
-        fail(f"{base.folder} and {gpas.folder}: their layers.csv have no step in common")
+        raise Error(f"{base.folder} and {gpas.folder}: their layers.csv have no step in common")
     pairs = [(base.layers[step][i]["mlp_variance"], gpas.layers[step][i]["mlp_variance"])
              for i in range(1, base.L + 1)]
     largest, size = largest_of(sum(pairs, ())), (WIDTH - 48) // 2
@@ -238,21 +235,21 @@ def hints(base, gpas):
     found = glob.glob(os.path.join(glob.escape(gpas.folder), "ckpt_*.safetensors"))
     if not found:
         return lines + wrap(f"No ckpt_*.safetensors in {gpas.folder} to write from.", WIDTH)
-    newest = max(found, key=lambda path: (os.path.getmtime(path), path))
-    return lines + ["Another story:",
-                    f"  ./train_gpas --steps 0 --load {shlex.quote(newest)} \\",
-                    '      --prompt "Once upon a time"']
+    return lines + ["Another story:", f"  ./train_gpas --load {shlex.quote(gpas.folder)} --prompt "
+                    '"Once upon a time"']
 
 
 def compare(base, gpas, silu):
     if base.L != gpas.L:
-        fail(f"{base.folder} has {base.L} layers, {gpas.folder} {gpas.L}: not the same network")
+        raise Error(f"{base.folder} has {base.L} layers, {gpas.folder} {gpas.L}: not the same "
+                    "network")
     if True in base.gated or False in gpas.gated:
-        fail(f"{base.folder} must be a training without GPAS and {gpas.folder} one with it; their "
-             "layers.csv, by the gates, say otherwise")
+        raise Error(f"{base.folder} must be a training without GPAS and {gpas.folder} one with it; "
+                    "by the gates in layers.csv they are not")
     steps = [step for step in base.val if step in gpas.val]
     if not steps:
-        fail(f"{base.folder} and {gpas.folder}: their log.csv have no evaluated step in common")
+        raise Error(f"{base.folder} and {gpas.folder}: their log.csv have no evaluated step in "
+                    "common")
     last = steps[-1]
     return (title(base, gpas, last) + losses(base, gpas, steps)
             + steps_needed(base, gpas, last) + by_layer(base, gpas, silu)
@@ -260,21 +257,16 @@ def compare(base, gpas, silu):
             + hints(base, gpas))
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Compare a training without GPAS to one with it.")
+def run():
+    parser = Parser(description="Compare a training without GPAS to one with it.")
     parser.add_argument("baseline", help="folder of the training without GPAS")
     parser.add_argument("gpas", help="folder of the training with GPAS")
     parser.add_argument("--gate-act", default="silu", help="the gates' activation (default silu)",
                         choices=["silu", "identity", "relu", "leaky_relu", "tanh"])
-    parser.error = fail
     options = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")
     page = compare(Run(options.baseline), Run(options.gpas), options.gate_act == "silu")
-    try:
-        print("\n".join(line.rstrip() for line in page), flush=True)
-    except BrokenPipeError:         # whoever reads this has seen enough, as head does
-        os._exit(0)
+    print("\n".join(line.rstrip() for line in page))
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

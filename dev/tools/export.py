@@ -13,7 +13,7 @@ hf       config.json, model.safetensors and a tokenizer, for transformers' AutoM
 
 Only --norm pre and lns fold. The README derives how. The folder appears when all of it is written.
 """
-import argparse
+import errno
 import json
 import math
 import mmap
@@ -21,17 +21,17 @@ import os
 import shutil
 import struct
 import sys
+import zlib
 from array import array
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
+from command import Error, Parser, main, read_json
 
 EPS = 1e-6                          # of train_gpas's RMSNorm
 LLAMA2C_EPS = 1e-5                  # of llama2.c's
 BYTES = range(3, 3 + 256)           # ids of the bytes, after <unk>, <s>, </s>; then come the pieces
 SPACE = "\u2581"                    # how sentencepiece and its heirs write a space
 CHUNK = 4096                        # numbers scaled at a time: their list stays in the cache
-
-
-class Error(Exception):
-    """Something the user can put right: told in one line, without a traceback."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -41,6 +41,8 @@ class Checkpoint:
     """options: text by name; C, H, ...: their sizes; tensors: little-endian fp32 by name."""
 
     def __init__(self, path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise Error(f"{path} is not a file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
@@ -50,12 +52,14 @@ class Checkpoint:
             text = file.read(length)
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + length:]
         try:
-            header = json.loads(text)
+            header = read_json(text)
             self.options = header.pop("__metadata__")
             if self.options["kind"] != "checkpoint":
                 raise KeyError
             self.norm, self.gpas = self.options["norm"], self.options["gpas"] == "on"
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except ValueError as error:
+            raise Error(f"{path} is not a checkpoint of train_gpas, its metadata is wrong: {error}")
+        except (KeyError, TypeError, AttributeError, RecursionError):
             raise Error(f"{path} is not a checkpoint of train_gpas: it lacks the metadata of one")
         self.path = path
         self.C, self.H, self.L, self.NH, self.T, self.V = map(
@@ -88,20 +92,23 @@ class Checkpoint:
         yield "output.weight", [V, C]
 
     def read_tensors(self, header, data):
-        """Tensors must be those of the options and lie one after another; Adam's moments follow."""
-        self.tensors, begin = {}, 0
+        """Tensors must be those of the options; Adam's moments may be there. Another program may
+        have written them in another order."""
+        self.tensors = {}
+        size = sum(4 * math.prod(shape) for _, shape in self.shapes())
+        expected = size * (3 if any(name.startswith("adam_") for name in header) else 1)
+        if len(data) != expected:
+            raise Error(f"{self.path} is damaged: {len(data)} bytes of numbers, not {expected}")
         for name, shape in self.shapes():
+            begin = (header.get(name) or {}).get("data_offsets", [0])[0]
             end = begin + 4 * math.prod(shape)
-            if header.get(name) != {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}:
+            if header.get(name) != {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]} \
+                    or not 0 <= begin <= len(data) - (end - begin):
                 raise Error(f"{self.path} is damaged: its {name} is not that of its options")
             self.tensors[name] = data[begin:end]
-            begin = end
         for extra in set(header) - set(self.tensors):
             if not extra.startswith(("adam_m.", "adam_v.")):
                 raise Error(f"{self.path} is damaged: it has a tensor {extra!r}")
-        expected = begin * (3 if len(header) > len(self.tensors) else 1)
-        if len(data) != expected:
-            raise Error(f"{self.path} is damaged: {len(data)} bytes of numbers, not {expected}")
         for name, view in self.tensors.items():
             if not math.isfinite(sum(floats(view))):
                 raise Error(f"{self.path}: {name} holds NaN or infinity; "
@@ -114,8 +121,8 @@ def refuse_what_does_not_fold(checkpoint):
         raise Error(f"{path}: --norm sandwich has a norm behind each branch, x + N2 f(N1 x); "
                     "a LLaMA has none there")
     if norm in ("post", "deepnorm") or (norm == "mix" and checkpoint.L >= 4):
-        raise Error(f"{path}: --norm {norm} normalizes the sum, N(x + f(x)), and the gates "
-                    "do not cancel there; a LLaMA normalizes only what enters f")
+        raise Error(f"{path}: --norm {norm} normalizes the sum, N(x + f(x)); a LLaMA only f's "
+                    "input")
     if norm not in ("pre", "lns", "mix"):
         raise Error(f"{path} is damaged: its --norm is {norm!r}")
 
@@ -210,7 +217,7 @@ def scaled(view, factor):
 class Tokenizer:
     """pieces: a (score, bytes) for each id. raw: are the byte pieces the bytes themselves?"""
 
-    def __init__(self, folder, V):
+    def __init__(self, folder, V, checksum=None):
         self.path = f"{folder}/tokenizer.bin"
         try:
             with open(self.path, "rb") as file:
@@ -228,6 +235,8 @@ class Tokenizer:
             self.pieces.append((score, self.file[at - length:at]))
         if len(self.pieces) != V:
             raise Error(f"{self.path} has {len(self.pieces)} pieces, but the network has {V}")
+        if checksum and int(checksum) != zlib.crc32(self.file):
+            raise Error(f"{self.path} is another tokenizer than the network was trained with")
         texts = [text for _, text in self.pieces]
         if V < BYTES.stop or struct.unpack("<i", self.file[:4])[0] != max(map(len, texts)):
             raise Error(f"{self.path} is damaged: it is not llama2.c's format")
@@ -435,7 +444,8 @@ def hf_tokenizer(tokenizer):
 
 def hf_tokenizer_config(checkpoint):
     return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
-            "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False,
+            "unk_token": "<unk>", "pad_token": "</s>",
+            "add_bos_token": True, "add_eos_token": False,
             "clean_up_tokenization_spaces": False, "model_max_length": checkpoint.T,
             "model_input_names": ["input_ids", "attention_mask"]}
 
@@ -445,7 +455,11 @@ def hf_tokenizer_config(checkpoint):
 
 def sync(path):
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
+    try:
+        os.fsync(handle)
+    except OSError as error:                        # other errors: it cannot be told to wait
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
     os.close(handle)
 
 
@@ -453,15 +467,13 @@ def write_folder(out, files):
     """Write the files under a temporary name, wait until they are on the disk, then rename: the
     folder is complete or not there."""
     temporary = out + ".unfinished"
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
+    os.makedirs(temporary)                          # an error if there is one: it is not ours
     try:
         for name, parts in files.items():
             with open(f"{temporary}/{name}", "wb") as file:
                 for part in parts:
                     file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
+            sync(f"{temporary}/{name}")
         sync(temporary)
         os.rename(temporary, out)
         sync(os.path.dirname(out) or ".")
@@ -469,14 +481,8 @@ def write_folder(out, files):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Error(f"{message} (--help lists the options)")
-
-
 def run():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", help="ckpt_*.safetensors of train_gpas")
     parser.add_argument("--to", choices=["llama2c", "hf"], required=True, help="the target")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to make")
@@ -485,33 +491,18 @@ def run():
     args = parser.parse_args()
     out = os.path.normpath(args.out)
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
-        raise Error(f"{out} is already there; remove it or name another --out")
+        raise Error(f"{out} is already there; name another --out")
+    if os.path.islink(out) or os.path.ismount(out):
+        raise Error(f"{out} cannot be replaced by a folder that is complete; name one below it")
     checkpoint = Checkpoint(args.checkpoint)
     data = args.data or checkpoint.options.get("data", ".")
     if not isinstance(data, str) or "\0" in data:
         raise Error(f"{args.checkpoint} is damaged: its --data is {data!r}")
-    tokenizer = Tokenizer(data, checkpoint.V)
+    tokenizer = Tokenizer(data, checkpoint.V, checkpoint.options.get("tokenizer"))
     files = {"llama2c": llama2c_files, "hf": hf_files}[args.to](checkpoint, tokenizer)
     write_folder(out, files)
     print(f"{out}: {', '.join(sorted(files))}")
 
 
-def main():
-    try:
-        run()
-        return 0
-    except Error as error:
-        print(f"export.py: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"export.py: {error.filename or 'error'}: {error.strerror or error}",
-              file=sys.stderr)
-    except MemoryError:
-        print("export.py: not enough memory", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("export.py: interrupted", file=sys.stderr)
-        return 130
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main(run)

@@ -13,7 +13,6 @@ printed. The figures go to docs/figures as SVG, the numbers to docs/figures/numb
 
 Configurations are named SCHEME.KIND.DATA.LR, as in pre.gpas.toy.1e-3; the figures find them by it.
 """
-import argparse
 import csv
 import glob
 import os
@@ -24,9 +23,8 @@ import subprocess
 import sys
 import time
 
-
-def fail(message):
-    sys.exit("figures.py: " + message)
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
+from command import Error, Interrupted, Parser, main
 
 
 # ---------------------------------------------------------------------------
@@ -39,10 +37,10 @@ class Experiment:
         self.name, self.options, self.out = name, options, out
         parts = name.split(".")
         if len(parts) != 4 or not re.fullmatch(r"[\w.+-]+", name):
-            fail(f"{name!r} is not named SCHEME.KIND.DATA.LR")
+            raise Error(f"{name!r} is not named SCHEME.KIND.DATA.LR")
         self.scheme, self.kind, self.data, self.lr = parts
         if "--steps" not in options[:-1] or not re.fullmatch(r"[0-9]{1,9}", self.steps()):
-            fail(f"{name} has no whole number --steps")
+            raise Error(f"{name} has no whole number --steps")
 
     def folder(self, seed):
         return os.path.join(self.out, self.name, f"seed-{seed}")
@@ -57,16 +55,14 @@ def read_table(path, out):
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().split("\n")
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
     except ValueError:
-        fail(f"{path} is not UTF-8")
+        raise Error(f"{path} is not UTF-8")
     for at, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         name, tab, options = line.partition("\t")
         if not tab:
-            fail(f"{path}, line {at}: expected a name, a tab, options")
+            raise Error(f"{path}, line {at}: expected a name, a tab, options")
         try:
             if name == "common":
                 common = shlex.split(options)
@@ -77,12 +73,12 @@ def read_table(path, out):
                 merged = {**dict(zip(common[::2], common[1::2])), **dict(zip(own[::2], own[1::2]))}
                 experiments.append(Experiment(name, [x for p in merged.items() for x in p], out))
         except ValueError as error:
-            fail(f"{path}, line {at}: {error}")
+            raise Error(f"{path}, line {at}: {error}")
     if not experiments or not seeds:
-        fail(f"{path} names no experiments or no seeds")
+        raise Error(f"{path} names no experiments or no seeds")
     names = [e.name for e in experiments]
     if len(set(names)) != len(names):
-        fail(f"{path} has a name twice")
+        raise Error(f"{path} has a name twice")
     return experiments, seeds
 
 
@@ -105,7 +101,7 @@ def read_rows(path, numbers):
                 raise ValueError
         return rows
     except (csv.Error, KeyError, TypeError, ValueError):
-        fail(f"{path}, line {at}: {name} is not what it should be")
+        raise Error(f"{path}, line {at}: {name} is not what it should be")
 
 
 def read_log(folder):
@@ -125,14 +121,18 @@ def train(experiment, seed, program, folders):
         command = [program, "--resume", checkpoints[-1]]
     else:
         command = [program, *experiment.options, "--seed", str(seed), "--out", folder,
-                   "--data", folders[experiment.data]]
+                   "--data", folders[experiment.data], "--overwrite", "on"]
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "output.txt"), "a", encoding="utf-8") as output:
-        status = subprocess.call(command, stdout=output, stderr=subprocess.STDOUT)
-    if status < 0 or status > 128:
-        sys.exit(130)  # interrupted: the next call goes on
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            status = process.wait()
+        except Interrupted:
+            process.terminate()  # it saves, and the next call goes on
+            process.wait()
+            raise
     if status:
-        fail(f"{' '.join(command)} ended with status {status}; see {folder}/output.txt")
+        raise Error(f"{' '.join(command)} ended with status {status}; see {folder}/output.txt")
     for path in glob.glob(os.path.join(folder, "ckpt_*.safetensors")):
         os.unlink(path)  # the logs are what the figures need
 
@@ -180,7 +180,7 @@ class Result:
         shapes = [[(step, len(rows)) for step, rows in steps.items()] for steps in self.layers]
         if any(sorted(curve) != self.steps for curve in self.curves) or not shapes[0] or any(
                 shape != shapes[0] for shape in shapes):
-            fail(f"{experiment.name}: its seeds' logs are not of the same steps and layers")
+            raise Error(f"{experiment.name}: its seeds' logs are not of the same steps and layers")
 
     def losses(self, step):
         return [curve[step] for curve in self.curves]
@@ -423,7 +423,7 @@ def load_matplotlib():
         import matplotlib.pyplot
         return matplotlib
     except ImportError:
-        fail("matplotlib draws the figures: pip install matplotlib (or --run-only)")
+        raise Error("matplotlib draws the figures: pip install matplotlib (or --run-only)")
 
 
 def draw_all(matplotlib, results, folder):
@@ -443,15 +443,15 @@ def draw_all(matplotlib, results, folder):
     write_numbers(results, os.path.join(folder, "numbers.md"))
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Runs experiments.tsv and draws figures.")
+def run():
+    parser = Parser(description="Runs experiments.tsv and draws figures.")
     parser.add_argument("--table", default="dev/tools/experiments.tsv")
     parser.add_argument("--out", default="out/figures", help="folder of the runs")
     parser.add_argument("--figures", default="docs/figures", help="folder of the figures")
     parser.add_argument("--program", default="./train_gpas")
     parser.add_argument("--toy", default="data/toy", help="folder of toy stories")
     parser.add_argument("--real", default="data/real", help="folder of real stories")
-    parser.add_argument("--only", default="", help="only experiments whose name matches this")
+    parser.add_argument("--only", default=".", help="only experiments whose name matches this")
     parser.add_argument("--run-only", action="store_true")
     parser.add_argument("--draw-only", action="store_true")
     o = parser.parse_args()
@@ -459,11 +459,11 @@ def main():
     folders = {"toy": o.toy, "real": o.real}
     for e in experiments:
         if e.data not in folders:
-            fail(f"{o.table}: {e.name} is on {e.data!r}, not on one of {', '.join(folders)}")
+            raise Error(f"{o.table}: {e.name} is on {e.data!r}, not on one of {', '.join(folders)}")
     try:
         experiments = [e for e in experiments if re.search(o.only, e.name)]
     except re.error as error:
-        fail(f"--only: {error}")
+        raise Error(f"--only: {error}")
     if not os.path.exists(os.path.join(o.real, "tokenizer.bin")):
         print(f"{o.real} has no tokenizer.bin: the experiments on real stories are left out")
         experiments = [e for e in experiments if e.data != "real"]
@@ -475,10 +475,11 @@ def main():
         return
     missing = [e.name for e in experiments for s in seeds if not complete(e, s)]
     if missing:
-        fail(f"{len(missing)} runs are missing, {missing[0]} among them; draw without --draw-only")
+        raise Error(f"{len(missing)} runs are missing, {missing[0]} among them; leave out "
+                    "--draw-only")
     results = [Result(e, seeds) for e in experiments]
     draw_all(load_matplotlib(), results, o.figures)
 
 
 if __name__ == "__main__":
-    main()
+    main(run)
