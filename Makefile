@@ -9,9 +9,12 @@ CFLAGS = -O3 -march=native
 FLAGS = -std=c11 -Wall -Wextra -Wpedantic -fopenmp -ffp-contract=fast -fno-math-errno \
     -fno-trapping-math $(if $(PLAIN),-DPLAIN) $(CFLAGS)
 PYTHON = python3
+# An empty value is most likely an unset variable of the shell.
+$(foreach v,CC CXX NVCC PYTHON OUT LAYERS SEED SECONDS,$(if $(filter command environment, \
+    $(origin $v)),$(if $(strip $($v)),,$(error $v is given, but empty))))
 SOURCES = train_gpas.c $(wildcard dev/*.h)
 
-# PLAIN=1: with the matrix multiplication of train_gpas.c itself, ten lines, instead of dev/gemm.h's.
+# PLAIN=1: with train_gpas.c's own matrix multiplication, ten lines, instead of dev/gemm.h's.
 train_gpas: $(SOURCES) build/flags
 	$(CC) $(FLAGS) $< -o $@ -lm
 
@@ -21,12 +24,15 @@ build/flags: FORCE
 	@echo '$(CC) $(FLAGS)' | cmp -s - $@ || echo '$(CC) $(FLAGS)' > $@
 FORCE:
 
+# What a command that fails has written is no result.
+.DELETE_ON_ERROR:
+
 data/toy/tokenizer.bin:
 	$(PYTHON) prepro_tinystories.py --out data/toy
 
 run: train_gpas data/toy/tokenizer.bin
-	./train_gpas --norm pre --gpas off --out out/pre
-	./train_gpas --norm pre --gpas on --out out/pre_gpas
+	./train_gpas --norm pre --gpas off --out out/pre --overwrite on
+	./train_gpas --norm pre --gpas on --out out/pre_gpas --overwrite on
 	@$(PYTHON) dev/tools/compare.py out/pre out/pre_gpas
 
 # What GPAS does, in pictures: docs/figures.md. Needs matplotlib. If interrupted, it continues.
@@ -161,7 +167,7 @@ assignment:
 # In the hand-out; here it grades the solution. JSON=1: for a gradebook.
 grade: $(ON_CPU_SOURCES)
 	@$(PYTHON) dev/class/grade.py --cc "$(CC)" --cxx "$(CXX)" \
-	    --on-cpu "$(if $(ON_CPU),$(ON_CPU) $(filter-out -DTRAIN%,$(CHECKED)))" \
+	    $(if $(ON_CPU),--on-cpu "$(ON_CPU) $(filter-out -DTRAIN%,$(CHECKED))") \
 	    $(if $(JSON),--json) $(if $(SEED),--seed $(SEED)) $(ASSIGNED)
 
 # ----
@@ -209,7 +215,7 @@ clean:
 
 help:
 	@echo "make              builds train_gpas; then: ./train_gpas --help"
-	@echo "make run          trains without and with GPAS and compares"
+	@echo "make run          trains without and with GPAS, to out/pre and out/pre_gpas, and compares"
 	@echo "make figures      runs dev/tools/experiments.tsv and draws docs/figures; needs matplotlib"
 	@echo "make test         all checks, kernels on the CPU included; needs gcc, g++, make, python3"
 	@echo "make train_gpas_cuda    the same training on a GPU; needs the CUDA Toolkit"

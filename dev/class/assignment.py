@@ -17,12 +17,14 @@ The source has no marks for this. What goes is found by these rules:
     computed; its indented lines are the derivation, and go. So do lines of other comments that
     give a derivation away (SPOILERS).
 """
-import argparse
 import glob
 import os
 import re
 import shutil
 import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
+from command import Error, Parser, main
 
 # The functions that are left to write, file by file and layer by layer.
 FUNCTIONS = {
@@ -71,16 +73,13 @@ SPOILERS = {
 
 # Copied as they are. So are all headers of dev/, and with --cuda those of dev/gpu/.
 COPIED = ["LICENSE", "dev/class/grade.py", "dev/class/grade.c", "dev/class/grade.h",
-          "dev/class/submission.c", "dev/tools/compare.py", "prepro_tinystories.py"]
+          "dev/class/submission.c", "dev/tools/compare.py", "dev/command.py",
+          "prepro_tinystories.py"]
 COPIED_CUDA = ["dev/test/on_gpu.h"]
 CUDA_RULES = ["build/%.cu", "train_gpas_cuda", "train_gpas_cuda_on_cpu"]
-RULES = ["train_gpas", "build/flags", "data/toy/tokenizer.bin", "run", "grade"] + CUDA_RULES
+RULES = [".DELETE_ON_ERROR", "train_gpas", "build/flags", "data/toy/tokenizer.bin", "run",
+         "grade"] + CUDA_RULES
 BOUNDS = r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*"
-
-
-def fail(message):
-    print("assignment: " + message, file=sys.stderr)
-    sys.exit(1)
 
 
 class Function:
@@ -212,7 +211,7 @@ def cut(file, source, layers):
     written = chosen_functions(file, layers)
     for name in written:
         if name not in by_name:
-            fail("%s has no function %s; dev/class/assignment.py names it" % (file, name))
+            raise Error("%s has no function %s; dev/class/assignment.py names it" % (file, name))
     gone = helpers_of(lines, functions, written)
     every = {n for key in FUNCTIONS[file] for n in chosen_functions(file, key.split())}
     result, at = [], 0
@@ -314,12 +313,12 @@ def task_sheet(layers, files):
 def write(folder, name, text):
     path = os.path.join(folder, name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Cuts a hand-out from the source.")
+def run():
+    parser = Parser(description="Cuts a hand-out from the source.")
     parser.add_argument("--cuda", action="store_true", help="train_gpas.cu too")
     parser.add_argument("--out", default="assignment", help="the folder to write")
     parser.add_argument("layers", nargs="*", help="of: " + " ".join(LAYERS))
@@ -327,36 +326,34 @@ def main():
     layers = options.layers or LAYERS
     for layer in layers:
         if layer not in LAYERS:
-            fail("there is no layer %s; choose from: %s" % (layer, " ".join(LAYERS)))
+            raise Error("there is no layer %s; choose from: %s" % (layer, " ".join(LAYERS)))
     layers = [layer for layer in LAYERS if layer in layers]
     if os.path.lexists(options.out):
-        fail("%s exists already; remove it, or choose another folder with OUT=" % options.out)
+        raise Error("%s exists already; choose another folder with OUT=" % options.out)
     root = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../..")
     files = ["train_gpas.c"] + ["train_gpas.cu"] * options.cuda
 
     def read(name):
-        try:
-            with open(os.path.join(root, name)) as file:
-                return file.read()
-        except OSError as error:
-            fail("cannot read %s: %s" % (name, error.strerror))
+        with open(os.path.join(root, name), encoding="utf-8") as file:
+            return file.read()
 
     headers = [os.path.relpath(path, root) for folder in ["dev"] + ["dev/gpu"] * options.cuda
                for path in sorted(glob.glob(os.path.join(root, folder, "*.h")))]
     texts = {file: cut(file, read(file), layers) for file in files}
     texts["Makefile"] = makefile(read("Makefile"), layers, options.cuda)
     texts["TASK.md"] = task_sheet(layers, files)
+    os.makedirs(options.out)
     try:
-        os.makedirs(options.out)
         for name, text in texts.items():
             write(options.out, name, text)
         for name in COPIED + headers + COPIED_CUDA * options.cuda:
             write(options.out, name, read(name))
             shutil.copymode(os.path.join(root, name), os.path.join(options.out, name))
-    except OSError as error:
-        fail("cannot write %s: %s" % (options.out, error))
+    except BaseException:           # the folder is complete or not there
+        shutil.rmtree(options.out)
+        raise
     print("%s: %s to write; make grade grades it there" % (options.out, ", ".join(layers)))
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -8,7 +8,6 @@ layer's forward and backward pass in a process of its own, and prints a table, o
 A process has limits of time and memory, so that an endless loop, a crash or a wild write costs the
 points of its own pass and nothing else. The numbers are new in each run, unless SEED is given.
 """
-import argparse
 import json
 import os
 import re
@@ -20,6 +19,9 @@ import sys
 import tempfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
+from command import Error, Parser, main
 
 LAYERS = ("gpas residual embedding rmsnorm rope swiglu matmul attention crossentropy "
           "adamw").split()
@@ -43,21 +45,17 @@ def passes(layer):
     return ["update"] if layer == "adamw" else ["forward", "backward"]
 
 
-def fail(message):
-    print("grade: " + message, file=sys.stderr)
-    sys.exit(1)
-
-
-def run(command):
-    """Runs a compiler. Returns whether it succeeded, and what it said."""
+def compiler(command):
+    """Runs a compiler, which speaks English. Returns whether it succeeded, and what it said."""
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+                              env={**os.environ, "LC_ALL": "C", "TMPDIR": tempfile.tempdir},
                               timeout=COMPILER_SECONDS)
     except subprocess.TimeoutExpired:
         return False, "error: the compiler is not done after %d seconds" % COMPILER_SECONDS
     except OSError as error:
-        fail("cannot run %s: %s" % (command[0], error.strerror))
+        raise Error("cannot run %s: %s" % (command[0], error.strerror))
     return done.returncode == 0, done.stdout
 
 
@@ -79,9 +77,10 @@ def compile_submission(file, options, folder):
     grader, layers = os.path.join(folder, "grade.o"), os.path.join(folder, file + ".o")
     program = os.path.join(folder, file + ".grade")
     if not os.path.exists(grader):
-        good, text = run([options.cc, "-std=gnu11", "-O2", "-c", "dev/class/grade.c", "-o", grader])
+        good, text = compiler(shlex.split(options.cc)
+                              + ["-std=gnu11", "-O2", "-c", "dev/class/grade.c", "-o", grader])
         if not good:
-            fail("dev/class/grade.c does not compile:\n" + text)
+            raise Error("dev/class/grade.c does not compile: " + text)
     if file.endswith(".c"):
         command = shlex.split(options.cc) + (
             "-std=c11 -O1 -g -march=native -fno-math-errno -fopenmp -Wall -Wextra -Wpedantic "
@@ -90,7 +89,7 @@ def compile_submission(file, options, folder):
     else:
         command = shlex.split(options.on_cpu) + ["-DCUDA=1", "-DSUBMISSION=\"build/%s\"" % file]
         link = shlex.split(options.cxx)
-    good, text = run(command + ["-c", "dev/class/submission.c", "-o", layers])
+    good, text = compiler(command + ["-c", "dev/class/submission.c", "-o", layers])
     said = about_submission(text, file)
     if said and not options.json:
         print(said + "\n", file=sys.stderr)
@@ -98,7 +97,7 @@ def compile_submission(file, options, folder):
         errors = [x for x in text.split("\n") if "error:" in x] or [text.strip().split("\n")[-1]]
         missing = re.search(r"submission.c.*\W(\w+)\W* (undeclared|was not declared)", errors[0])
         return None, "it has no function %s" % missing.group(1) if missing else errors[0]
-    good, text = run(link + ["-fopenmp", grader, layers, "-lm", "-o", program])
+    good, text = compiler(link + ["-fopenmp", grader, layers, "-lm", "-o", program])
     if not good:
         return None, text.strip().split("\n")[-1]
     return program, None
@@ -241,11 +240,11 @@ def print_table(rows, result):
         result["points"], result["max"], result["seed"]))
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Grades the layers of train_gpas.c.")
+def run():
+    parser = Parser(description="Grades the layers of train_gpas.c.")
     parser.add_argument("--cc", default="gcc")
     parser.add_argument("--cxx", default="g++")
-    parser.add_argument("--on-cpu", default="", help="the compiler's command for train_gpas.cu")
+    parser.add_argument("--on-cpu", help="the compiler's command for train_gpas.cu")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "little"))
     parser.add_argument("layers", nargs="*", help="those that count; default: all")
@@ -253,11 +252,13 @@ def main():
     os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../.."))
     for layer in options.layers:
         if layer not in LAYERS:
-            fail("there is no layer %s; choose from: %s" % (layer, " ".join(LAYERS)))
+            raise Error("there is no layer %s; choose from: %s" % (layer, " ".join(LAYERS)))
     if not os.path.exists("train_gpas.c"):
-        fail("there is no train_gpas.c in %s" % os.getcwd())
+        raise Error("there is no train_gpas.c in %s" % os.getcwd())
     files = [f for f in CPU_SECONDS if os.path.exists(f) and (f.endswith(".c") or options.on_cpu)]
-    with tempfile.TemporaryDirectory() as folder:
+    os.makedirs("build", exist_ok=True)     # TMPDIR may be full, or allow no programs
+    with tempfile.TemporaryDirectory(dir="build") as folder:
+        tempfile.tempdir = os.path.abspath(folder)
         rows = [row for file in files for row in grade_file(file, options, folder)]
     counted = [row for row in rows if row["assigned"]]
     result = {"points": sum(row["points"] for row in counted),
@@ -269,4 +270,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -14,8 +14,11 @@ kernels is the floor of a step.
 The default rates are those that one H200 reached with PyTorch: 790 TFLOP/s in bf16, and 4.3 TB/s.
 The network is in bf16, puts its norms first, and has GPAS and a vocabulary of 32000.
 """
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
+from command import Error, Parser, main
 
 PRESETS = {"71m": (512, 1368, 12, 8), "130m": (768, 2048, 12, 12), "250m": (768, 2560, 24, 16),
            "350m": (1024, 2736, 24, 16), "1b": (2048, 5464, 24, 32)}  # C, H as padded, L, NH
@@ -99,7 +102,7 @@ def floors(o, shape):
 def read_measured(path):
     """The milliseconds of each kernel, by name. Other lines of the file are ignored."""
     measured = {}
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         for line in file:
             if line.count(";") == 2:
                 name, _, ms = line.split(";")
@@ -120,8 +123,8 @@ def print_beside(rows, instead, measured):
         print("| %s | %s | %.2f | %.2f | %.0f%% |" % (*row, 100 * row[2] / row[3]))
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Floors of a training step's kernels.")
+def run():
+    parser = Parser(description="Floors of a training step's kernels.")
     parser.add_argument("shape", nargs="*", help="PRESET B T")
     parser.add_argument("--tflops", type=float, default=790)
     parser.add_argument("--tbytes", type=float, default=4.3)
@@ -129,10 +132,10 @@ def main():
     parser.add_argument("--measured", metavar="FILE", help="name;calls;milliseconds of each kernel")
     o = parser.parse_args()
     if o.recompute and o.measured:
-        sys.exit("roofline.py: ./bench_cuda kernels measures a step without --recompute")
+        raise Error("./bench_cuda kernels measures a step without --recompute")
     numbers = [text.isdigit() and int(text) > 0 for text in o.shape[1:]]
     if (o.shape or o.measured) and (numbers != [True, True] or o.shape[0] not in PRESETS):
-        sys.exit("roofline.py: give a preset (%s), B and T" % ", ".join(PRESETS))
+        raise Error("give a preset (%s), B and T" % ", ".join(PRESETS))
     if o.shape:
         preset, B, T = o.shape[0], int(o.shape[1]), int(o.shape[2])
         rows, _ = floors(o, (preset, B, T))
@@ -157,4 +160,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

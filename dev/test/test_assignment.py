@@ -170,12 +170,12 @@ def grade(folder, *variables):
 
 
 def read(*path):
-    with open(os.path.join(*path)) as file:
+    with open(os.path.join(*path), encoding="utf-8") as file:
         return file.read()
 
 
 def write(text, *path):
-    with open(os.path.join(*path), "w") as file:
+    with open(os.path.join(*path), "w", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -251,8 +251,36 @@ def test_mistakes(folder, mistakes, name, file="train_gpas.c"):
     check(hit == {m[0] for m in mistakes}, "%s: no other layer loses points" % name, hit)
 
 
+def test_surroundings(folder):
+    """What other machines and editors do to a hand-out."""
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    program = os.path.join(ROOT, "dev/class/assignment.py")
+    done = run(sys.executable, program, "--out", folder, "gpas", env=plain)
+    check(done.returncode == 0, "assignment: in the locale C", done.stderr)
+    source = read(ROOT, "train_gpas.c")
+    for name, text in (("CRLF", source.replace("\n", "\r\n").encode()),
+                       ("a byte-order mark", source.encode("utf-8-sig")),
+                       ("Latin-1", source.encode() + b"// Zo\xeb\n")):
+        with open(os.path.join(folder, "train_gpas.c"), "wb") as file:
+            file.write(text)
+        result = grade(folder, "CC=env gcc", "CXX=env g++")
+        check(result["points"] == 10, "grade: a file with %s, a compiler of two words" % name, result)
+    write(source.replace("scale * inp[i]", "scale * imp[i]"), folder, "train_gpas.c")
+    os.environ.update(LANG="de_DE.UTF-8", LC_ALL="de_DE.UTF-8", TMPDIR="/nowhere")
+    result = grade(folder)
+    for name in ("LANG", "LC_ALL", "TMPDIR"):
+        del os.environ[name]
+    check("'imp' undeclared" in str(result["layers"]),
+          "grade: in another language and without TMPDIR", result)
+    for variable in ("OUT=", "LAYERS= ", "SEED=", "CC=", "PYTHON="):
+        done = run("make", "-s", "assignment" if variable < "P" else "grade", variable, cwd=ROOT)
+        check(done.returncode == 2 and "given, but empty" in done.stderr
+              and done.stderr.count("\n") == 1, "make: %s" % variable, done.stderr)
+
+
 def test_errors(folder):
-    for arguments, say in ((["gpas", "gaps"], "no layer gaps"), (["gpas"], "exists already")):
+    for arguments, say in ((["gpas", "gaps"], "no layer gaps"), (["gpas"], "exists already"),
+                           (["--out", ""], "empty"), (["--out", "."], "exists already")):
         done = hand_out(folder, *arguments)
         check(done.returncode == 1 and say in done.stderr and done.stderr.count("\n") == 1,
               "assignment: error: %s" % say, done.stderr)
@@ -271,6 +299,7 @@ def main():
         test_mistakes(os.path.join(place, "some"), READINGS, "readings")
         test_mistakes(os.path.join(place, "some"), VIOLENT, "violence")
         test_errors(os.path.join(place, "some"))
+        test_surroundings(os.path.join(place, "with a space, \u00e9"))
     print("%d passed, %d failed" % (counts[True], counts[False]))
     sys.exit(counts[False] > 0)
 

@@ -11,12 +11,14 @@ and the logits at every position differ by at most 1e-3. What llama2.c's run, un
 train_gpas print must be equal too. It is not part of `make test`, which needs no library; that is
 dev/test/test_export.py. Run it in the project's folder, with karpathy's llama2.c in another.
 """
-import argparse
 import os
 import struct
 import subprocess
 import sys
 import tempfile
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
+from command import Error, Parser, main
 
 LENGTH, TOLERANCE = 64, 1e-3
 PROMPTS = ["", "Once upon a time", "Lily", "The dog ran to", "\"Can I play", "One day, Tom saw a",
@@ -91,12 +93,12 @@ def call(*command, **environment):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env={**os.environ, "OMP_WAIT_POLICY": "passive", **environment})
     if done.returncode:
-        sys.exit(f"check_export.py: {' '.join(command)}: {done.stderr.decode()[-2000:]}")
+        raise Error(f"{' '.join(command)}: {done.stderr.decode(errors='replace')}")
     return done.stdout
 
 
 def compile_driver(source, include, path):
-    with open(path + ".c", "w") as file:
+    with open(path + ".c", "w", encoding="utf-8") as file:
         file.write(source)
     call("gcc", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-w",
          "-I", include, path + ".c", "-o", path, "-lm")
@@ -187,9 +189,8 @@ def compare_llamacpp(checkpoint, hf, converter, folder):
     check(worst <= TOLERANCE, f"{name}: logits of llama.cpp differ by at most {worst:.1e}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def run():
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--llama2c", metavar="DIR", required=True, help="the folder of its run.c")
     parser.add_argument("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py")
@@ -208,4 +209,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(run)
