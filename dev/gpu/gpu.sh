@@ -126,7 +126,8 @@ toy() { # PROGRAM NAME [OPTION ...]: trains the toy preset; the output goes to N
     program=$1
     name=$2
     shift 2
-    "./$program" --steps 300 --val-every 100 --out "$out/$name" "$@" > "$out/$name.log" 2>&1
+    "./$program" --steps 300 --val-every 100 --out "$out/$name" --overwrite on \
+        "$@" > "$out/$name.log" 2>&1
 }
 
 part_train() {

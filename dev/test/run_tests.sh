@@ -5,8 +5,8 @@ OMP_WAIT_POLICY=passive
 export OMP_WAIT_POLICY
 total_passed=0
 total_failed=0
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+log=build/tests.log
+mkdir -p build
 for command in "$@"; do
     $command > "$log" 2>&1
     status=$?

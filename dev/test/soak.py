@@ -128,7 +128,8 @@ def kill_runs(program, kills, seed):
     problems = []
     try:
         write_data(f"{folder}/data")
-        options = [program, *TINY, "--data", f"{folder}/data", "--out", f"{folder}/out"]
+        options = [program, *TINY, "--data", f"{folder}/data", "--out", f"{folder}/out",
+                   "--overwrite", "on"]
         whole_run(options)
         shutil.rmtree(f"{folder}/out")
         begin = time.monotonic()
@@ -178,7 +179,7 @@ def soak(program, data, seconds, seed):
     folder, draw = tempfile.mkdtemp(prefix="soak_"), random.Random(seed)
     try:
         options = [program, "--data", data, "--out", f"{folder}/out", "--val-batches", "4",
-                   "--sample-every", "500", "--length", "100", "--steps"]
+                   "--overwrite", "on", "--sample-every", "500", "--length", "100", "--steps"]
         begin = time.monotonic()
         whole_run(options + ["100"])
         steps = max(100, int(100 * seconds / 2 / (time.monotonic() - begin)) // 100 * 100)
