@@ -156,6 +156,7 @@ static const float *tensor(const char *name, int *shape, size_t *n) {
     snprintf(key, sizeof key, "\"%s\":{", name);
     const char *entry = strstr(dump_header, key);
     if (!entry) die("the dump has no tensor %s", name);
+    if (strstr(entry + 1, key)) die("the dump has the tensor %s twice", name);
     sscanf(strstr(entry, "\"shape\":["), "\"shape\":[%d,%d,%d", &dims[0], &dims[1], &dims[2]);
     sscanf(strstr(entry, "\"data_offsets\":["), "\"data_offsets\":[%zu,%zu", &begin, &end);
     if (shape) memcpy(shape, dims, sizeof dims);

@@ -496,6 +496,18 @@ def test_compare():
     status, page, errors = run(COMPARE, "base", "gpas", PYTHONIOENCODING="ascii")
     check(status == 0 and page.isascii(), "compare.py: a page in ASCII", errors)
     check_error("compare.py: no folder", run(COMPARE, "base", "none"), "none")
+    check_error("compare.py: an empty name", run(COMPARE, "base", ""), "empty")
+    os.symlink("gpas", "a b \u00e9")
+    for folders in (("base/", "./gpas/."), ("base", "a b \u00e9")):
+        status, page, errors = run(COMPARE, *folders)
+        check(status == 0 and "Another story" in page, f"compare.py {folders}", errors)
+    for command, expected in (("> /dev/full", 1), (">&- 2>&-", 0), ("--help > /dev/full", 1)):
+        status = subprocess.call(["sh", "-c", f'"$0" "$1" base gpas {command}', sys.executable,
+                                  COMPARE], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        check(status == expected, f"compare.py {command}", status)
+    status, page, errors = run(COMPARE, "base", "gpas", LC_ALL="C", PYTHONUTF8="0",
+                               PYTHONCOERCECLOCALE="0")
+    check(status == 0 and page.isascii(), "compare.py in the locale C", errors)
     write("gpas/log.csv", read("gpas/log.csv") + b"4,what\n")
     check_error("compare.py: a malformed line", run(COMPARE, "base", "gpas"), "log.csv, line 6")
     write("worse/layers.csv", read("worse/layers.csv") + b"9,999999999999,1,1,0.1,1\n")

@@ -619,6 +619,8 @@ def write_broken_files():
             ("position", b'"position":"6"', b'"position":"99999999999999"'),
             ("random", b'"random":"', b'"random":" '),
             ("lines", b'"layers":"2"', b'"layers":"2\n\r\n"'),
+            ("twice", b'"layers":"2"', b'"layers":"2","layers":"3"'),
+            ("tensor_twice", b',"norm.weight":', b',"norm.weight":{},"norm.weight":'),
             ("large", b'"channels":"16"', b'"channels":"512"'),
             ("hungry", b'"batch":"2","total-batch":"2"',
              b'"batch":"65536","total-batch":"65536"')):
@@ -699,6 +701,8 @@ WRONG_CALLS = [
     ("--load position", "another kind of file"),
     ("--load random", "damaged"),
     ("--load lines", "damaged"),
+    ("--load twice", "lacks --channels"),
+    ("--load tensor_twice", "damaged"),
     (SMALL + "--total-batch 50000", "16 times"),
     ("--load large", "damaged"),
     ("--resume hungry --steps 9", "GiB"),
