@@ -197,7 +197,7 @@ def run():
     args = parser.parse_args()
     call("make", "train_gpas")
     for checkpoint in args.checkpoints:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir="build") as folder:    # TMPDIR may allow no programs
             compile_driver(OURS, os.getcwd(), f"{folder}/ours")
             compile_driver(LLAMA2C, os.path.abspath(args.llama2c), f"{folder}/theirs")
             call("gcc", "-O3", f"{args.llama2c}/run.c", "-o", f"{folder}/run", "-lm")

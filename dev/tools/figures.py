@@ -24,7 +24,7 @@ import sys
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
-from command import Error, Interrupted, Parser, main
+from command import Error, Interrupted, Parser, main, say
 
 
 # ---------------------------------------------------------------------------
@@ -128,7 +128,8 @@ def train(experiment, seed, program, folders):
         try:
             status = process.wait()
         except Interrupted:
-            process.terminate()  # it saves, and the next call goes on
+            say("the run saves and stops, the next call goes on; a second time stops at once")
+            process.terminate()
             process.wait()
             raise
     if status:
