@@ -103,7 +103,7 @@ def main(run):
     status = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:   # by nohup
                 signal.signal(number, interrupt)
         try:
             result = run() or 0

@@ -204,8 +204,8 @@ Signals and threads
 */
 
 // After one of these signals the training loop finishes its step, saves and stops. SIGHUP: the
-// terminal is gone. SIGPIPE: who reads the output is, as in `| head`. A second Ctrl-C or SIGTERM
-// stops at once. Signals that were ignored when the program started, as by nohup, stay so.
+// terminal is gone, unless nohup has it ignored. SIGPIPE: who reads the output is gone, as in
+// `| head`. A second Ctrl-C or SIGTERM stops at once.
 static volatile sig_atomic_t stop_signal;
 
 static inline void print_in_handler(const char *text) {
@@ -232,7 +232,7 @@ static inline void catch_signals(void) {
     action.sa_handler = handle_signal;
     action.sa_flags = SA_RESTART;
     for (int i = 0; i < 4; i++)
-        if (sigaction(numbers[i], NULL, &old) == 0 && old.sa_handler != SIG_IGN)
+        if (sigaction(numbers[i], NULL, &old) == 0 && (i < 2 || old.sa_handler != SIG_IGN))
             sigaction(numbers[i], &action, NULL);
 }
 

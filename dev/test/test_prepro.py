@@ -543,6 +543,7 @@ def test_figures():
 
 
 def main():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)    # nohup may have started the tests
     with tempfile.TemporaryDirectory() as folder:
         home = os.getcwd()
         os.chdir(folder)

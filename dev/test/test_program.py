@@ -1017,6 +1017,7 @@ def main():
         tests = [(test_other_program, (os.path.abspath(arguments[0]), arguments[1]))]
     else:   # Two threads would be no faster for such networks, and far slower on a busy machine.
         os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)    # nohup may have started the tests
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write_data()
