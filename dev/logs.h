@@ -67,11 +67,31 @@ static inline void remove_checkpoints(const Options *o, int every, int64_t last)
     if (folder) closedir(folder);
 }
 
+// Writes OUT/options.txt, a line `name value` for each option that a checkpoint stores.
+static inline void write_options(const Options *o) {
+    char path[2048], value[TEXT_SIZE];
+    snprintf(path, sizeof path, "%s/options.txt", o->out);
+    check_target(path);
+    FILE *file = fopen(path, "w");
+    if (!file) die("cannot write %s: %s", path, strerror(errno));
+    for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++) {
+        if (row->group == NOT_STORED) continue;
+        option_text(o, row, value);
+        fprintf(file, "%s %s\n", row->name, value);
+    }
+    if (fclose(file) != 0) {
+        int error = errno;
+        unlink(path);
+        die("cannot write %s: %s", path, strerror(error));
+    }
+}
+
 // Opens the logs of a run that continues the one in OUT, or of a new one, which may replace it.
 static inline void open_logs(Run *run) {
     const Options *o = run->o;
     int continues = resumes_in_out(o);
     make_folder(o->out);
+    write_options(o);
     remove_checkpoints(o, 1, continues ? -1 : INT_MAX);
     cut_samples(o, continues ? run->start_step : -1);
     run->log = open_log(o, "log.csv", continues ? run->start_step : -1,

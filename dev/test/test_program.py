@@ -397,7 +397,8 @@ def test_folder_in_use():
     check_success("in use: --overwrite on replaces the run",
                   run(network + "--steps 5 --out first --overwrite on"),
                   sorted(os.listdir("first")) == ["ckpt_000005.safetensors", "layers.csv",
-                                                  "log.csv", "samples.txt"])
+                                                  "log.csv", "options.txt", "samples.txt"])
+    check("steps 5\n" in read("first/options.txt").decode(), "in use: and its options")
     check(column(table("first/log.csv"), "step") == [0, 1, 2, 3, 4, 5],
           "in use: and its logs", read("first/log.csv"))
     check_success("in use: a copied run continues in the copy",
@@ -571,16 +572,17 @@ def test_no_room():
           "full disk: the log ends with a whole line", log[-100:])
     if b"libomp" not in read(TRAIN):    # clang's OpenMP needs to write a file itself
         remove("stop")
-        check_error("full disk: no room for the first line of the log",
-                    run(STOPPED, limit="ulimit -f 0"), "log.csv: File too large")
-        check(not os.path.exists("stop/log.csv"), "full disk: no empty log is left behind")
+        check_error("full disk: no room for the first line", run(STOPPED, limit="ulimit -f 0"),
+                    "File too large")
+        check(not os.listdir("stop"), "full disk: no empty file is left behind")
     train("--batch 2 --steps 5", out="full")
     checkpoint = read("full/ckpt_000005.safetensors")
     check_error("full disk: one line where a checkpoint has no room",
                 run("--steps 9 --resume full/ckpt_000005.safetensors", limit="ulimit -f 40"),
                 "000009.safetensors: File too large")
     names = sorted(os.listdir("full"))
-    check(names == ["ckpt_000005.safetensors", "layers.csv", "log.csv", "samples.txt"]
+    check(names == ["ckpt_000005.safetensors", "layers.csv", "log.csv", "options.txt",
+                    "samples.txt"]
           and read("full/ckpt_000005.safetensors") == checkpoint,
           "full disk: the last checkpoint is unchanged, and no half-written one is left", names)
     write("full/ckpt_000009.safetensors", checkpoint)
