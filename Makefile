@@ -10,7 +10,7 @@ FLAGS = -std=c11 -Wall -Wextra -Wpedantic -fopenmp -ffp-contract=fast -fno-math-
     -fno-trapping-math $(if $(PLAIN),-DPLAIN) $(CFLAGS)
 PYTHON = python3
 # An empty value is most likely an unset variable of the shell.
-$(foreach v,CC CXX NVCC PYTHON OUT LAYERS SEED SECONDS,$(if $(filter command environment, \
+$(foreach v,CC CXX NVCC PYTHON OUT LAYERS RUNS SEED SECONDS,$(if $(filter command environment, \
     $(origin $v)),$(if $(strip $($v)),,$(error $v is given, but empty))))
 SOURCES = train_gpas.c $(wildcard dev/*.h)
 
@@ -34,6 +34,12 @@ run: train_gpas data/toy/tokenizer.bin
 	./train_gpas --norm pre --gpas off --out out/pre --overwrite on
 	./train_gpas --norm pre --gpas on --out out/pre_gpas --overwrite on
 	@$(PYTHON) dev/tools/compare.py out/pre out/pre_gpas
+	@$(PYTHON) dev/tools/report.py out/pre out/pre_gpas
+
+# Any runs of your own in one HTML file: make report RUNS="out/a out/b".
+RUNS = out/pre out/pre_gpas
+report:
+	@$(PYTHON) dev/tools/report.py $(RUNS)
 
 # What GPAS does, in pictures: docs/figures.md. Needs matplotlib. If interrupted, it continues.
 figures: train_gpas data/toy/tokenizer.bin
@@ -216,6 +222,7 @@ clean:
 help:
 	@echo "make              builds train_gpas; then: ./train_gpas --help"
 	@echo "make run          trains without and with GPAS, to out/pre and out/pre_gpas, and compares"
+	@echo "make report       draws runs of your own in out/report.html; RUNS=\"out/a out/b\""
 	@echo "make figures      runs dev/tools/experiments.tsv and draws docs/figures; needs matplotlib"
 	@echo "make test         all checks, kernels on the CPU included; needs gcc, g++, make, python3"
 	@echo "make train_gpas_cuda    the same training on a GPU; needs the CUDA Toolkit"
@@ -234,5 +241,5 @@ help:
 	@echo "make CC=clang     another compiler"
 	@echo "make PLAIN=1      train_gpas with the plain matrix multiplication in train_gpas.c itself"
 
-.PHONY: FORCE run figures test assignment grade sanitize fuzz soak bench reference clean help
+.PHONY: FORCE run report figures test assignment grade sanitize fuzz soak bench reference clean help
 .PHONY: test-cuda bench-cuda test-cuda-on-cpu

@@ -1,5 +1,5 @@
 """
-Checks prepro_tinystories.py and dev/tools/compare.py, one line a check, as test_gpas.c does.
+Checks prepro_tinystories.py, dev/tools/compare.py and dev/tools/report.py, one line a check, as test_gpas.c does.
 
     python3 dev/test/test_prepro.py     from the project's folder; needs the standard library only
 
@@ -7,6 +7,7 @@ The downloads come from a small server on this machine, which breaks them in eve
 needs sentencepiece is left out where that is not installed.
 """
 import hashlib
+import html.parser
 import http.server
 import os
 import re
@@ -21,7 +22,8 @@ import zlib
 from array import array
 
 PREPRO = os.path.abspath("prepro_tinystories.py")
-COMPARE, FIGURES = os.path.abspath("dev/tools/compare.py"), os.path.abspath("dev/tools/figures.py")
+COMPARE, REPORT, FIGURES = [os.path.abspath(f"dev/tools/{name}.py")
+                            for name in ("compare", "report", "figures")]
 # The tokens of the toy stories of --seed 1. Where the grammar changes on purpose, so do these.
 TOY_SHA256 = {"train.bin": "a2dc2adab7719cc8fc25f8f06ef2ed96cb955e79daaa1a3d1a11d24402822999",
               "val.bin": "bdb2d09d706865049ca60ef0bd303cb95f9af09119ff1a66f7393ec4da9f8a3a"}
@@ -50,7 +52,7 @@ def check_error(what, result, words):
     """One line on stderr, of two lines of a terminal at most, that holds the words; status 1.
     Progress may stand before it."""
     status, _, errors = result
-    scripts = "prepro_tiny", "compare", "figures"
+    scripts = "prepro_tiny", "compare", "report", "figures"
     lines = [line for line in errors.splitlines() if line.startswith(scripts)]
     good = status == 1 and len(lines) == 1 and words in lines[0] and "Traceback" not in errors
     good = good and len(lines[0]) < 160
@@ -508,6 +510,32 @@ def test_compare():
     status, page, errors = run(COMPARE, "base", "gpas", LC_ALL="C", PYTHONUTF8="0",
                                PYTHONCOERCECLOCALE="0")
     check(status == 0 and page.isascii(), "compare.py in the locale C", errors)
+    write_run("plain", "0.1", [5, 4, 3, 2.5])
+    for name, stop_grad in (("gpas", "on"), ("plain", "off")):
+        write(f"{name}/options.txt", f"norm pre\nstop-grad {stop_grad}\ngate-act silu\nsteps 9\n"
+              .encode())
+    write("plain/log.csv", read("plain/log.csv") + b"4,1.2")            # still being written
+    write("plain/layers.csv", read("plain/layers.csv") + b"4,1,1,2,0.1,1\n")
+    os.remove("plain/samples.txt")
+    status, page, errors = run(COMPARE, "gpas", "plain")
+    check(status == 0 and "pre + plain scale, step 3 of 9" in page and "no story yet" in page
+          and "The second run did not reach" in page and "0.948" in page,
+          "compare.py: two runs with gates, one training, one without a stop-gradient", page + errors)
+    status, said, errors = run(REPORT, "base", "gpas", "plain", "a b \u00e9", "--out", "r.html")
+    page = read("r.html").decode()
+    reader = html.parser.HTMLParser()
+    opened, words = [], []
+    reader.handle_starttag = lambda tag, _: opened.append(tag)
+    reader.handle_data = words.append
+    reader.feed(page)
+    check(status == 0 and "4 runs" in said and opened.count("svg") == 12
+          and not re.search("https?:|src=|href=|nan|inf", page)
+          and {"pre + GPAS", "pre + plain scale", "no GPAS", "step 3 of 9", "a b \u00e9",
+               "2 of 3 (-33%)", "not reached", "+0.5000 at step 3", "A story."} <= set(words),
+          "report.py: four runs in one file that needs no other", errors + str(set(words)))
+    write("mine.html", b"my own")
+    check_error("report.py: another's file", run(REPORT, "base", "--out", "mine.html"),
+                "is not a report")
     write("gpas/log.csv", read("gpas/log.csv") + b"4,what\n")
     check_error("compare.py: a malformed line", run(COMPARE, "base", "gpas"), "log.csv, line 6")
     write("worse/layers.csv", read("worse/layers.csv") + b"9,999999999999,1,1,0.1,1\n")

@@ -26,6 +26,7 @@ from array import array
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
 from command import Error, Parser, main, read_json
+from runs import gate_value
 
 EPS = 1e-6                          # of train_gpas's RMSNorm
 LLAMA2C_EPS = 1e-5                  # of llama2.c's
@@ -138,21 +139,6 @@ def floats(view):
 # ------------------------------------------------------------------------------------------------
 # Folding. The stream x is c x', where x' is the stream of the plain LLaMA and c the product of the
 # factors 1 - a(g) of all sites before: the README derives it.
-
-def gate_value(g, activation):
-    """a(g), as gate_value() in dev/gate.h."""
-    if activation == "silu":
-        return g / (1 + math.exp(-g)) if g > -700 else 0.0
-    if activation == "tanh":
-        return math.tanh(g)
-    if activation == "relu":
-        return max(g, 0.0)
-    if activation == "leaky_relu":
-        return g if g > 0 else 0.01 * g
-    if activation == "identity":
-        return g
-    raise Error(f"unknown gate activation {activation!r}")
-
 
 def products(checkpoint):
     """c before each of the 2L sublayers, then that before the final norm."""
