@@ -465,30 +465,31 @@ def read_vocabulary(folder):
     return vocabulary
 
 
-def without_markers(text):
-    """WikiHow's [header], [title] and [step] are no text; as lm-evaluation-harness has it."""
+def clean(text):
+    """WikiHow's [header], [title] and [step] are no text."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
 def encode_question(line, number, vocabulary):
-    """A line of JSON as bytes of the file. The context begins with what the scene is about, where
-    that is known. An ending goes on from the context after a space."""
+    """A line of JSON as bytes of the file. As in lm-evaluation-harness, the context begins with
+    what the scene is about, if that is known. An ending follows the context after a space."""
     question = read_json(line)
-    if "ctx_a" in question and "ctx_b" in question:
+    if {"activity_label", "ctx_a", "ctx_b"} <= question.keys():
         question["ctx"] = question["ctx_a"] + " " + question["ctx_b"].capitalize()
     if "activity_label" in question:
         question["ctx"] = question["activity_label"] + ": " + question["ctx"]
-    context, endings, label = question["ctx"], question["endings"], int(question["label"])
-    if not (isinstance(context, str) and isinstance(endings, list) and len(endings) > 1
-            and all(isinstance(text, str) and text for text in endings)):
-        raise ValueError("needs a text ctx and several texts endings")
-    if not 0 <= label < len(endings):
-        raise ValueError(f"label {label} is none of the {len(endings)} endings")
-    texts = [vocabulary.encode([without_markers(text).encode()]) for text in [context] + endings]
-    texts[1:] = [tokens[2:] for tokens in texts[1:]]        # BOS begins the context only
-    body = struct.pack("<2H", label, len(endings))
-    for tokens in texts:
+    texts = [clean(text) for text in [question["ctx"]] + question["endings"]]
+    label, endings = int(str(question["label"])), len(texts) - 1       # 1 or "1", but not 1.5
+    if endings < 2 or not all(question["endings"]):
+        raise ValueError("needs several endings, none of them empty")
+    if not 0 <= label < endings:
+        raise ValueError(f"label {label} is none of the {endings} endings")
+    body = struct.pack("<2H", label, endings)
+    for i, text in enumerate(texts):
+        tokens = vocabulary.encode([text.encode()])[2 * (i > 0):]      # only the context has BOS
+        if not tokens:
+            raise ValueError(f"ending {i} has no text")
         body += struct.pack("<H", min(len(tokens) // 2, 65535)) + tokens
     if len(body) + 6 > 65535:
         raise ValueError("longer than the 65,535 bytes that a question may have")
@@ -511,7 +512,9 @@ def write_questions(args):
                 questions.append(encode_question(line, len(questions), vocabulary))
         except KeyError as error:
             raise Error(f"{path}, line {number}: it has no {error.args[0]!r}")
-        except (ValueError, TypeError, OverflowError, RecursionError, struct.error) as error:
+        except (AttributeError, TypeError):
+            raise Error(f"{path}, line {number}: ctx is not a text, or endings are not texts")
+        except (ValueError, RecursionError, struct.error) as error:
             raise Error(f"{path}, line {number}: {error}")
     if not 0 < len(questions) < 65536:
         raise Error(f"{path} has {len(questions):,} questions, not 1 to 65,535")

@@ -304,7 +304,11 @@ def test_questions():
             ('{"ctx": "How to x [title] Go. [step] Then", "endings": ["a [step] b", "c"]',
              [" How to x. Go. Then", " a b"]),
             ('{"ctx": "A man sits. he", "ctx_a": "A man sits.", "ctx_b": "he", "activity_label": '
-             '"Sitting", "endings": ["stands", "c"]', [" Sitting: A man sits. He", " stands"])):
+             '"Sitting", "endings": ["stands", "c"]', [" Sitting: A man sits. He", " stands"]),
+            ('{"ctx": "He sits.", "activity_label": "Sitting", "ctx_a": "A", "endings": ["a", "c"]',
+             [" Sitting: He sits.", " a"]),
+            ('{"ctx": "He  sits.", "ctx_a": "A", "ctx_b": "b", "endings": [" a [x] b. ", "c"]',
+             [" He sits.", " a b."])):
         texts = context_and_ending(line + ', "label": 0}')
         check(texts == expected, f"--multiple-choice: {expected}", texts)
     good = '{"ctx": "a", "endings": ["b", "c"], "label": 0}'
@@ -319,11 +323,16 @@ def test_questions():
     for _ in range(2):
         check(prepro("--multiple-choice", "q.jsonl", "--out", "bom")[0] == 0,
               "--multiple-choice: the same questions again")
-    for line, words in ((good.replace('"ctx"', '"label": 1, "ctx"'), "'label' is there twice"),
-                        ('{"ctx": "\xe9"}', "line 1"), (good.replace("a", "a\0"), "UTF-16")):
-        write("q2.jsonl", line.encode("latin-1"))
-        check_error(f"--multiple-choice: {line!r}",
+    for old, new, words in (
+            ('"ctx"', '"label": 1, "ctx"', "'label' is there twice"), ("a", "\xe9", "line 2"),
+            ("a", "a\0", "UTF-16"), ("0", "1.5", "1.5"), ("0", "true", "True"), ("0", "2", "label"),
+            ('"b"', '""', "empty"), ('"b"', "7", "texts"), ('"a"', "null", "not a text"),
+            ('"a"', '"", "activity_label": "", "ctx_a": "", "ctx_b": null', "not a text"),
+            (good, "[1]", "line 2"), (good, "[" * 9999, "line 2"), ('"ctx"', '"text"', "'ctx'")):
+        write("q2.jsonl", f"{good}\n{good.replace(old, new)}".encode("latin-1"))
+        check_error(f"--multiple-choice: {old} becomes {new[:40]!r}",
                     prepro("--multiple-choice", "q2.jsonl", "--out", "plain"), words)
+    check(not os.path.exists("plain/q2.bin"), "--multiple-choice: nothing is written")
 
 
 class Server(http.server.BaseHTTPRequestHandler):
