@@ -102,6 +102,23 @@ def open_text(path):
     return file
 
 
+def open_file(path):
+    """Open a file to read, but not a pipe or a device, which may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Error(f"{path} is not a file")
+    return open(path, "rb")
+
+
+def read_file(path):
+    with open_file(path) as file:
+        return file.read()
+
+
+def write_file(path, data):
+    with open(path, "wb") as file:
+        file.write(data)
+
+
 def check_text(path, data):
     """Text in UTF-16 or UTF-32 has bytes of 0 in any language: in its spaces, in its lines."""
     if b"\0" in data:
@@ -140,9 +157,8 @@ def read_corpus(args, progress=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# The download: into NAME.part, which a later run takes up where this one broke off, and which gets
-# its final name only when it has the length that the server announced. NAME.version remembers which
-# version of the file it is, so that a download is not made of two.
+# The download: into NAME.part, which a later run resumes, and which gets its final name when it is
+# complete. NAME.part.version holds its length and version, so no file is made of two versions.
 
 def version_of(response):
     """What the server calls this version of the file, or "". A weak tag (W/) may stand for two."""
@@ -150,61 +166,59 @@ def version_of(response):
     return tag if tag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
-def open_url(url, start, version):
-    """Ask for the file from byte `start` on, if it still is this version. Returns (response, first
-    byte of it, whole length)."""
+def open_url(url, start=0, total=0, version=""):
+    """Ask for the bytes from `start` to `total` if the file still is this version, or else for all.
+    Returns (response, first byte of it, whole length)."""
     headers = {"Range": f"bytes={start}-", "If-Range": version} if start else {}
     request = urllib.request.Request(url, headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not start:
-            raise
-        if error.headers.get("Content-Range") == f"bytes */{start}":
-            return error, start, start          # 416: nothing comes after `start`: we have it all,
-        return open_url(url, 0, "")             # or more than there is
-    if response.status == 206:
-        if version_of(response) != version:     # it should not have sent a part
-            return open_url(url, 0, "")
-        place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if not place or int(place[1]) != start:
-            raise Error(f"{url}: the server sent another part of the file than it was asked for")
-        return response, start, int(place[2])
-    length = response.headers.get("Content-Length", "")     # 200: it starts over
-    if not length.isdigit() or response.headers.get_content_type() == "text/html":
+        if error.code == 416 and start:         # the file ends before `start`
+            return open_url(url)
+        raise
+    if response.status == 206 and start:
+        part = version_of(response), response.headers.get("Content-Range")
+        if part != (version, f"bytes {start}-{total - 1}/{total}"):     # not what was requested
+            return open_url(url)
+        return response, start, total
+    length = response.headers.get("Content-Length", "")
+    if response.status != 200 or not length.isdigit() \
+            or response.headers.get_content_type() == "text/html":
         raise Error(f"{url}: the server answered with a web page, or without a length")
     return response, 0, int(length)
 
 
-def download(url, path):
+def download(url, path, overwrite):
+    part, note, start, total, version = path + ".part", path + ".part.version", 0, 0, ""
     if os.path.exists(path):
-        say(f"{path} is already there")
-        return
-    part, record, version = path + ".part", path + ".version", ""
-    if os.path.exists(record):
-        with open(record, encoding="latin-1") as file:      # as HTTP's headers are
-            version = file.read()
-    start = os.path.getsize(part) if version and os.path.exists(part) else 0
+        return say(f"{path} is already there")
+    if os.path.exists(part) and os.path.exists(note):
+        known = re.fullmatch(rb"(\d+) (.+)", read_file(note))
+        if known:                               # the server named a version
+            start, total = os.path.getsize(part), int(known[1])
+            version = known[2].decode("latin-1")
+    elif os.path.lexists(part) and not overwrite:
+        raise Error(f"{part} may be another program's; --overwrite replaces it")
     try:
-        response, start, total = open_url(url, start, version)
+        response, start, total = open_url(url, start, total, version)
+        if start == 0:                          # the old part goes before its version does
+            if os.path.lexists(part):
+                os.remove(part)
+            write_file(note, f"{total} {version_of(response)}".encode("latin-1"))
         progress = Progress(os.path.basename(path), total, start)
         with response, open(part, "ab") as file:
-            file.truncate(start)
-            if start == 0:
-                with open(record, "w", encoding="latin-1") as note:
-                    note.write(version_of(response))
             for chunk in iter(lambda: response.read(CHUNK), b""):
                 file.write(chunk)
                 progress.add(len(chunk))
+        progress.show()
+        if progress.done != total:
+            raise ValueError(f"{progress.done:,} bytes came instead of {total:,}")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Error(f"cannot download {url}: {str(error).strip('<>')} "
                     "(the same command again resumes it)")
-    progress.show()
-    if progress.done != total:
-        raise Error(f"{url}: {progress.done:,} bytes came instead of {total:,} "
-                    "(the same command again resumes the download)")
     os.replace(part, path)
-    os.remove(record)
+    os.remove(note)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -630,7 +644,7 @@ def run():
     if args.download:
         os.makedirs(args.out, exist_ok=True)
         for name in DOWNLOADS:
-            download(f"{args.url.rstrip('/')}/{name}", f"{args.out}/{name}")
+            download(f"{args.url.rstrip('/')}/{name}", f"{args.out}/{name}", args.overwrite)
     write_files(args)
 
 

@@ -336,17 +336,20 @@ def test_questions():
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves FILES in the way that the first part of the path says. tag: of their version."""
+    """Serves FILES in the way that the first part of the path says. tag: of their version. breaks:
+    do answers end halfway?"""
     files = {}
     asked = []
     tag = '"one"'
+    breaks = False
 
     def do_GET(self):
         way, name = self.path.strip("/").split("/")
         data, start = self.files[name], 0
-        self.asked.append((way, name, self.headers.get("Range")))
+        tag = {"weak": 'W/"any"', "dated": "Sun, 29 Nov 2026 06:00:00 GMT"}.get(way, self.tag)
+        self.asked.append((name, self.headers.get("Range"), self.headers.get("If-Range")))
         place = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        if self.headers.get("If-Range") != self.tag and way != "careless":
+        if self.headers.get("If-Range") != tag and way not in ("careless", "silent"):
             place = None
         if way == "missing":
             return self.send_error(404)
@@ -360,20 +363,22 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(data)}")
             return self.end_headers()
-        if place and way != "norange":
-            start = int(place[1])
+        if place and way != "norange" or way == "always206":
+            start = int(place[1]) if place else 0
             self.send_response(206)
             start -= way == "repeats"       # sends a byte again that was there already
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         else:
             self.send_response(200)
         self.send_header("Content-Type", "text/plain")
-        if way not in ("untagged", "page"):
-            self.send_header("ETag", "W/" * (way == "weak") + self.tag)
+        if way == "dated":
+            self.send_header("Last-Modified", tag)
+        elif way not in ("untagged", "page", "silent"):
+            self.send_header("ETag", tag)
         if way != "nolength":
             self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
-        self.wfile.write(data[start:len(data) // 2] if way == "broken" else
+        self.wfile.write(data[start:len(data) // 2] if self.breaks else
                          data[start:] + b"more" if way == "longer" else data[start:])
         self.close_connection = True
 
@@ -389,51 +394,65 @@ def test_download():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}"
 
-    def fetch(way, folder):
+    def fetch(way, folder, *more, breaks=False):
+        Server.breaks = breaks
         return prepro("--download", "--vocab-size", "259", "--out", folder,
-                      "--url", f"{base}/{way}")
+                      "--url", f"{base}/{way}", *more)
 
     def arrived(folder):
-        return read(f"{folder}/{names[0]}") == text and os.path.exists(f"{folder}/val.bin")
+        files = sorted(names + ["prepro.json", "tokenizer.bin", "train.bin", "val.bin"])
+        return sorted(os.listdir(folder)) == files and read(f"{folder}/{names[0]}") == text
 
     status, _, errors = fetch("plain", "a")
     check(status == 0 and arrived("a"), "--download", errors)
-    check_error("a download that breaks off", fetch("broken", "b"), "resumes")
-    check(not os.path.exists(f"b/{names[0]}"), "a broken download gets no final name")
-    status, _, errors = fetch("plain", "b")
-    resumed = ("plain", names[0], f"bytes={len(text) // 2}-") in Server.asked
-    check(status == 0 and arrived("b") and resumed,
-          "--download again resumes where it broke off", errors)
-    fetch("broken", "c")
+    for way, tag in (("plain", Server.tag), ("dated", "Sun, 29 Nov 2026 06:00:00 GMT")):
+        check_error(f"a download that breaks off, {way}", fetch(way, f"b{way}", breaks=True),
+                    "resumes")
+        check(sorted(os.listdir(f"b{way}")) == [names[0] + ".part", names[0] + ".part.version"],
+              "a broken download gets no final name", os.listdir(f"b{way}"))
+        status, _, errors = fetch(way, f"b{way}")
+        resumed = Server.asked[-2:] == [(names[0], f"bytes={len(text) // 2}-", tag),
+                                        (names[1], None, None)]
+        check(status == 0 and arrived(f"b{way}") and resumed,
+              f"--download again resumes where it broke off, {way}", errors)
+    fetch("plain", "c", breaks=True)
     status, _, errors = fetch("norange", "c")
     check(status == 0 and arrived("c"), "a server that ignores Range: it starts over", errors)
     check_error("a file that is not there", fetch("missing", "d"), "404")
-    fetch("broken", "g")
-    check_error("a server that repeats a byte", fetch("repeats", "g"), "another part")
-    check(read(f"g/{names[0]}.part") == text[:len(text) // 2], "what came before is still there")
+    fetch("plain", "g", breaks=True)
+    status, _, errors = fetch("repeats", "g")
+    check(status == 0 and arrived("g"), "a server that repeats a byte: it starts over", errors)
     check_error("a web page instead of the file", fetch("page", "h"), "web page")
     check_error("a file without a length", fetch("nolength", "h"), "without a length")
+    check_error("a part instead of the file", fetch("always206", "h"), "web page")
     status, _, errors = fetch("longer", "i")
     check(status == 0 and arrived("i"), "bytes beyond the length are left alone", errors)
     for size, what in ((len(text), "a whole"), (len(text) + 5, "too long a")):
         folder = f"j{size}"
         os.mkdir(folder)
         write(f"{folder}/{names[0]}.part", (text + b"other")[:size])
-        write(f"{folder}/{names[0]}.version", Server.tag.encode())
+        write(f"{folder}/{names[0]}.part.version", f"{len(text)} {Server.tag}".encode())
         status, _, errors = fetch("plain", folder)
         check(status == 0 and arrived(folder), f"--download after {what} .part", errors)
-    for way in ("plain", "careless", "untagged", "weak"):   # "careless" ignores If-Range
-        Server.files[names[0]], Server.tag = text.upper(), '"old"'
-        fetch("broken" if way in ("plain", "careless") else way, f"v{way}")
-        write(f"v{way}/{names[0]}.part", text.upper()[:len(text) // 2])
-        if os.path.exists(f"v{way}/{names[0]}"):
-            os.remove(f"v{way}/{names[0]}")
-        Server.files[names[0]], Server.tag = text, '"one"'
-        status, _, errors = prepro("--download", "--vocab-size", "259", "--out", f"v{way}", "--url",
-                                   f"{base}/{way}", "--overwrite")
-        check(status == 0 and arrived(f"v{way}")
-              and not os.path.exists(f"v{way}/{names[0]}.version"),
-              f"a file that has changed since, {way}: it starts over", errors)
+    # The file changes after half of it has come. "dated" and "weak" call both versions the same:
+    # only the length tells where a file is "dated", and a weak tag is no version. "careless" and
+    # "silent" ignore If-Range; "silent" and "untagged" name no version.
+    for way in ("plain", "careless", "silent", "untagged", "weak", "dated"):
+        for change in (b"", b"One more story. " * 20):
+            folder = f"v{way}{len(change)}"
+            if way == "dated" and not change:
+                continue
+            Server.files[names[0]], Server.tag = text.upper() + change, '"old"'
+            fetch(way, folder, breaks=True)
+            Server.files[names[0]], Server.tag = text, '"one"'
+            status, _, errors = fetch(way, folder)
+            check(status == 0 and arrived(folder), f"a file that has changed, {way}, {len(change)} "
+                  "bytes shorter: it starts over", errors)
+    os.mkdir("w")
+    write(f"w/{names[0]}.part", b"mine")
+    check_error("another's .part", fetch("plain", "w"), "--overwrite")
+    check(read(f"w/{names[0]}.part") == b"mine", "another's .part is still there")
+    check(fetch("plain", "w", "--overwrite")[0] == 0 and arrived("w"), "--overwrite replaces it")
     status, said, _ = fetch("plain", "a")
     check(status == 0 and "--overwrite makes it again" in said, "--download twice", said)
     server.shutdown()
