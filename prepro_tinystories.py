@@ -13,6 +13,7 @@ Each but the last writes into its --out folder
                        tokens; train_000.bin, train_001.bin, ... where one file is not enough
   tokenizer.bin        llama2.c's format: the text that each token stands for
   tokenizer.model      the same for sentencepiece, where --vocab-size asked for it
+  prepro.json          the options and inputs that these files were made from
 
 A token is one byte of text (259 tokens, nothing to install) or, with --vocab-size, a frequent piece
 of a word. A story is the token <s>, a space, and its text. Memory stays small whatever the size of
@@ -20,6 +21,8 @@ the input, so a story of more than 16 KB is cut into several.
 """
 import argparse
 import codecs
+import contextlib
+import fcntl
 import http.client
 import io
 import itertools
@@ -27,6 +30,7 @@ import json
 import os
 import random
 import re
+import signal
 import struct
 import sys
 import time
@@ -37,7 +41,7 @@ from array import array
 from importlib import import_module
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "dev"))
-from command import CLEAR, Error, Parser, main, read_json
+from command import CLEAR, Error, Parser, main, read_json, say
 
 SEPARATOR = b"<|endoftext|>"
 LONGEST = 1 << 14                   # bytes of a story; what is longer is cut
@@ -50,12 +54,7 @@ UNK, BOS, EOS = 0, 1, 2             # <unk>, <s>, </s>; then come the bytes
 BYTE_VOCABULARY = 3 + 256
 DOWNLOAD_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 DOWNLOADS = ["TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"]
-OUR_FILES = re.compile(r"(train|val)(_\d{3,})?\.bin|tokenizer\.(bin|model)|prepro\.json")
-LAST_FILES = ["tokenizer.bin", "prepro.json"]
-
-
-def say(line, end="\n"):
-    print(CLEAR + line, end=end, file=sys.stderr, flush=True)
+OUR_FILES = re.compile(r"(train|val)(_\d{3,})?\.bin|tokenizer\.(bin|model)|prepro\.(json|tmp)")
 
 
 class Progress:
@@ -72,7 +71,8 @@ class Progress:
     def show(self, end="\n"):
         self.shown = time.monotonic()
         percent = f" ({100 * self.done // self.total}%)" if self.total else ""
-        say(f"{self.label}: {self.done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB{percent}", end)
+        print(f"{CLEAR}{self.label}: {self.done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB{percent}",
+              end=end, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -93,15 +93,6 @@ def cut(text, most=LONGEST):
     return pieces + [text]
 
 
-def open_text(path):
-    """Open a text in UTF-8 behind the mark that some editors begin it with."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise Error(f"{path} is not a file")
-    file = open(path, "rb")
-    file.seek(len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8))
-    return file
-
-
 def open_file(path):
     """Open a file to read, but not a pipe or a device, which may never end."""
     if os.path.exists(path) and not os.path.isfile(path):
@@ -119,28 +110,31 @@ def write_file(path, data):
         file.write(data)
 
 
-def check_text(path, data):
-    """Text in UTF-16 or UTF-32 has bytes of 0 in any language: in its spaces, in its lines."""
-    if b"\0" in data:
-        raise Error(f"{path} is not text in UTF-8, perhaps UTF-16, which iconv -f utf-16 -t utf-8 "
-                    "converts")
+def read_text(path):
+    """The chunks of a text in UTF-8, without the mark that some editors begin it with. UTF-16 and
+    UTF-32 begin with another mark, or have bytes of 0: in their spaces, in their lines."""
+    with open_file(path) as file:
+        mark = file.read(3)
+        file.seek(3 if mark == codecs.BOM_UTF8 else 0)
+        for chunk in iter(lambda: file.read(CHUNK), b""):
+            if b"\0" in chunk or mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                wide = "UTF-32" if b"\0\0\0" in chunk else "UTF-16"
+                raise Error(f"{path} is {wide} or no text; iconv -f {wide} -t UTF-8 converts text")
+            yield chunk
 
 
 def read_stories(paths, progress=None):
     """The stories of these files, without the white space around them; empty ones are left out."""
     for path in paths:
-        chunk, tail, cuts = True, b"", 0
-        with open_text(path) as file:
-            while chunk:
-                chunk = file.read(CHUNK)
-                check_text(path, chunk)
-                *stories, tail = (tail + (chunk or SEPARATOR)).split(SEPARATOR)
-                pieces = [piece for story in stories for piece in cut(story.strip())]
-                *more, tail = cut(tail.lstrip(), LONGEST + len(SEPARATOR))  # may end in half of one
-                cuts += len(pieces) - len(stories) + len(more)
-                yield from filter(None, pieces + more)
-                if progress:
-                    progress.add(len(chunk))
+        tail, cuts = b"", 0
+        for chunk in itertools.chain(read_text(path), [b""]):
+            *stories, tail = (tail + (chunk or SEPARATOR)).split(SEPARATOR)
+            pieces = [piece for story in stories for piece in cut(story.strip())]
+            *more, tail = cut(tail.lstrip(), LONGEST + len(SEPARATOR))  # may end in half of one
+            cuts += len(pieces) - len(stories) + len(more)
+            yield from filter(None, pieces + more)
+            if progress:
+                progress.add(len(chunk))
         if cuts and progress:
             say(f"note: {path}: stories of over {LONGEST:,} bytes, cut in {cuts:,} places")
 
@@ -233,7 +227,7 @@ class Vocabulary:
                            for text, score in self.pieces))
 
     def checksum(self):
-        """Stands in the header of token files: they mean nothing in another vocabulary."""
+        """Is in the header of token files, which mean nothing in another vocabulary."""
         return zlib.crc32(self.file())
 
 
@@ -303,9 +297,9 @@ def sample_lines(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# The files. They are written into OUT/.unfinished and moved when all of them are complete: a run
-# that is killed leaves no half-written file under a name that the trainer would open. Nothing else
-# is deleted, and nothing in OUT replaced without --overwrite.
+# The files. They are written into OUT/prepro.unfinished and moved when all of them are complete: a
+# run that is killed leaves no half-written file under a name that the trainer would open. Nothing
+# else is deleted, and nothing in OUT replaced without --overwrite.
 
 class TokenWriter:
     """Writes the token files of one split, "train" or "val"."""
@@ -335,39 +329,22 @@ class TokenWriter:
             tokens = tokens[written:]
 
     def next_file(self):
-        self.close_file()
-        self.file = open(f"{self.path}_{self.files:03d}.bin", "wb")
-        self.file.write(bytes(1024))            # the header; its count comes last
-        self.files, self.room = self.files + 1, self.shard_tokens
-
-    def close_file(self):
         if self.file:
-            self.file.seek(0)
-            self.file.write(struct.pack("<4iI", 20240520, 1, self.shard_tokens - self.room, 0,
-                                        self.vocabulary.checksum()))
             self.file.close()
+        self.file = open(f"{self.path}_{self.files:03d}.bin", "wb")
+        self.file.write(bytes(1024))            # the header comes when all of it is known
+        self.files, self.room = self.files + 1, self.shard_tokens
 
     def finish(self):
         self.flush()
-        self.close_file()
-        for i in range(self.files):             # so that a missing one is noticed
+        self.file.close()
+        checksum = self.vocabulary.checksum()
+        for i in range(self.files):
+            tokens = min(self.shard_tokens, self.tokens - i * self.shard_tokens)
             with open(f"{self.path}_{i:03d}.bin", "r+b") as file:
-                file.seek(20)
-                file.write(struct.pack("<i", self.files))
+                file.write(struct.pack("<4iI2i", 20240520, 1, tokens, 0, checksum, self.files, i))
         if self.files == 1:
             os.rename(f"{self.path}_000.bin", f"{self.path}.bin")
-
-
-def write_tokenizer(folder, vocabulary):
-    with open(f"{folder}/tokenizer.bin", "wb") as file:
-        file.write(vocabulary.file())
-    if vocabulary.model:
-        with open(f"{folder}/tokenizer.model", "wb") as file:
-            file.write(vocabulary.model)
-
-
-def texts_of(args):
-    return (args.input or []) + (args.val_input or [])
 
 
 def our_files(folder):
@@ -379,26 +356,59 @@ def remove_ours(folder):
         os.remove(f"{folder}/{name}")
 
 
+@contextlib.contextmanager
+def work_folder(out):
+    """OUT/prepro.unfinished, for one run at a time: OUT is locked, and even kill -9 ends the lock.
+    Therefore, files that are there already were left by a run that was killed."""
+    folder = f"{out}/prepro.unfinished"
+    os.makedirs(out, exist_ok=True)
+    lock = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Error(f"{out} is in use by another run of this script")
+    except OSError:                             # a file system without locks
+        pass
+    os.makedirs(folder, exist_ok=True)
+    if os.path.islink(folder) or sorted(os.listdir(folder)) != our_files(folder):
+        raise Error(f"{folder} holds files that this script did not write; move them away")
+    try:
+        remove_ours(folder)
+        yield folder
+    except OSError as error:
+        error.filename = error.filename or out  # a full disk has no name
+        raise
+    finally:
+        remove_ours(folder)
+        os.rmdir(folder)
+        os.close(lock)
+
+
 def publish(folder, out):
-    """Put the new files in the place of those of an earlier run. tokenizer.bin goes first and comes
-    late: nothing trains without it, so old and new files never pass for a set."""
-    for name in LAST_FILES:
-        if os.path.exists(f"{out}/{name}"):
-            os.remove(f"{out}/{name}")
+    """Replace the files of an earlier run, which no signal may interrupt. In alphabetical order,
+    tokenizer.bin is removed before the tokens and, backwards, comes after them. Nothing trains
+    without it, so old and new files never pass for a set."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     remove_ours(out)
-    for name in sorted(os.listdir(folder), key=lambda name: ["", *LAST_FILES].index(
-            name if name in LAST_FILES else "")):
+    for name in reversed(our_files(folder)):
         os.replace(f"{folder}/{name}", f"{out}/{name}")
 
 
 def how_made(args):
-    """prepro.json: all that the files of OUT depend on."""
+    """All that the files of OUT depend on."""
     made = {name: getattr(args, name) for name in ("vocab_size", "val_fraction", "shard_tokens",
                                                    "seed")}
     for name in ("input", "val_input"):
         made[name] = [[os.path.abspath(path), os.path.getsize(path), os.path.getmtime(path)]
-                      for path in getattr(args, name) or []]
-    return json.dumps(made, indent=1) + "\n"
+                      for path in getattr(args, name)]
+    return made
+
+
+def record(made, folder):
+    """The bytes of prepro.json: how the other files in this folder were made, and their sizes."""
+    files = {name: os.path.getsize(f"{folder}/{name}") for name in our_files(folder)
+             if name != "prepro.json"}
+    return json.dumps({**made, "files": files}, indent=1).encode()
 
 
 def is_made(args):
@@ -406,47 +416,36 @@ def is_made(args):
     there = our_files(args.out)
     if args.overwrite or not there:
         return False
-    if set(LAST_FILES) <= set(there) and all(map(os.path.exists, texts_of(args))):
-        with open(f"{args.out}/prepro.json", encoding="utf-8") as file:
-            if file.read() == how_made(args):
-                return True
-    raise Error(f"{args.out} has {', '.join(there)} already; --overwrite replaces that, another "
-                "--out keeps it")
+    if "prepro.json" in there and all(map(os.path.exists, args.input + args.val_input)):
+        if read_file(f"{args.out}/prepro.json") == record(how_made(args), args.out):
+            return True
+    raise Error(f"{args.out} has {', '.join(there[:3])}{', ...' * (len(there) > 3)} already; "
+                "--overwrite replaces all, another --out keeps them")
 
 
-def write_files(args):
-    files, folder = texts_of(args), f"{args.out}/.unfinished"
+def write_files(args, folder):
+    made, files = how_made(args), args.input + args.val_input
     progress = Progress("encoding", sum(os.path.getsize(path) for path in files))
-    ours = [os.path.realpath(f"{args.out}/{name}") for name in our_files(args.out)]
-    for path in files:
-        if os.path.realpath(path) in ours:
-            raise Error(f"{path} would be replaced; give another --out")
-    os.makedirs(folder, exist_ok=True)
-    remove_ours(folder)                         # what a killed run left
-    if os.path.islink(folder) or os.listdir(folder):
-        raise Error(f"{folder} is in use by others; move it away")
-    try:
-        vocabulary = ByteVocabulary()
-        if args.vocab_size > BYTE_VOCABULARY:
-            vocabulary = BpeVocabulary.make(args.vocab_size, sample_lines(args))
-        writers = {split: TokenWriter(folder, split, vocabulary, args.shard_tokens)
-                   for split in ("train", "val")}
-        for held_out, story in read_corpus(args, progress):
-            writers["val" if held_out else "train"].add(story)
-        if files:
-            progress.show()
-        for split, writer in writers.items():
-            if writer.stories == 0:
-                raise Error(f"too few stories: none for {split} (lines {SEPARATOR.decode()} "
-                            "separate them, long ones are cut); see --val-fraction, --val-input")
-            writer.finish()
-        write_tokenizer(folder, vocabulary)
-        with open(f"{folder}/prepro.json", "w", encoding="utf-8") as file:
-            file.write(how_made(args))
-        publish(folder, args.out)
-    finally:
-        remove_ours(folder)
-        os.rmdir(folder)
+    vocabulary = ByteVocabulary()
+    if args.vocab_size > BYTE_VOCABULARY:
+        vocabulary = BpeVocabulary.make(args.vocab_size, sample_lines(args))
+    writers = {split: TokenWriter(folder, split, vocabulary, args.shard_tokens)
+               for split in ("train", "val")}
+    for held_out, story in read_corpus(args, progress):
+        writers["val" if held_out else "train"].add(story)
+    if files:
+        progress.show()
+    for split, writer in writers.items():
+        if writer.stories == 0:
+            raise Error(f"too few stories: none for {split} (lines {SEPARATOR.decode()} "
+                        "separate them, long ones are cut); see --val-fraction, --val-input")
+        writer.finish()
+    write_file(f"{folder}/tokenizer.bin", vocabulary.file())
+    if vocabulary.model:
+        write_file(f"{folder}/tokenizer.model", vocabulary.model)
+    write_file(f"{folder}/prepro.json", record(made, folder))
+    is_made(args)                               # raises an error if OUT has been filled meanwhile
+    publish(folder, args.out)
     for split, writer in writers.items():
         print(f"{split}: {writer.stories:,} stories, {writer.tokens:,} tokens")
     print(f"vocabulary: {len(vocabulary.pieces):,} pieces\nall of it is in {args.out}")
@@ -461,17 +460,14 @@ def write_files(args):
 def read_vocabulary(folder):
     """The vocabulary of the token files in a folder."""
     try:
-        with open(f"{folder}/tokenizer.bin", "rb") as file:
-            expected = file.read()
+        expected = read_file(f"{folder}/tokenizer.bin")
     except FileNotFoundError:
         raise Error(f"{folder}/tokenizer.bin is missing; --out is a folder that this script filled")
     vocabulary = ByteVocabulary()
     if os.path.exists(f"{folder}/tokenizer.model"):
         require_sentencepiece()
-        with open(f"{folder}/tokenizer.model", "rb") as file:
-            model = file.read()
         try:
-            vocabulary = BpeVocabulary(model)
+            vocabulary = BpeVocabulary(read_file(f"{folder}/tokenizer.model"))
         except RuntimeError:
             raise Error(f"{folder}/tokenizer.model is damaged")
     if vocabulary.file() != expected:
@@ -511,16 +507,13 @@ def encode_question(line, number, vocabulary):
 
 
 def write_questions(args):
-    path, lines, questions = args.multiple_choice, [], []
+    path, questions = args.multiple_choice, []
     name = os.path.splitext(os.path.basename(path))[0] + ".bin"
-    if OUR_FILES.fullmatch(name):
-        raise Error(f"{path}: {args.out}/{name} is a name of a file to train on; rename {path}")
+    target = f"{args.out}/{name}"
+    if OUR_FILES.fullmatch(name) or os.path.realpath(target) == os.path.realpath(path):
+        raise Error(f"{path}: {target} is needed for something else; rename {path}")
     vocabulary = read_vocabulary(args.out)
-    with open_text(path) as file:
-        data = file.read()
-    check_text(path, data)
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(b"".join(read_text(path)).split(b"\n"), 1):
         try:
             if line.strip():
                 questions.append(encode_question(line, len(questions), vocabulary))
@@ -534,15 +527,13 @@ def write_questions(args):
         raise Error(f"{path} has {len(questions):,} questions, not 1 to 65,535")
     header = struct.pack("<4iI", 20240522, 1, len(questions), max(map(len, questions)),
                          vocabulary.checksum())
-    data, target = header.ljust(1024, b"\0") + b"".join(questions), f"{args.out}/{name}"
-    if os.path.exists(target) and not args.overwrite:
-        with open_text(target) as file:
-            file.seek(0)
-            if file.read() != data:
-                raise Error(f"{target} is already there, and another; --overwrite replaces it")
-    with open(target + ".part", "wb") as file:
-        file.write(data)
-    os.replace(target + ".part", target)
+    data = header.ljust(1024, b"\0") + b"".join(questions)
+    if not os.path.lexists(target) or args.overwrite:
+        with work_folder(args.out) as folder:
+            write_file(f"{folder}/prepro.tmp", data)
+            os.replace(f"{folder}/prepro.tmp", target)
+    elif read_file(target) != data:
+        raise Error(f"{target} is already there, with something else; --overwrite replaces it")
     print(f"{len(questions):,} questions are in {target}")
 
 
@@ -562,7 +553,7 @@ def parse_options():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--out", metavar="DIR", help="folder to write into (data/toy, or data/tinystories)")
-    add("--overwrite", action="store_true", help="replace the files of another vocabulary or text")
+    add("--overwrite", action="store_true", help="replace what other options or inputs made")
     add("--vocab-size", metavar="N", type=number(int, BYTE_VOCABULARY, 1 << 16),
         help="259 (the default) for bytes, more for BPE by sentencepiece (--download: 4096)")
     add("--val-fraction", metavar="F", type=number(float, 1e-6, 0.5),
@@ -604,10 +595,8 @@ def check_options(args):
             raise Error(f"--{option.replace('_', '-')} cannot be used with {source}")
     if args.val_input and args.val_fraction:
         raise Error("--val-fraction cannot be used with --val-input")
-    if args.input and not args.out:
-        raise Error("--input needs --out, a folder for the token files")
-    if args.multiple_choice and not args.out:
-        raise Error("--multiple-choice needs --out, the folder of the network's data")
+    if (args.input or args.multiple_choice) and not args.out:
+        raise Error(f"{source} needs --out, the folder of the network's data")
     if args.url and not re.match("https?://", args.url):
         raise Error(f"--url {args.url}: an address starts with http:// or https://")
     args.out = args.out or ("data/tinystories" if args.download else "data/toy")
@@ -615,7 +604,8 @@ def check_options(args):
     args.shard_tokens = args.shard_tokens or SHARD_TOKENS
     args.val_fraction = args.val_fraction or 0.05
     args.seed = 1 if args.seed is None else args.seed
-    args.url = args.url or DOWNLOAD_URL
+    args.url = (args.url or DOWNLOAD_URL).rstrip("/")
+    args.input, args.val_input = args.input or [], args.val_input or []
 
 
 def require_sentencepiece():
@@ -641,11 +631,15 @@ def run():
         return
     if args.vocab_size > BYTE_VOCABULARY:
         require_sentencepiece()                 # better to miss it now than after 2 GB
-    if args.download:
-        os.makedirs(args.out, exist_ok=True)
-        for name in DOWNLOADS:
-            download(f"{args.url.rstrip('/')}/{name}", f"{args.out}/{name}", args.overwrite)
-    write_files(args)
+    ours = [os.path.realpath(f"{args.out}/{name}") for name in our_files(args.out)]
+    for path in [] if args.download else args.input + args.val_input:
+        next(read_text(path), None)             # reports a wrong file before the long work
+        if os.path.realpath(path) in ours:
+            raise Error(f"{path} would be replaced; give another --out")
+    with work_folder(args.out) as folder:
+        for name in DOWNLOADS if args.download else []:
+            download(f"{args.url}/{name}", f"{args.out}/{name}", args.overwrite)
+        write_files(args, folder)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -79,9 +79,10 @@ def tokens_of(path):
     split = re.match("[a-z]+", os.path.basename(path))[0]
     files = [name for name in os.listdir(os.path.dirname(path)) if name.startswith(split)]
     checksum = zlib.crc32(read(os.path.join(os.path.dirname(path), "tokenizer.bin")))
-    if header[:4] != (20240520, 1, len(tokens), 0) or any(header[6:]) \
-            or header[4] % 2**32 != checksum or header[5] != len(files):
-        raise ValueError(f"{path}: bad header {header[:7]}")
+    number = int((re.findall(r"\d+", os.path.basename(path)) or "0")[0])
+    if header[:4] != (20240520, 1, len(tokens), 0) or any(header[7:]) \
+            or header[4] % 2**32 != checksum or header[5:7] != (len(files), number):
+        raise ValueError(f"{path}: bad header {header[:8]}")
     return tokens
 
 
@@ -180,12 +181,18 @@ def test_encodings():
     check(read("bom/train.bin") == read("plain/train.bin"), "encodings: UTF-8's mark is no text")
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"):
         write("wide.txt", text.encode(encoding))
-        check_error(f"encodings: {encoding}", prepro("--input", "wide.txt", "--out", "wide"),
-                    "UTF-16")
-        check_error(f"encodings: {encoding}, the second file",
-                    prepro("--input", "plain.txt", "--val-input", "wide.txt", "--out", "wide"),
-                    "UTF-16")
-    check(os.listdir("wide") == [], "encodings: nothing is left behind", os.listdir("wide"))
+        name = encoding[:6].upper()
+        check_error(f"encodings: {encoding}", prepro("--input", "wide.txt", "--out", "wide"), name)
+        result = prepro("--input", "plain.txt", "--val-input", "wide.txt", "--out", "wide")
+        check_error(f"encodings: {encoding}, the second file", result, name)
+    write("wide.txt", ("\u732b" * 9).encode("utf-16"))      # has no byte of 0, but a mark
+    check_error("encodings: utf-16 without a space",
+                prepro("--input", "plain.txt", "wide.txt", "--out", "wide"), "iconv")
+    write("wide.txt", text.encode() * 999 + b"\0")
+    check_error("encodings: no text at the end",
+                prepro("--input", "wide.txt", "--out", "end"), "or no text")
+    check(not os.path.exists("wide") and os.listdir("end") == [],
+          "encodings: nothing is left behind")
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     status, _, errors = prepro("--input", "plain.txt", "--out", os.fsdecode(b"caf\xe9"), **plain)
     check(status == 0 and os.path.exists(b"caf\xe9/train.bin"),
@@ -198,42 +205,65 @@ def content(folder):
             for at, _, names in os.walk(folder) for name in names}
 
 
+def wait_for(path, child):
+    while child.poll() is None and not os.path.exists(path):
+        time.sleep(0.01)
+
+
 def test_ownership():
     """Nothing is deleted or replaced that this run did not write, unless --overwrite says so."""
     text = b"\n<|endoftext|>\n".join(b"A cat sat on mat %d." % i for i in range(50))
-    for folder in ("own/unfinished", "own/.unfinished"):
+    for folder in ("own/unfinished", "own/prepro.unfinished"):
         os.makedirs(folder)
         write(f"{folder}/a.txt", text)
-        write(f"{folder}/train.bin.txt", b"mine")
+        write(f"{folder}/train.bin", b"mine")
     write("own/tokenizer.model", b"not yours")
     before = content("own")
-    for source in ("own/unfinished/a.txt", "own/.unfinished/a.txt", "mine.txt"):
+    for source in ("own/unfinished/a.txt", "own/prepro.unfinished/a.txt", "mine.txt"):
         check_error(f"ownership: another's tokenizer.model, --input {source}",
                     prepro("--input", source, "--out", "own"), "tokenizer.model already")
-        check_error(f"ownership: another's .unfinished, --input {source}",
-                    prepro("--input", source, "--out", "own", "--overwrite"), "in use")
+        check_error(f"ownership: another's prepro.unfinished, --input {source}",
+                    prepro("--input", source, "--out", "own", "--overwrite"), "did not write")
+    os.mkdir("link")
+    os.symlink("../own/unfinished", "link/prepro.unfinished")
+    os.remove("own/unfinished/a.txt")
+    del before["own/unfinished/a.txt"]
+    check_error("ownership: prepro.unfinished is a link", prepro("--out", "link"), "did not write")
     check(content("own") == before, "ownership: nothing is touched")
-    os.mkdir("kill")
-    os.mkdir("kill/.unfinished")
-    write("kill/.unfinished/train_000.bin", b"half")
-    status, _, errors = prepro("--input", "own/unfinished/a.txt", "--out", "kill")
+    write("a.txt", text)
+    child = subprocess.Popen([sys.executable, PREPRO, "--out", "kill"])
+    wait_for("kill/prepro.unfinished/train_000.bin", child)
+    check_error("ownership: two runs at once",
+                prepro("--input", "a.txt", "--out", "kill"), "in use")
+    child.kill()
+    child.wait()
+    check(os.listdir("kill") == ["prepro.unfinished"], "ownership: kill -9", os.listdir("kill"))
+    status, _, errors = prepro("--input", "a.txt", "--out", "kill")
     files = ["prepro.json", "tokenizer.bin", "train.bin", "val.bin"]
     check(status == 0 and sorted(os.listdir("kill")) == files,
           "ownership: what a killed run left is removed", errors)
     before = content("kill")
-    status, said, errors = prepro("--input", "own/unfinished/a.txt", "--out", "kill")
+    status, said, errors = prepro("--input", "a.txt", "--out", "kill")
     check(status == 0 and "--overwrite makes it again" in said and content("kill") == before,
           "ownership: the same command again has nothing to do", said + errors)
     for arguments in ([], ["--input", "mine.txt"], ["--seed", "2"], ["--download"],
-                      ["--input", "own/unfinished/a.txt", "--val-fraction", "0.1"]):
+                      ["--input", "a.txt", "--val-fraction", "0.1"],
+                      ["--input", "a.txt", "--shard-tokens", "99"]):
         check_error(f"ownership: {arguments}: other data is there",
                     prepro(*arguments, "--out", "kill"), "train.bin")
-    write("own/unfinished/a.txt", text + b"More.")
-    check_error("ownership: the same command with another text",
-                prepro("--input", "own/unfinished/a.txt", "--out", "kill"), "--overwrite")
-    check_error("ownership: an input that would be replaced",
-                prepro("--input", "kill/train.bin", "--out", "kill", "--overwrite"), "replaced")
+    check_error("ownership: an input that would be replaced", prepro(
+        "--input", "kill/prepro.json", "--out", "kill", "--overwrite"), "replaced")
+    for name, data in (("val.bin", None), ("train.bin", b"short"), ("prepro.json", b"\xff")):
+        os.remove(f"kill/{name}")
+        if data:
+            write(f"kill/{name}", data)
+        check_error(f"ownership: {name} is not as it was made",
+                    prepro("--input", "a.txt", "--out", "kill"), "--overwrite")
+        write(f"kill/{name}", before[f"kill/{name}"])
     check(content("kill") == before, "ownership: nothing is replaced")
+    write("a.txt", text + b"More.")
+    check_error("ownership: the same command with another text",
+                prepro("--input", "a.txt", "--out", "kill"), "--overwrite")
     status, _, errors = prepro("--input", "mine.txt", "--out", "kill", "--overwrite")
     check(status == 0 and content("kill") != before, "ownership: --overwrite", errors)
 
@@ -246,6 +276,14 @@ def test_special_files():
         check_error(f"special: --input {path}", prepro("--input", path, "--out", "x"), "not a file")
         check_error(f"special: --multiple-choice {path}",
                     prepro("--multiple-choice", path, "--out", "plain"), "not a file")
+    for name in ("tokenizer.bin", "prepro.json"):
+        os.mkfifo(f"real/{name}")
+    check_error("special: tokenizer.bin is a pipe",
+                prepro("--multiple-choice", "mine.txt", "--out", "real"), "not a file")
+    check_error("special: prepro.json is a pipe",
+                prepro("--input", "mine.txt", "--out", "real"), "not a file")
+    for name in ("tokenizer.bin", "prepro.json"):
+        os.remove(f"real/{name}")
     check_error("special: --out is a file", prepro("--input", "mine.txt", "--out", "mine.txt"),
                 "mine.txt")
     status, _, errors = prepro("--input", "mine.txt", "--out", "linked")
@@ -264,8 +302,7 @@ def test_endings():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         child = subprocess.Popen([sys.executable, PREPRO, "--out", "stopped"],
                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while child.poll() is None and not os.path.exists("stopped/.unfinished/train_000.bin"):
-            time.sleep(0.01)
+        wait_for("stopped/prepro.unfinished/train_000.bin", child)
         child.send_signal(number)
         errors = child.communicate()[1].decode()
         check(child.returncode == 128 + number and errors.count("\n") == 1
@@ -280,6 +317,14 @@ def test_endings():
                                  stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         check(status == expected, f"endings: {command}", status)
     check(len(stories_of("closed/train.bin")) == 38, "endings: no output gets into data")
+    child = subprocess.Popen([sys.executable, PREPRO, "--show", "1000"], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    child.stdout.close()
+    check(child.wait() == 128 + signal.SIGPIPE, "endings: --show 1000 | head", child.returncode)
+    done = subprocess.run(["sh", "-c", 'ulimit -f 100; "$0" "$1" --out disk', sys.executable,
+                           PREPRO], stderr=subprocess.PIPE)
+    check_error("endings: a full disk", (done.returncode, "", done.stderr.decode()), "disk: ")
+    check(os.listdir("disk") == [], "endings: nothing half-written", os.listdir("disk"))
     for option in ("--out", "--input", "--val-input", "--url", "--multiple-choice", "--vocab-size",
                    "--val-fraction", "--shard-tokens", "--seed", "--show"):
         check(prepro(option, "")[0] == 1 and not os.path.exists("data"), f"empty: {option}")
@@ -323,6 +368,11 @@ def test_questions():
     for _ in range(2):
         check(prepro("--multiple-choice", "q.jsonl", "--out", "bom")[0] == 0,
               "--multiple-choice: the same questions again")
+    write("bom/own.jsonl.part", b"mine")
+    write("bom/own.bin", good.encode())
+    check_error("--multiple-choice: the questions themselves would be replaced",
+                prepro("--multiple-choice", "bom/own.bin", "--out", "bom", "--overwrite"), "rename")
+    check(read("bom/own.bin") == good.encode(), "--multiple-choice: they stay, too")
     for old, new, words in (
             ('"ctx"', '"label": 1, "ctx"', "'label' is there twice"), ("a", "\xe9", "line 2"),
             ("a", "a\0", "UTF-16"), ("0", "1.5", "1.5"), ("0", "true", "True"), ("0", "2", "label"),
