@@ -492,7 +492,7 @@ def encode_question(line, number, vocabulary):
     texts = [clean(text) for text in [question["ctx"]] + question["endings"]]
     label, endings = int(str(question["label"])), len(texts) - 1       # 1 or "1", but not 1.5
     if endings < 2 or not all(question["endings"]):
-        raise ValueError("needs several endings, none of them empty")
+        raise ValueError("needs several texts as endings, none of them empty")
     if not 0 <= label < endings:
         raise ValueError(f"label {label} is none of the {endings} endings")
     body = struct.pack("<2H", label, endings)

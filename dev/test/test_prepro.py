@@ -238,6 +238,7 @@ def test_ownership():
     child.kill()
     child.wait()
     check(os.listdir("kill") == ["prepro.unfinished"], "ownership: kill -9", os.listdir("kill"))
+    write("kill/prepro.unfinished/train_001.bin", b"half")
     status, _, errors = prepro("--input", "a.txt", "--out", "kill")
     files = ["prepro.json", "tokenizer.bin", "train.bin", "val.bin"]
     check(status == 0 and sorted(os.listdir("kill")) == files,
@@ -266,6 +267,45 @@ def test_ownership():
                 prepro("--input", "a.txt", "--out", "kill"), "--overwrite")
     status, _, errors = prepro("--input", "mine.txt", "--out", "kill", "--overwrite")
     check(status == 0 and content("kill") != before, "ownership: --overwrite", errors)
+
+
+# prepro_tinystories.py, stopped by a signal before it removes or moves a file for the n-th time.
+STOPPED = """
+import os, sys
+script, number, n = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
+sys.path.insert(0, os.path.dirname(script))
+import prepro_tinystories as prepro
+def stopped(call):
+    def count(*arguments):
+        global n
+        n -= 1
+        if n == 0:
+            os.kill(os.getpid(), number)
+        return call(*arguments)
+    return count
+os.remove, os.replace = stopped(os.remove), stopped(os.replace)
+prepro.main(prepro.run)
+"""
+
+
+def test_stopped():
+    """Old and new files never pass for a set; only kill -9 stops a run that replaces files."""
+    for number, n in [(signal.SIGKILL, n) for n in range(1, 9)] + [(signal.SIGTERM, 2),
+                                                                   (signal.SIGTERM, 7)]:
+        folder = f"set{number}.{n}"
+        prepro("--input", "mine.txt", "--out", folder)
+        old = content(folder)
+        status, _, errors = run("-c", STOPPED, PREPRO, str(int(number)), str(n), "--input",
+                                "plain.txt", "--out", folder, "--overwrite")
+        files = set(os.listdir(folder)) - {"prepro.unfinished"}
+        changed = {name for name in files if read(f"{folder}/{name}") != old[f"{folder}/{name}"]}
+        if number == signal.SIGTERM:
+            check(status == 0 and changed == {"prepro.json", "train.bin", "val.bin"},
+                  f"ownership: SIGTERM at file {n} is too late", errors)
+        else:
+            check(status == -number and ("tokenizer.bin" not in files or not changed
+                                         or {"train.bin", "val.bin"} <= changed),
+                  f"ownership: kill -9 at file {n}", f"{status}: {files}, {changed}: {errors}")
 
 
 def test_special_files():
@@ -658,6 +698,7 @@ def main():
         test_input()
         test_encodings()
         test_ownership()
+        test_stopped()
         test_special_files()
         test_questions()
         test_endings()
