@@ -396,8 +396,7 @@ def publish(folder, out):
 
 def how_made(args):
     """All that the files of OUT depend on."""
-    made = {name: getattr(args, name) for name in ("vocab_size", "val_fraction", "shard_tokens",
-                                                   "seed")}
+    made = {key: vars(args)[key] for key in ("vocab_size", "val_fraction", "shard_tokens", "seed")}
     for name in ("input", "val_input"):
         made[name] = [[os.path.abspath(path), os.path.getsize(path), os.path.getmtime(path)]
                       for path in getattr(args, name)]
