@@ -326,7 +326,7 @@ def test_makefile(folder):
     done = run("make", "-sn", "assignment", cwd=ROOT, env={**os.environ, "OUT": "", "SECONDS": "1"})
     check("--out='assignment'" in done.stdout, "make: OUT of the environment does not count", done)
     flags = "CFLAGS=-O0 -DX='\"a b\"' -DY=\"'z'\""
-    done = run("make", "train_gpas", flags, cwd=folder), run("make", "train_gpas", flags, cwd=folder)
+    done = [run("make", "train_gpas", flags, cwd=folder) for _ in range(2)]
     check(done[0].returncode == 0 and done[1].stdout == "", "make: flags in quotes", done)
     os.utime(os.path.join(folder, "train_gpas.c"))
     run("make", "train_gpas", "CC=touch train_gpas; false", cwd=folder)

@@ -118,9 +118,9 @@ def test_signal(folder):
     table = write(os.path.join(folder, "slow.tsv"), f"common\t{slow} --total-batch 1000 --steps 4 "
                   "--val-batches 1\nseeds\t1\npre.base.toy.1\t--norm pre\n")
     out = os.path.join(folder, "slow")
-    child = subprocess.Popen([sys.executable, "dev/tools/figures.py", "--table", table, "--out", out,
-                              "--toy", os.path.join(folder, "data"), "--run-only"], cwd=ROOT,
-                             start_new_session=True, stdout=subprocess.DEVNULL,
+    child = subprocess.Popen([sys.executable, "dev/tools/figures.py", "--table", table,
+                              "--out", out, "--toy", os.path.join(folder, "data"), "--run-only"],
+                             cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL)
     run_folder = os.path.join(out, "pre.base.toy.1", "seed-1")
     try:
@@ -170,7 +170,8 @@ def test_pages(folder):
     check_error("report.py to a pipe", run(sys.executable, tools + "report.py", a, "--out",
                                            os.path.join(folder, "pipe")), "not a file")
     write(os.path.join(a, "log.csv"), "")
-    check_error("compare.py: an empty log", run(sys.executable, tools + "compare.py", a, b), "line 1")
+    check_error("compare.py: an empty log", run(sys.executable, tools + "compare.py", a, b),
+                "line 1")
 
 
 def test_wrong_calls(folder):

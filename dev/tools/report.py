@@ -148,8 +148,9 @@ def overview(runs):
         if number and goal_step:
             step = run.reached(first.val[goal_step])
             own = first.reached(first.val[goal_step])
-            needed = "not reached" if step is None else \
-                f"{step:.0f} of {own:.0f} ({100 * (step / own - 1):+.0f}%)" if own else f"{step:.0f}"
+            needed = "not reached" if step is None else f"{step:.0f}"
+            if step is not None and own:
+                needed += f" of {own:.0f} ({100 * (step / own - 1):+.0f}%)"
         speed = [row["tokens_per_s"] for row in run.rows.values() if row["tokens_per_s"]]
         rows.append([key(number, run), html.escape(run.kind()), run.state(),
                      f"{run.val[at]:.4f}" if at is not None else "", change, needed,

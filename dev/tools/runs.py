@@ -30,7 +30,7 @@ def gate_value(g, activation):
 
 
 def checkpoints(folder):
-    """The names of the checkpoints in a folder, oldest first; other files may have similar names."""
+    """The names of a folder's checkpoints, oldest first; other files may have similar names."""
     found = [name for name in os.listdir(folder)
              if re.fullmatch(r"ckpt_[0-9]{6,}\.safetensors", name)]
     return sorted(found, key=lambda name: int(name[5:-12]))
