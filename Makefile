@@ -9,9 +9,8 @@ CFLAGS = -O3 -march=native
 FLAGS = -std=c11 -Wall -Wextra -Wpedantic -fopenmp -ffp-contract=fast -fno-math-errno \
     -fno-trapping-math $(if $(PLAIN),-DPLAIN) $(CFLAGS)
 PYTHON = python3
-# An empty value is most likely an unset variable of the shell.
-$(foreach v,CC CXX NVCC PYTHON OUT LAYERS RUNS SEED SECONDS,$(if $(filter command environment, \
-    $(origin $v)),$(if $(strip $($v)),,$(error $v is given, but empty))))
+# $(call q,X): X as one word of the shell, whatever is in it.
+q = '$(subst ','\'',$1)'
 SOURCES = train_gpas.c $(wildcard dev/*.h)
 
 # PLAIN=1: with train_gpas.c's own matrix multiplication, ten lines, instead of dev/gemm.h's.
@@ -21,7 +20,7 @@ train_gpas: $(SOURCES) build/flags
 # When the compiler or its flags change, this file does, and what depends on it is built again.
 build/flags: FORCE
 	@mkdir -p $(@D)
-	@echo '$(CC) $(FLAGS)' | cmp -s - $@ || echo '$(CC) $(FLAGS)' > $@
+	@echo $(call q,$(CC) $(FLAGS)) | cmp -s - $@ || echo $(call q,$(CC) $(FLAGS)) > $@
 FORCE:
 
 # What a command that fails has written is no result.
@@ -122,7 +121,8 @@ bench-cuda: bench_cuda
 	./bench_cuda
 
 # ---- The same source without GPU and Toolkit, by dev/gpu/cuda_on_cpu.h. C++ lacks three pieces of
-# CUDA's syntax: launches and the two kinds of shared memory. sed writes them as calls.
+# CUDA's syntax: launches and the two kinds of shared memory. sed writes them as calls, each time: a
+# submission that is copied to its place may be older than what was made of the one before.
 
 CXX = g++
 CXXFLAGS = -O2 -march=native
@@ -140,10 +140,11 @@ define as_cpp
 	    -e 's/(\w+(<[^<>]*>)?)<<<(.*)>>>\(/launch("\1", \1, \3)(/' \
 	    -e 's/extern __shared__ (.*) (\w+)\[\];/auto *\2 = dynamic_shared<\1>();/' \
 	    -e 's/__shared__ (.*) (\w+)((\[[^]]*\])*);/auto \&\2 = shared_array<\1 \3>("\2", []{});/' \
-	    $<) > $@
+	    $<) > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 endef
-build/%.cu: %.cu Makefile ; $(as_cpp)
-build/%.h: %.h Makefile ; $(as_cpp)
+build/%.cu: %.cu FORCE ; $(as_cpp)
+build/%.h: %.h FORCE ; $(as_cpp)
 
 train_gpas_cuda_on_cpu: $(ON_CPU_SOURCES)
 	$(ON_CPU) $< -o $@
@@ -167,14 +168,15 @@ test-cuda-on-cpu: train_gpas $(CUDA_ON_CPU)
 
 # LAYERS="gpas attention": what is left to write, all by default. CUDA=1: train_gpas.cu too.
 OUT = assignment
+CUDA =
 assignment:
-	@$(PYTHON) dev/class/assignment.py $(if $(CUDA),--cuda) --out "$(OUT)" $(LAYERS)
+	@$(PYTHON) dev/class/assignment.py $(if $(CUDA),--cuda) --out=$(call q,$(OUT)) $(LAYERS)
 
 # In the hand-out; here it grades the solution. JSON=1: for a gradebook.
 grade: $(ON_CPU_SOURCES)
-	@$(PYTHON) dev/class/grade.py --cc "$(CC)" --cxx "$(CXX)" \
-	    $(if $(ON_CPU),--on-cpu "$(ON_CPU) $(filter-out -DTRAIN%,$(CHECKED))") \
-	    $(if $(JSON),--json) $(if $(SEED),--seed $(SEED)) $(ASSIGNED)
+	@$(PYTHON) dev/class/grade.py --cc $(call q,$(CC)) --cxx $(call q,$(CXX)) \
+	    $(if $(ON_CPU),--on-cpu $(call q,$(ON_CPU) $(filter-out -DTRAIN%,$(CHECKED)))) \
+	    $(if $(JSON),--json) $(if $(SEED),--seed=$(call q,$(SEED))) $(ASSIGNED)
 
 # ----
 
@@ -202,7 +204,7 @@ fuzz: $(FUZZED:%=build/fuzz_%)
 # Trains for an hour, is killed now and then, goes on. SECONDS=600: for ten minutes.
 soak: SECONDS = 3600
 soak: train_gpas data/toy/tokenizer.bin
-	$(PYTHON) dev/test/soak.py --seconds $(SECONDS)
+	$(PYTHON) dev/test/soak.py --seconds $(call q,$(SECONDS))
 
 # No BLAS is linked: the program looks for OpenBLAS and MKL, its yardsticks, when it runs.
 dev/tools/bench: dev/tools/bench.c $(SOURCES) build/flags
@@ -240,6 +242,13 @@ help:
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler"
 	@echo "make PLAIN=1      train_gpas with the plain matrix multiplication in train_gpas.c itself"
+
+# An empty value is most likely an unset variable of the shell.
+$(foreach v,CC CXX NVCC PYTHON OUT LAYERS RUNS SEED SECONDS,$(if $(filter command environment, \
+    $(origin $v)),$(if $(strip $($v)),,$(error $v is given, but empty))))
+
+# make -j clean test: one after the other.
+$(if $(filter clean,$(MAKECMDGOALS)),$(eval .NOTPARALLEL:))
 
 .PHONY: FORCE run report figures test assignment grade sanitize fuzz soak bench reference clean help
 .PHONY: test-cuda bench-cuda test-cuda-on-cpu

@@ -1,6 +1,7 @@
 """
 What the Python programs of this project have in common: main(), which ends a program well whatever
-happens, and Parser, which reads its options.
+happens; Parser, which reads its options; new_folder() and new_file(), for results that appear when
+they are complete.
 
     from command import Error, Parser, main
 
@@ -14,10 +15,12 @@ happens, and Parser, which reads its options.
 Whatever goes wrong is told in one line on stderr, of at most two lines of a terminal.
 """
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
+import tempfile
 
 LONGEST = 158       # characters of a message: two lines of a terminal
 
@@ -75,12 +78,53 @@ def read_json(text):
     """What a JSON text means; ValueError where it is wrong, or has a name twice in an object: other
     programs might take the other value."""
     def unique(pairs):
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
+        values = {}
+        for name, value in pairs:
+            if name in values:
                 raise ValueError(f"the name {name!r} is there twice")
-        return dict(pairs)
+            values[name] = value
+        return values
     return json.loads(text, object_pairs_hook=unique)
+
+
+def check_file(path):
+    """Returns the path; an Error if something else is there: a pipe would keep us waiting."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Error(f"{path} is not a file")
+    return path
+
+
+@contextlib.contextmanager
+def new_file(path):
+    """with new_file(path) as name: the file that is written under that name becomes `path`, in the
+    place of what was there, when it is complete. After an error nothing has changed."""
+    path = os.path.realpath(check_file(path))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix=".unfinished_") as folder:
+        name = os.path.join(folder, os.path.basename(path))
+        yield name
+        os.replace(name, path)
+
+
+@contextlib.contextmanager
+def new_folder(out):
+    """with new_folder(out) as folder: what is written into `folder` appears in `out` when all of it
+    is complete. After an error nothing is left. If there is an `out` already, it has to be empty
+    and remains the folder that it is: a mount point, perhaps."""
+    there = os.path.isdir(out)
+    if os.path.lexists(out) and (not there or os.listdir(out)):
+        raise Error(f"{out} is already there; choose another folder")
+    out = os.path.abspath(out)
+    place = out if there else os.path.dirname(out)
+    os.makedirs(place, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=".unfinished_") as temporary:
+        folder = os.path.join(temporary, "new")     # whose mode the umask decides
+        os.mkdir(folder)
+        yield folder
+        for name in os.listdir(folder) if there else []:
+            os.rename(os.path.join(folder, name), os.path.join(out, name))
+        if not there:
+            os.rename(folder, out)
 
 
 def interrupt(number, _):
@@ -117,6 +161,8 @@ def main(run):
         status = 128 + signal.SIGPIPE
     except OSError as error:
         say(f"{error.filename or 'error'}: {error.strerror or error}")
+    except UnicodeEncodeError as error:
+        say(f"this locale cannot spell {error.object!a}; LC_ALL=C.UTF-8 can")
     except MemoryError:
         say("not enough memory")
     except Interrupted as signal_number:

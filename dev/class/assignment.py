@@ -17,14 +17,13 @@ The source has no marks for this. What goes is found by these rules:
     computed; its indented lines are the derivation, and go. So do lines of other comments that
     give a derivation away (SPOILERS).
 """
-import glob
 import os
 import re
 import shutil
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
-from command import Error, Parser, main
+from command import Error, Parser, main, new_folder
 
 # The functions that are left to write, file by file and layer by layer.
 FUNCTIONS = {
@@ -313,7 +312,7 @@ def task_sheet(layers, files):
 def write(folder, name, text):
     path = os.path.join(folder, name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
 
 
@@ -328,30 +327,25 @@ def run():
         if layer not in LAYERS:
             raise Error("there is no layer %s; choose from: %s" % (layer, " ".join(LAYERS)))
     layers = [layer for layer in LAYERS if layer in layers]
-    if os.path.lexists(options.out):
-        raise Error("%s exists already; choose another folder with OUT=" % options.out)
     root = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../..")
     files = ["train_gpas.c"] + ["train_gpas.cu"] * options.cuda
 
     def read(name):
-        with open(os.path.join(root, name), encoding="utf-8") as file:
+        path = os.path.join(root, name)
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.read()
 
-    headers = [os.path.relpath(path, root) for folder in ["dev"] + ["dev/gpu"] * options.cuda
-               for path in sorted(glob.glob(os.path.join(root, folder, "*.h")))]
+    headers = [folder + name for folder in ["dev/"] + ["dev/gpu/"] * options.cuda
+               for name in sorted(os.listdir(os.path.join(root, folder))) if name.endswith(".h")]
     texts = {file: cut(file, read(file), layers) for file in files}
     texts["Makefile"] = makefile(read("Makefile"), layers, options.cuda)
     texts["TASK.md"] = task_sheet(layers, files)
-    os.makedirs(options.out)
-    try:
+    with new_folder(options.out) as folder:
         for name, text in texts.items():
-            write(options.out, name, text)
+            write(folder, name, text)
         for name in COPIED + headers + COPIED_CUDA * options.cuda:
-            write(options.out, name, read(name))
-            shutil.copymode(os.path.join(root, name), os.path.join(options.out, name))
-    except BaseException:           # the folder is complete or not there
-        shutil.rmtree(options.out)
-        raise
+            write(folder, name, read(name))
+            shutil.copymode(os.path.join(root, name), os.path.join(folder, name))
     print("%s: %s to write; make grade grades it there" % (options.out, ", ".join(layers)))
 
 

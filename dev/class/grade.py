@@ -45,6 +45,14 @@ def passes(layer):
     return ["update"] if layer == "adamw" else ["forward", "backward"]
 
 
+def command(text):
+    """The words of a command, of which there must be one: argparse tells where there is none."""
+    words = shlex.split(text)
+    if not words:
+        raise ValueError
+    return words
+
+
 def compiler(command):
     """Runs a compiler, which speaks English. Returns whether it succeeded, and what it said."""
     try:
@@ -72,31 +80,36 @@ def about_submission(text, file):
     return "\n".join(lines)
 
 
+def first_error(text):
+    lines = text.strip().split("\n")
+    return next((line for line in lines if "error:" in line), lines[-1])
+
+
 def compile_submission(file, options, folder):
     """Returns the program that checks the file, or None and the first error."""
     grader, layers = os.path.join(folder, "grade.o"), os.path.join(folder, file + ".o")
     program = os.path.join(folder, file + ".grade")
     if not os.path.exists(grader):
-        good, text = compiler(shlex.split(options.cc)
-                              + ["-std=gnu11", "-O2", "-c", "dev/class/grade.c", "-o", grader])
+        good, text = compiler(
+            [*options.cc, "-std=gnu11", "-O2", "-c", "dev/class/grade.c", "-o", grader])
         if not good:
-            raise Error("dev/class/grade.c does not compile: " + text)
+            raise Error("dev/class/grade.c does not compile: " + first_error(text))
     if file.endswith(".c"):
-        command = shlex.split(options.cc) + (
+        command = options.cc + (
             "-std=c11 -O1 -g -march=native -fno-math-errno -fopenmp -Wall -Wextra -Wpedantic "
             "-Wshadow -I.").split() + ["-DSUBMISSION=\"%s\"" % file]
-        link = shlex.split(options.cc)
+        link = options.cc
     else:
-        command = shlex.split(options.on_cpu) + ["-DCUDA=1", "-DSUBMISSION=\"build/%s\"" % file]
-        link = shlex.split(options.cxx)
+        command = options.on_cpu + ["-DCUDA=1", "-DSUBMISSION=\"build/%s\"" % file]
+        link = options.cxx
     good, text = compiler(command + ["-c", "dev/class/submission.c", "-o", layers])
     said = about_submission(text, file)
     if said and not options.json:
         print(said + "\n", file=sys.stderr)
     if not good:
-        errors = [x for x in text.split("\n") if "error:" in x] or [text.strip().split("\n")[-1]]
-        missing = re.search(r"submission.c.*\W(\w+)\W* (undeclared|was not declared)", errors[0])
-        return None, "it has no function %s" % missing.group(1) if missing else errors[0]
+        error = first_error(text)
+        missing = re.search(r"submission.c.*\W(\w+)\W* (undeclared|was not declared)", error)
+        return None, "it has no function %s" % missing.group(1) if missing else error
     good, text = compiler(link + ["-fopenmp", grader, layers, "-lm", "-o", program])
     if not good:
         return None, text.strip().split("\n")[-1]
@@ -198,10 +211,15 @@ def grade_file(file, options, folder):
     found = {}
     if program:
         with ThreadPoolExecutor(2) as pool:
-            for job, (cases, end) in zip(jobs, pool.map(
-                    lambda job: check(program, file, job[0], job[1], options.seed), jobs)):
-                good = not end and cases and not any(wrongs for _, wrongs in cases)
-                found[job] = {"ok": bool(good), "hints": [] if good else hint_for(cases, end)}
+            results = [pool.submit(check, program, file, *job, options.seed) for job in jobs]
+            try:
+                for job, result in zip(jobs, results):
+                    cases, end = result.result()
+                    good = not end and cases and not any(wrongs for _, wrongs in cases)
+                    found[job] = {"ok": bool(good), "hints": [] if good else hint_for(cases, end)}
+            finally:                        # a signal ends it without the checks that are left
+                for result in results:
+                    result.cancel()
     rows = []
     for layer in layers_of(file):
         row = {"file": file, "layer": layer, "assigned": layer in assigned, "points": 0, "max": 10}
@@ -242,9 +260,9 @@ def print_table(rows, result):
 
 def run():
     parser = Parser(description="Grades the layers of train_gpas.c.")
-    parser.add_argument("--cc", default="gcc")
-    parser.add_argument("--cxx", default="g++")
-    parser.add_argument("--on-cpu", help="the compiler's command for train_gpas.cu")
+    parser.add_argument("--cc", type=command, default="gcc")
+    parser.add_argument("--cxx", type=command, default="g++")
+    parser.add_argument("--on-cpu", type=command, help="the compiler's command for train_gpas.cu")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "little"))
     parser.add_argument("layers", nargs="*", help="those that count; default: all")

@@ -24,24 +24,33 @@ PATH=$PATH:/usr/local/cuda/bin
 out=out/gpu
 peer=
 llmc=
+summary=$out/summary.txt
+times=$out/times.txt
+
+fail() { echo "gpu.sh: $*" >&2; exit 1; }
+
 while [ $# -gt 0 ]; do
     case $1 in
-        --peer) peer=${2:?needs a FILE}; shift 2 ;;
-        --llmc) llmc=${2:?needs a FOLDER}; shift 2 ;;
+        --peer) [ -f "${2-}" ] || fail "--peer needs a file"; peer=$2; shift 2 ;;
+        --llmc) [ -d "${2-}" ] || fail "--llmc needs a folder"; llmc=$2; shift 2 ;;
         *) break ;;
     esac
 done
-[ $# -gt 0 ] || { rm -rf $out; set -- build test train kernels speed256 speed1024 sanitize; }
 for part in "$@"; do
     case $part in
         build|test|train|kernels|speed256|speed1024|sanitize) ;;
-        *) echo "gpu.sh: no part is called $part; see the first lines of $0" >&2; exit 1 ;;
+        *) fail "no part is called '$part'; the first lines of dev/gpu/gpu.sh name them" ;;
     esac
 done
-mkdir -p $out
-summary=$out/summary.txt
-times=$out/times.txt
-rm -f $summary $times
+[ ! -e $out ] || [ -f $summary ] || fail "$out is there, but not written by gpu.sh; rename it"
+command -v nvidia-smi > /dev/null || fail "nvidia-smi is not installed; is there a GPU?"
+mkdir -p $out || exit 1
+: > $summary
+: > $times
+if [ $# -eq 0 ]; then
+    rm -f $out/speed.log $out/peer.err  # the only ones that are continued
+    set -- build test train kernels speed256 speed1024 sanitize
+fi
 
 note() { echo "$*" | tee -a $summary; }
 

@@ -15,10 +15,11 @@ The default rates are those that one H200 reached with PyTorch: 790 TFLOP/s in b
 The network is in bf16, puts its norms first, and has GPAS and a vocabulary of 32000.
 """
 import os
+import re
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
-from command import Error, Parser, main
+from command import Error, Parser, check_file, main
 
 PRESETS = {"71m": (512, 1368, 12, 8), "130m": (768, 2048, 12, 12), "250m": (768, 2560, 24, 16),
            "350m": (1024, 2736, 24, 16), "1b": (2048, 5464, 24, 32)}  # C, H as padded, L, NH
@@ -102,11 +103,11 @@ def floors(o, shape):
 def read_measured(path):
     """The milliseconds of each kernel, by name. Other lines of the file are ignored."""
     measured = {}
-    with open(path, encoding="utf-8") as file:
+    with open(check_file(path), encoding="utf-8", errors="replace") as file:
         for line in file:
-            if line.count(";") == 2:
-                name, _, ms = line.split(";")
-                measured[name] = float(ms)
+            name, *rest = line.strip().split(";")
+            if len(rest) == 2 and re.fullmatch(r"[0-9]+\.?[0-9]*", rest[1]) and float(rest[1]):
+                measured[name] = float(rest[1])
     return measured
 
 
@@ -123,17 +124,24 @@ def print_beside(rows, instead, measured):
         print("| %s | %s | %.2f | %.2f | %.0f%% |" % (*row, 100 * row[2] / row[3]))
 
 
+def rate(text):
+    """A number above 0; argparse tells where it is none."""
+    if not 0 < float(text) < 1e9:
+        raise ValueError
+    return float(text)
+
+
 def run():
     parser = Parser(description="Floors of a training step's kernels.")
     parser.add_argument("shape", nargs="*", help="PRESET B T")
-    parser.add_argument("--tflops", type=float, default=790)
-    parser.add_argument("--tbytes", type=float, default=4.3)
+    parser.add_argument("--tflops", type=rate, default=790)
+    parser.add_argument("--tbytes", type=rate, default=4.3)
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--measured", metavar="FILE", help="name;calls;milliseconds of each kernel")
     o = parser.parse_args()
     if o.recompute and o.measured:
         raise Error("./bench_cuda kernels measures a step without --recompute")
-    numbers = [text.isdigit() and int(text) > 0 for text in o.shape[1:]]
+    numbers = [bool(re.fullmatch("[1-9][0-9]{0,8}", text)) for text in o.shape[1:]]
     if (o.shape or o.measured) and (numbers != [True, True] or o.shape[0] not in PRESETS):
         raise Error("give a preset (%s), B and T" % ", ".join(PRESETS))
     if o.shape:

@@ -5,13 +5,14 @@ OMP_WAIT_POLICY=passive
 export OMP_WAIT_POLICY
 total_passed=0
 total_failed=0
-log=build/tests.log
+log=build/tests.$$
 mkdir -p build
+trap 'rm -f "$log"' EXIT
 for command in "$@"; do
-    $command > "$log" 2>&1
+    eval "$command" > "$log" 2>&1
     status=$?
-    line=$(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$log" | tail -n 1)
-    grep -v -x -F -- "${line:-no line}" "$log"
+    line=$(grep -a -E '^[0-9]+ passed, [0-9]+ failed$' "$log" | tail -n 1)
+    grep -a -v -x -F -- "${line:-no line}" "$log"
     if [ -n "$line" ]; then
         total_passed=$((total_passed + ${line%% *}))
         failed=${line#*, }
@@ -26,5 +27,4 @@ for command in "$@"; do
         total_failed=$((total_failed + 1))
     fi
 done
-echo "$total_passed passed, $total_failed failed"
-[ "$total_failed" -eq 0 ]
+echo "$total_passed passed, $total_failed failed" && [ "$total_failed" -eq 0 ]

@@ -12,8 +12,6 @@ in its folder, or from the beginning where there is none. In the end every file 
 have the same bytes as in the undisturbed run's; from log.csv the two columns of time are left out.
 Memory must not grow while a run goes on.
 """
-import argparse
-import glob
 import os
 import random
 import shutil
@@ -23,6 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [os.path.join(HERE, ".."), os.path.join(HERE, "../tools")]
+from command import Error, Parser, main
+from runs import checkpoints
 
 TINY = ("--layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 --steps 12 "
         "--save-every 1 --keep 3 --val-every 4 --sample-every 5 --length 20").split()
@@ -75,22 +78,23 @@ def difference(folder, expected, just_ended=False):
 
 class Training:
     """One process that trains in its folder, from the newest checkpoint there."""
+    process = None              # that of the latest of all
 
     def __init__(self, options):
         self.options, self.out = options, options[options.index("--out") + 1]
         self.steps = int(options[options.index("--steps") + 1])
 
     def newest(self):
-        """The newest checkpoint and its step."""
-        checkpoints = sorted(glob.glob(f"{self.out}/ckpt_*.safetensors"))
-        return (checkpoints[-1], int(checkpoints[-1][-18:-12])) if checkpoints else (None, 0)
+        """The step of the newest checkpoint, or 0."""
+        found = checkpoints(self.out) if os.path.isdir(self.out) else []
+        return int(found[-1][5:-12]) if found else 0
 
     def start(self):
-        checkpoint, self.began_at = self.newest()
-        options = ["--resume", checkpoint] if checkpoint else self.options[1:]
+        self.began_at = self.newest()
+        options = ["--resume", self.out] if self.began_at else self.options[1:]
         self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([self.options[0], *options], stderr=self.errors,
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        Training.process = subprocess.Popen([self.options[0], *options], stderr=self.errors,
+                                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
@@ -100,7 +104,12 @@ class Training:
         """Waits; returns what went wrong, or nothing."""
         status = self.process.wait()
         self.errors.seek(0)
-        return f"status {status}, {self.errors.read().decode()}" if status else ""
+        return f"status {status}, {self.errors.read().decode(errors='replace')}" if status else ""
+
+    def finish_undisturbed(self):
+        problem = self.finish()
+        if problem:
+            raise Error(f"the undisturbed run failed: {problem}")
 
     def memory(self):
         """KiB in use now, or 0 where that cannot be known."""
@@ -114,46 +123,41 @@ class Training:
 def whole_run(options):
     training = Training(options)
     training.start()
-    problem = training.finish()
-    if problem:
-        sys.exit(f"soak.py: the undisturbed run failed: {problem}")
+    training.finish_undisturbed()
     return files_of(training.out)
 
 
-def kill_runs(program, kills, seed):
+def kill_runs(program, folder, kills, seed):
     """Each run is killed once, at a random moment of its life, and then goes on to its end."""
-    folder, draw = tempfile.mkdtemp(prefix="soak_"), random.Random(seed)
+    draw = random.Random(seed)
     counts = {"before the first checkpoint": 0, "later": 0, "while a checkpoint was written": 0,
               "after the last checkpoint": 0}
     problems = []
-    try:
-        write_data(f"{folder}/data")
-        options = [program, *TINY, "--data", f"{folder}/data", "--out", f"{folder}/out",
-                   "--overwrite", "on"]
-        whole_run(options)
+    write_data(f"{folder}/data")
+    options = [program, *TINY, "--data", f"{folder}/data", "--out", f"{folder}/out",
+               "--overwrite", "on"]
+    whole_run(options)
+    shutil.rmtree(f"{folder}/out")
+    begin = time.monotonic()
+    expected = whole_run(options)
+    seconds = time.monotonic() - begin
+    for number in range(kills):
         shutil.rmtree(f"{folder}/out")
-        begin = time.monotonic()
-        expected = whole_run(options)
-        seconds = time.monotonic() - begin
-        for number in range(kills):
-            shutil.rmtree(f"{folder}/out")
-            training = Training(options)
+        training = Training(options)
+        training.start()
+        time.sleep(draw.uniform(0, seconds))
+        training.kill()
+        names = os.listdir(f"{folder}/out") if os.path.isdir(f"{folder}/out") else []
+        counts["while a checkpoint was written"] += any(n.endswith(".tmp") for n in names)
+        ended, problem = training.newest() == training.steps, ""
+        if not ended:
             training.start()
-            time.sleep(draw.uniform(0, seconds))
-            training.kill()
-            names = os.listdir(f"{folder}/out") if os.path.isdir(f"{folder}/out") else []
-            counts["while a checkpoint was written"] += any(n.endswith(".tmp") for n in names)
-            ended, problem = training.newest()[1] == training.steps, ""
-            if not ended:
-                training.start()
-                problem = training.finish()
-            counts["after the last checkpoint" if ended else "later" if training.began_at else
-                   "before the first checkpoint"] += 1
-            problem = problem or difference(f"{folder}/out", expected, ended)
-            if problem:
-                problems.append(f"run {number + 1}: {problem}")
-    finally:
-        shutil.rmtree(folder)
+            problem = training.finish()
+        counts["after the last checkpoint" if ended else "later" if training.began_at else
+               "before the first checkpoint"] += 1
+        problem = problem or difference(f"{folder}/out", expected, ended)
+        if problem:
+            problems.append(f"run {number + 1}: {problem}")
     check(not problems, f"{kills} runs, killed once each, end with the same bytes",
           f"{len(problems)} do not; {problems[:1]}")
     print("     killed " + ", ".join(f"{what}: {n}" for what, n in counts.items()))
@@ -174,50 +178,45 @@ def growth(training, until):
     return last - first if first else 0
 
 
-def soak(program, data, seconds, seed):
+def soak(program, folder, data, seconds, seed):
     """Half of the time for a run that nobody disturbs, half for one that is killed and goes on."""
-    folder, draw = tempfile.mkdtemp(prefix="soak_"), random.Random(seed)
-    try:
-        options = [program, "--data", data, "--out", f"{folder}/out", "--val-batches", "4",
-                   "--overwrite", "on", "--sample-every", "500", "--length", "100", "--steps"]
-        begin = time.monotonic()
-        whole_run(options + ["100"])
-        steps = max(100, int(100 * seconds / 2 / (time.monotonic() - begin)) // 100 * 100)
-        every = max(10, steps // 200)
-        shutil.rmtree(f"{folder}/out")
-        options += [str(steps), "--save-every", str(every)]
-        training = Training(options)
-        begin = time.monotonic()
+    draw = random.Random(seed)
+    options = [program, "--data", data, "--out", f"{folder}/out", "--val-batches", "4",
+               "--overwrite", "on", "--sample-every", "500", "--length", "100", "--steps"]
+    begin = time.monotonic()
+    whole_run(options + ["100"])
+    steps = max(100, int(100 * seconds / 2 / (time.monotonic() - begin)) // 100 * 100)
+    every = max(10, steps // 200)
+    shutil.rmtree(f"{folder}/out")
+    options += [str(steps), "--save-every", str(every)]
+    training = Training(options)
+    begin = time.monotonic()
+    training.start()
+    grown = growth(training, begin + 0.45 * seconds)
+    training.finish_undisturbed()
+    length = time.monotonic() - begin
+    check(grown <= SLACK, f"the undisturbed run, {steps} steps in {length:.0f} s: its memory "
+          f"grew by {grown} KiB, at most {SLACK} are allowed", grown)
+    expected, kills, worst = files_of(training.out), 0, 0
+    shutil.rmtree(training.out)
+    while True:
         training.start()
-        grown = growth(training, begin + 0.45 * seconds)
-        problem = training.finish()
-        if problem:
-            sys.exit(f"soak.py: the undisturbed run failed: {problem}")
-        length = time.monotonic() - begin
-        check(grown <= SLACK, f"the undisturbed run, {steps} steps in {length:.0f} s: its memory "
-              f"grew by {grown} KiB, at most {SLACK} are allowed", grown)
-        expected, kills, worst = files_of(training.out), 0, 0
-        shutil.rmtree(training.out)
-        while True:
-            training.start()
-            until = time.monotonic() + draw.uniform(0, length / 15)
-            worst = max(worst, growth(training, until))
-            if training.process.poll() is not None:
-                break
-            kills += training.kill()
-            if training.newest()[1] == steps:
-                break
-        status = training.process.returncode
-        problem = status not in (0, -signal.SIGKILL) and training.finish()
-        problem = problem or difference(training.out, expected, True)
-        check(not problem, f"{steps} steps, killed {kills} times, end with the same bytes", problem)
-        check(worst <= SLACK, f"between the kills its memory grew by at most {worst} KiB", worst)
-    finally:
-        shutil.rmtree(folder)
+        until = time.monotonic() + draw.uniform(0, length / 15)
+        worst = max(worst, growth(training, until))
+        if training.process.poll() is not None:
+            break
+        kills += training.kill()
+        if training.newest() == steps:
+            break
+    status = training.process.returncode
+    problem = status not in (0, -signal.SIGKILL) and training.finish()
+    problem = problem or difference(training.out, expected, True)
+    check(not problem, f"{steps} steps, killed {kills} times, end with the same bytes", problem)
+    check(worst <= SLACK, f"between the kills its memory grew by at most {worst} KiB", worst)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Kills training runs and compares their results.")
+def run():
+    parser = Parser(description="Kills training runs and compares their results.")
     parser.add_argument("--program", default="./train_gpas")
     parser.add_argument("--data", default="data/toy", help="for the soak, not for --kills")
     parser.add_argument("--kills", type=int, help="short runs to be killed, instead of a soak")
@@ -225,13 +224,21 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the moments")
     o = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if o.kills:
-        kill_runs(os.path.abspath(o.program), o.kills, o.seed)
-    else:
-        soak(os.path.abspath(o.program), o.data, o.seconds, o.seed)
+    if not 0 < o.seconds < 1e9 or o.kills is not None and o.kills < 1:
+        raise Error("--kills and --seconds must be above 0")
+    with tempfile.TemporaryDirectory(prefix="soak_") as folder:
+        try:
+            if o.kills:
+                kill_runs(os.path.abspath(o.program), folder, o.kills, o.seed)
+            else:
+                soak(os.path.abspath(o.program), folder, o.data, o.seconds, o.seed)
+        finally:
+            if Training.process and Training.process.poll() is None:
+                Training.process.kill()
+                Training.process.wait()
     print(f"{passed} passed, {failed} failed")
     return failed > 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(run)

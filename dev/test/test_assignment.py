@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../..")
+ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../.."))
 sys.path.insert(0, os.path.join(ROOT, "dev/class"))
 from assignment import LAYERS, cut, makefile  # noqa: E402
 
@@ -212,8 +215,9 @@ def test_empty(folder):
     wrong = [row["file"] + " " + row["layer"] for row in result["layers"] if row["points"]]
     check(result["points"] == 0 and result["max"] == 210 and not wrong,
           "grade: the empty hand-out, C and CUDA, gets 0 for each layer", wrong or result)
-    for file in ("train_gpas.c", "train_gpas.cu"):
+    for file in ("train_gpas.c", "train_gpas.cu"):      # they may be older than what was graded
         shutil.copy(os.path.join(ROOT, file), folder)
+        os.utime(os.path.join(folder, file), (1e9, 1e9))
     result = grade(folder)
     wrong = [(r["file"], r["layer"], r["forward"] if "forward" in r else r["update"])
              for r in result["layers"] if r["points"] < 10]
@@ -266,21 +270,118 @@ def test_surroundings(folder):
         result = grade(folder, "CC=env gcc", "CXX=env g++")
         check(result["points"] == 10, "grade: a file with %s, a compiler of two words" % name, result)
     write(source.replace("scale * inp[i]", "scale * imp[i]"), folder, "train_gpas.c")
+    write('case $LC_ALL,$TMPDIR in C,*/build/*) exec gcc "$@"; esac; echo Fehler; exit 1', folder,
+          "cc.sh")                  # a compiler that would speak German, and write to TMPDIR
     os.environ.update(LANG="de_DE.UTF-8", LC_ALL="de_DE.UTF-8", TMPDIR="/nowhere")
-    result = grade(folder)
+    result = grade(folder, "CC=sh cc.sh")
     for name in ("LANG", "LC_ALL", "TMPDIR"):
         del os.environ[name]
     check("'imp' undeclared" in str(result["layers"]),
           "grade: in another language and without TMPDIR", result)
+    for compiler in ("gcc \"", " "):
+        done = run(sys.executable, "dev/class/grade.py", "--cc", compiler, cwd=folder)
+        check(done.returncode == 1 and done.stderr.count("\n") == 1 and "--cc" in done.stderr,
+              "grade: error: --cc '%s'" % compiler, done.stderr)
+
+
+def test_signal(folder):
+    """A grader that is stopped in an endless loop stops at once and leaves nothing."""
+    write(read(ROOT, "train_gpas.c") + "__attribute__((constructor)) static void f(void) "
+          "{ for (;;); }\n", folder, "train_gpas.c")
+    child = subprocess.Popen([sys.executable, "dev/class/grade.py", "--json"], cwd=folder,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    build = os.path.join(folder, "build")
+    while child.poll() is None and not any(
+            name.endswith(".grade") for _, _, names in os.walk(build) for name in names):
+        time.sleep(0.01)
+    time.sleep(0.1)
+    child.terminate()
+    begin = time.monotonic()            # each of the twenty checks would take two seconds
+    check(child.wait() == 128 + signal.SIGTERM and os.listdir(build) == []
+          and time.monotonic() - begin < 12, "grade: SIGTERM stops it, and leaves nothing",
+          (time.monotonic() - begin, os.listdir(build)))
+
+
+def test_class(place):
+    """The loop that the README prints: no student gets the grade of another."""
+    fresh, submissions = os.path.join(place, "fresh"), os.path.join(place, "submissions")
+    hand_out(fresh, "gpas")
+    os.mkdir(submissions)
+    for name, text in (("a b", read(ROOT, "train_gpas.c")), ("c", read(fresh, "train_gpas.c"))):
+        write(text, submissions, name + ".c")
+    os.mkdir(os.path.join(submissions, "b.c"))          # what cp cannot copy
+    loop = re.search(r"^    (for s in submissions.*?done)$", read(ROOT, "README.md"), re.S | re.M)
+    run("sh", "-c", loop[1], cwd=place)
+    grades = {name: json.loads(read(submissions, name))["points"]
+              for name in os.listdir(submissions) if name.endswith(".json")}
+    check(grades == {"a b.c.json": 10, "c.c.json": 0}, "the README's loop over a class", grades)
+
+
+def test_makefile(folder):
+    """Of a hand-out, in which nobody minds what is built."""
     for variable in ("OUT=", "LAYERS= ", "SEED=", "CC=", "PYTHON="):
-        done = run("make", "-s", "assignment" if variable < "P" else "grade", variable, cwd=ROOT)
+        done = run("make", "-s", "grade", variable, cwd=folder)
         check(done.returncode == 2 and "given, but empty" in done.stderr
               and done.stderr.count("\n") == 1, "make: %s" % variable, done.stderr)
+    done = run("make", "-sn", "assignment", cwd=ROOT, env={**os.environ, "OUT": "", "SECONDS": "1"})
+    check("--out='assignment'" in done.stdout, "make: OUT of the environment does not count", done)
+    flags = "CFLAGS=-O0 -DX='\"a b\"' -DY=\"'z'\""
+    done = [run("make", "train_gpas", flags, cwd=folder) for _ in range(2)]
+    check(done[0].returncode == 0 and done[1].stdout == "", "make: flags in quotes", done)
+    os.utime(os.path.join(folder, "train_gpas.c"))
+    run("make", "train_gpas", "CC=touch train_gpas; false", cwd=folder)
+    check(not os.path.exists(os.path.join(folder, "train_gpas")),
+          "make: what a compiler that failed has written is gone")
+    if os.path.exists(os.path.join(ROOT, ".git")) and shutil.which("git"):
+        done = run("git", "ls-files", "--eol", cwd=ROOT)
+        wrong = [x for x in done.stdout.split("\n") if x and "eol=lf" not in x and "-text" not in x]
+        check(done.stdout and not wrong, "a clone has LF everywhere", wrong)
+
+
+def test_run_tests(place):
+    """run_tests.sh: words in quotes, bytes of any kind, results that nobody could read."""
+    script = os.path.join(ROOT, "dev/test/run_tests.sh")
+    write("printf '\\351\\0 seen\\n3 passed, 1 failed\\n'", place, "a test.sh")
+    done = subprocess.run(["sh", script, "sh 'a test.sh'", "true"], cwd=place, check=False,
+                          stdout=subprocess.PIPE)
+    check(done.returncode == 1 and b" seen\n" in done.stdout
+          and done.stdout.endswith(b"4 passed, 1 failed\n"), "run_tests.sh adds up", done)
+    with open("/dev/full", "w", encoding="ascii") as full:
+        done = subprocess.run(["sh", script, "true"], cwd=place, check=False, stdout=full,
+                              stderr=subprocess.DEVNULL)
+    check(done.returncode != 0, "run_tests.sh: a full disk", done)
+
+
+def test_places(place):
+    """A project in an odd place, with a comment in Latin-1; folders to write to."""
+    project = os.path.join(place, "[a] b \u00e9")
+    for name in ("train_gpas.c", "Makefile", "LICENSE", "prepro_tinystories.py", "dev"):
+        copy = shutil.copytree if name == "dev" else shutil.copy
+        os.makedirs(project, exist_ok=True)
+        copy(os.path.join(ROOT, name), os.path.join(project, name))
+    with open(os.path.join(project, "train_gpas.c"), "ab") as file:
+        file.write(b"// Zo\xeb\n")
+    done = run("make", "-s", "assignment", "OUT=it's $$HOME", cwd=project)
+    check(done.returncode == 0, "assignment: a project in [a] b \u00e9", done)
+    with open(os.path.join(project, "it's $HOME", "train_gpas.c"), "rb") as file:
+        check(file.read().endswith(b"// Zo\xeb\n"), "assignment: bytes remain what they are")
+    check(os.path.exists(os.path.join(project, "it's $HOME", "dev", "gemm.h")),
+          "assignment: the headers are there")
+    program, empty = os.path.join(ROOT, "dev/class/assignment.py"), os.path.join(place, "empty")
+    os.mkdir(empty)
+    for command, cwd in ((["--out", "new/folder"], place), (["--out", "."], empty)):
+        done = run(sys.executable, program, "gpas", *command, cwd=cwd, preexec_fn=lambda:
+                   resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
+        check(done.returncode == 1 and done.stderr.count("\n") == 1 and not os.listdir(empty)
+              and not os.path.exists(os.path.join(place, "new/folder")),
+              "assignment: %s: complete or not there" % command, done)
+    done = run(sys.executable, program, "gpas", "--out", ".", cwd=empty)
+    check(os.path.exists(os.path.join(empty, "TASK.md")), "assignment: an empty folder", done)
 
 
 def test_errors(folder):
-    for arguments, say in ((["gpas", "gaps"], "no layer gaps"), (["gpas"], "exists already"),
-                           (["--out", ""], "empty"), (["--out", "."], "exists already")):
+    for arguments, say in ((["gpas", "gaps"], "no layer gaps"), (["gpas"], "already there"),
+                           (["--out", ""], "empty")):
         done = hand_out(folder, *arguments)
         check(done.returncode == 1 and say in done.stderr and done.stderr.count("\n") == 1,
               "assignment: error: %s" % say, done.stderr)
@@ -290,7 +391,9 @@ def main():
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.pop("MAKEFLAGS", None)  # called by make, its options are not for the hand-out's
     test_rules()
-    with tempfile.TemporaryDirectory() as place:
+    os.makedirs(os.path.join(ROOT, "build"), exist_ok=True)
+    # Below build/, for TMPDIR may allow no programs.
+    with tempfile.TemporaryDirectory(dir=os.path.join(ROOT, "build")) as place:
         test_empty(os.path.join(place, "all"))
         test_mistakes(os.path.join(place, "all"), KERNELS, "kernels", "train_gpas.cu")
         test_mistakes(os.path.join(place, "all"), MORE_KERNELS, "more kernels", "train_gpas.cu")
@@ -299,7 +402,13 @@ def main():
         test_mistakes(os.path.join(place, "some"), READINGS, "readings")
         test_mistakes(os.path.join(place, "some"), VIOLENT, "violence")
         test_errors(os.path.join(place, "some"))
-        test_surroundings(os.path.join(place, "with a space, \u00e9"))
+        folder = os.path.join(place, "with a space, \u00e9")
+        test_surroundings(folder)
+        test_signal(folder)
+        test_makefile(folder)
+        test_class(place)
+        test_run_tests(place)
+        test_places(place)
     print("%d passed, %d failed" % (counts[True], counts[False]))
     sys.exit(counts[False] > 0)
 

@@ -14,12 +14,15 @@ import math
 import os
 import random
 import re
-import shutil
+import resource
 import struct
 import subprocess
 import sys
 import tempfile
 import zlib
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
+from command import read_json
 
 HERE = os.path.abspath(".")
 EXPORT, PREPRO = f"{HERE}/dev/tools/export.py", f"{HERE}/prepro_tinystories.py"
@@ -36,16 +39,17 @@ def check(good, what, details=""):
     passed, failed = passed + bool(good), failed + (not good)
 
 
-def run(*command):
-    """Exit status, stdout and stderr."""
+def run(*command, limit=None, **environment):
+    """Exit status, stdout and stderr. limit: bytes that a file may have."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=300,
-                          env={**os.environ, "OMP_WAIT_POLICY": "passive"})
+                          stderr=subprocess.PIPE, timeout=300, preexec_fn=limit and (
+                              lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
+                          env={**os.environ, "OMP_WAIT_POLICY": "passive", **environment})
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-def export(*arguments):
-    return run(sys.executable, EXPORT, *arguments)
+def export(*arguments, **settings):
+    return run(sys.executable, EXPORT, *arguments, **settings)
 
 
 def check_error(what, result, words):
@@ -74,24 +78,28 @@ def floats(data):
     return list(struct.unpack(f"<{len(data) // 4}f", data))
 
 
+def header_of(data):
+    """(what the header says, where it ends)"""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return read_json(data[8:end]), end
+
+
 def read_safetensors(path):
     """(header, {name: numbers})"""
     data = read(path)
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:8 + length])
+    header, start = header_of(data)
     tensors = {}
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            tensors[name] = floats(data[8 + length + begin:8 + length + end])
+            tensors[name] = floats(data[start + begin:start + end])
     return header, tensors
 
 
 def change(path, new_path, tensors):
     """A copy of a checkpoint in which these tensors have other numbers."""
     data = bytearray(read(path))
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
+    header, start = header_of(data)
     for name, numbers in tensors.items():
         begin, end = header[name]["data_offsets"]
         data[start + begin:start + end] = struct.pack(f"<{len(numbers)}f", *numbers)
@@ -318,6 +326,10 @@ def test_tokenizer():
     check_error("another tokenizer of the same size", export(path, "--to", "hf", "--out", "x"),
                 "another tokenizer")
     checksum = b',"tokenizer":"%d"' % zlib.crc32(data)
+    for value in (b'"x"', b"7", b"[]"):
+        write("bad", longer(read(path), checksum, b',"tokenizer":' + value))
+        check_error(f"a checksum that is {value.decode()}",
+                    export("bad", "--to", "hf", "--out", "x"), "another tokenizer")
     write("old", longer(read(path), checksum, b""))     # as before checkpoints had it
     path = "old"
     place = data.index(b"the")
@@ -359,7 +371,9 @@ def test_refusals():
     change(good, "nan", {"layers.1.feed_forward.w3.weight": [math.nan] + [0.0] * (H * C - 1)})
     check_error("a weight that is not a number", export("nan", "--to", "hf", "--out", "x"),
                 "layers.1.feed_forward.w3.weight holds NaN or infinity")
-    end = 8 + length
+    header, end = header_of(data)
+    norm = re.search(rb'"norm.weight":\{.*?\}', data)[0]
+    at = header["norm.weight"]["data_offsets"][0]
     for what, bad, words in (
             ("an empty file", b"", "safetensors header"), ("7 bytes", data[:7], "safetensors"),
             ("half a header", data[:length // 2], "safetensors"),
@@ -372,6 +386,13 @@ def test_refusals():
             ("no numbers", data[:end], "bytes of numbers"), ("a longer file", data + b"x", "bytes"),
             ("another shape", data.replace(b"[259,16]", b"[16,259]", 1), "tok_embeddings"),
             ("another name", data.replace(b'"norm.weight"', b'"morn.weight"', 1), "norm.weight"),
+            ("a tensor that is a number", longer(data, norm, b'"norm.weight":5'), "norm.weight"),
+            ("no offsets", longer(data, norm, b'"norm.weight":{}'), "norm.weight"),
+            ("offsets in words", longer(data, norm, norm[:-1].replace(b"[", b'["x",', 2)
+                                        + b"}"), "not that of its options"),
+            ("a place used twice", longer(data, norm, norm.replace(str(at).encode(), b"0")),
+             "not that of its options"),
+            ("half a character", longer(data, b'"data":"data', b'"data":"\\ud800'), "--data"),
             ("layers of 5000 digits", longer(data, b'"layers":"3', b'"layers":"' + b"3" * 5000),
              "--layers"),
             ("nested arrays", longer(data, b"{", b"[" * 100000), "metadata"),
@@ -397,19 +418,16 @@ def test_refusals():
     check_error("a folder", export("data", "--to", "hf", "--out", "x"), "data")
     os.mkfifo("pipe")
     check_error("a pipe", export("pipe", "--to", "hf", "--out", "x"), "not a file")
-    os.makedirs("x.unfinished/mine")
-    check_error("another's folder", export(good, "--to", "hf", "--out", "x"), "File exists")
-    check(os.path.isdir("x.unfinished/mine"), "another's folder is kept")
-    shutil.rmtree("x.unfinished")
-    os.symlink("hf0", "y")
-    check_error("a link", export(good, "--to", "hf", "--out", "y"), "already there")
+    os.symlink("hf0", "link")
+    check_error("a link", export(good, "--to", "hf", "--out", "link"), "already there")
     for option in ("--out", "--data", "--to"):
         check(export(good, "--to", "hf", "--out", "x", option, "")[0] == 1, f"empty: {option}")
     check_error("an existing folder", export(good, "--to", "hf", "--out", "hf0"), "already there")
     check_error("no --out", export(good, "--to", "hf"), "--out")
     check_error("another target", export(good, "--to", "onnx", "--out", "x"), "--to")
-    header = json.loads(data[8:end])        # as if another program had written it: other places
-    names = sorted(set(header) - {"__metadata__"}, reverse=True)
+    check_error("a file that may not grow", export(good, "--to", "hf", "--out", "x", limit=2000),
+                "too large")
+    names = sorted(set(header) - {"__metadata__"}, reverse=True)    # as another program writes it
     moved, body = {"__metadata__": header["__metadata__"]}, b""
     for name in names:
         first, last = header[name]["data_offsets"]
@@ -420,9 +438,37 @@ def test_refusals():
     status, _, errors = export("moved", "--to", "llama2c", "--out", "moved_c")
     check(status == 0 and read("moved_c/model.bin") == read("llama2c0/model.bin"),
           "a checkpoint that another program rewrote", errors)
-    left = [name for name in os.listdir(".") if name.startswith("x")]
+    left = [name for name in os.listdir(".") if name.startswith(("x", ".unfinished"))]
     check(not left, "what is refused leaves nothing behind", left)
     check(weights == read_safetensors(good)[1], "the checkpoint is not touched")
+
+
+def test_places():
+    """Where the files may go, and what is left of it when that fails."""
+    good = "net0/ckpt_000001.safetensors"
+    home, files = os.getcwd(), sorted(os.listdir("hf0"))
+    for name in ("there", "a b \u00e9"):
+        os.mkdir(name)
+        folder = os.stat(name)
+        status, _, errors = export(good, "--to", "hf", "--out", name, limit=2000)
+        check(status == 1 and os.listdir(name) == [], f"{name}: what fails leaves it empty", errors)
+        os.chdir(name)
+        result = export(f"{home}/{good}", "--to", "hf", "--out", ".", "--data", f"{home}/data")
+        os.chdir(home)
+        check(sorted(os.listdir(name)) == files and os.path.samestat(folder, os.stat(name)),
+              f"{name}: an empty folder is filled and remains what it is", result)
+    os.makedirs("y.unfinished/mine")
+    export(good, "--to", "hf", "--out", "y/z/")
+    check(sorted(os.listdir("y/z")) == files and os.path.isdir("y.unfinished/mine"),
+          "a folder in a folder; another's stays", os.listdir("y.unfinished"))
+    write_tokens("a b \u00e9/train.bin", [1] * 100)
+    write_tokens("a b \u00e9/val.bin", [1] * 100)
+    write("a b \u00e9/tokenizer.bin", read("data/tokenizer.bin"))
+    result = export(train("foreign", data="a b \u00e9"), "--to", "hf", "--out", "plain", LC_ALL="C",
+                    PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    check(result[0] == 0, "the folder of the data has a name that the locale cannot spell", result)
+    padded = json.loads(read("hf0/tokenizer_config.json"))["pad_token"]
+    check(padded == "</s>", "tokenizer_config.json: what pads a batch", padded)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -543,6 +589,7 @@ def main():
             test_networks()
             test_tokenizer()
             test_refusals()
+            test_places()
         path = loosen(train("evaluated", "--norm", "lns"), [0.3, 0.5, 0.2])
         export(path, "--to", "hf", "--out", "evaluated_hf")
         test_evaluation(program or TRAIN, hf_model("evaluated_hf"), path)

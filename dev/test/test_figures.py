@@ -2,16 +2,21 @@
 """
 Checks figures.py on a table of tiny runs: missing runs are trained, an interrupted set
 continues and ends with the same numbers, and a wrong table gives one line. Drawing is checked where
-matplotlib is installed.
+matplotlib is installed. What compare.py, report.py, roofline.py, soak.py and gpu.sh do with wrong
+calls and with files that are not theirs is checked at the end.
 
     python3 dev/test/test_figures.py
 """
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../..")
+ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../.."))
 sys.path.insert(0, os.path.join(ROOT, "dev/tools"))
 import figures  # noqa: E402
 
@@ -32,9 +37,15 @@ def check(good, name, seen=""):
     print("%s %s%s" % ("ok  " if good else "FAIL", name, "" if good else ": " + str(seen)))
 
 
-def run(*command):
+def check_error(what, done, words):
+    """One line on stderr, of two lines of a terminal at most, that holds the words; status 1."""
+    check(done.returncode == 1 and done.stderr.count("\n") == 1 and words in done.stderr
+          and len(done.stderr) < 160, f"error: {what}", done)
+
+
+def run(*command, cwd=ROOT, **settings):
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          check=False, cwd=ROOT)
+                          stdin=subprocess.DEVNULL, check=False, cwd=cwd, **settings)
 
 
 def write(path, text):
@@ -88,8 +99,97 @@ def test_runs(folder):
     else:
         check(done.returncode == 0 and os.path.getsize(drawn) > 1000, "draws", done)
     os.unlink(os.path.join(folders[1], "log.csv"))
-    done = run(*figures_py, "--draw-only")
-    check(done.returncode == 1 and done.stderr.count("\n") == 1, "misses a run", done)
+    write(os.path.join(folders[1], "ckpt_best.safetensors"), "mine")
+    check_error("misses a run", run(*figures_py, "--draw-only"), "1 runs are missing")
+    check(run(*figures_py, "--run-only").returncode == 0
+          and os.path.exists(os.path.join(folders[1], "ckpt_best.safetensors")),
+          "a run that died is trained again; other files stay")
+    shutil.rmtree(folders[1])
+    os.mkdir(folders[1])
+    write(os.path.join(folders[1], "samples.txt"), "mine")
+    check_error("another's run", run(*figures_py, "--run-only"), "did not write")
+    os.mkdir(os.path.join(folders[1], "log.csv"))
+    check_error("a log that is a folder", run(*figures_py, "--run-only"), "not a file")
+
+
+def test_signal(folder):
+    """A signal to all processes at once, as a terminal or `timeout` sends it: the run saves."""
+    slow = SIZES.replace("--channels 8 --hidden 16", "--channels 256 --hidden 1024")
+    table = write(os.path.join(folder, "slow.tsv"), f"common\t{slow} --total-batch 1000 --steps 4 "
+                  "--val-batches 1\nseeds\t1\npre.base.toy.1\t--norm pre\n")
+    out = os.path.join(folder, "slow")
+    child = subprocess.Popen([sys.executable, "dev/tools/figures.py", "--table", table,
+                              "--out", out, "--toy", os.path.join(folder, "data"), "--run-only"],
+                             cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+    run_folder = os.path.join(out, "pre.base.toy.1", "seed-1")
+    try:
+        while child.poll() is None and not os.path.exists(os.path.join(run_folder, "log.csv")):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.killpg(child.pid, signal.SIGTERM)
+        status = child.wait(timeout=60)
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+    check(status == 128 + signal.SIGTERM and figures.checkpoints(run_folder),
+          "a signal to all processes: the run saves", (status, os.listdir(run_folder)))
+
+
+def write_run(folder, gate, losses):
+    """The logs of a run of one layer."""
+    os.makedirs(folder)
+    write(f"{folder}/log.csv", "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s\n" + "".join(
+        f"{step},{loss},{loss},0.001,1,10,1000\n" for step, loss in enumerate(losses)))
+    write(f"{folder}/layers.csv", "step,layer,attention_variance,mlp_variance,gate,grad_norm\n"
+          + "".join(f"{step},1,1,2,{gate},1\n" for step in range(len(losses))))
+    return folder
+
+
+def test_pages(folder):
+    """compare.py and report.py."""
+    a = write_run(os.path.join(folder, "up"), "", [5, 6, 7])
+    b = write_run(os.path.join(folder, "b\udce9 \n<b>"), "0.1", [5, 4, 3])
+    page, tools = os.path.join(folder, "page", "report.html"), "dev/tools/"
+    os.mkdir(os.path.dirname(page))
+    write(page, "<!DOCTYPE html><!-- written by dev/tools/report.py -->")
+    write(os.path.join(b, "ckpt_best.safetensors"), "")
+    for program, arguments in (("compare.py", []), ("report.py", ["--out", page])):
+        done = run(sys.executable, tools + program, a, b, *arguments)
+        check(done.returncode == 0 and "Another story" not in done.stdout,
+              f"{program}: losses that rise, a name in bytes, no checkpoint", done)
+    with open(page, encoding="utf-8") as file:
+        text = file.read()
+    check("<b>" not in text and "&lt;b&gt;" in text, "report.py: a name is no HTML")
+    done = run(sys.executable, tools + "report.py", a, "--out", page,
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
+    with open(page, encoding="utf-8") as file:
+        check(file.read() == text and os.listdir(os.path.dirname(page)) == ["report.html"],
+              "report.py: after an error the old page is there, and nothing else", done)
+    os.mkfifo(os.path.join(folder, "pipe"))
+    check_error("report.py to a pipe", run(sys.executable, tools + "report.py", a, "--out",
+                                           os.path.join(folder, "pipe")), "not a file")
+    write(os.path.join(a, "log.csv"), "")
+    check_error("compare.py: an empty log", run(sys.executable, tools + "compare.py", a, b),
+                "line 1")
+
+
+def test_wrong_calls(folder):
+    roofline = [sys.executable, "dev/gpu/roofline.py"]
+    measured = write(os.path.join(folder, "measured"), "rope_forward;12;x\nswiglu_forward;12;0\n")
+    for arguments, words in ((["71m", "\u00b2", "1"], "give a preset"), (["--tbytes", "0"], "rate"),
+                             (["71m", "1", "1", "--measured", folder], "not a file"),
+                             (["71m", "1", "1", "--measured", ""], "empty")):
+        check_error(f"roofline.py {arguments}", run(*roofline, *arguments), words)
+    done = run(*roofline, "71m", "1", "1", "--measured", measured)
+    check(done.returncode == 0 and "nan" in done.stdout, "roofline.py: times that are none", done)
+    soak = [sys.executable, "dev/test/soak.py"]
+    for arguments in (["--kills", "0"], ["--seconds", "nan"], ["--seconds", "inf"]):
+        check_error(f"soak.py {arguments}", run(*soak, *arguments), "above 0")
+    os.makedirs(os.path.join(folder, "out", "gpu"), exist_ok=True)
+    gpu = ["sh", os.path.join(ROOT, "dev/gpu/gpu.sh")]
+    for arguments, words in (([], "rename it"), (["--peer", ""], "--peer"), ([""], "no part")):
+        check_error(f"gpu.sh {arguments}", run(*gpu, *arguments, cwd=folder), words)
 
 
 def test_tables(folder):
@@ -110,6 +210,9 @@ def test_tables(folder):
 def main():
     with tempfile.TemporaryDirectory() as folder:
         test_runs(folder)
+        test_signal(folder)
+        test_pages(folder)
+        test_wrong_calls(folder)
         test_tables(folder)
     print(f"{counts[True]} passed, {counts[False]} failed")
     return counts[False] > 0

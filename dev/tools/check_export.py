@@ -90,7 +90,8 @@ def check(good, what, details=""):
 
 
 def call(*command, **environment):
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    words = [word.encode("utf-8", "surrogateescape") for word in command]   # in any locale
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env={**os.environ, "OMP_WAIT_POLICY": "passive", **environment})
     if done.returncode:
         raise Error(f"{' '.join(command)}: {done.stderr.decode(errors='replace')}")

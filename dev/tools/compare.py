@@ -7,14 +7,13 @@ Two trainings of the same network, compared on one page, most often without GPAS
 The page shows losses, the steps that one needed to reach the other's loss, variances, gates and a
 story from each. report.py draws the same and more for any number of runs.
 """
-import glob
 import math
 import os
 import shlex
 import sys
 from textwrap import wrap
 
-from runs import Error, Run, printable
+from runs import Error, Run, checkpoints, printable
 from command import Parser, main
 
 WIDTH, STORY_LINES = 80, 12
@@ -157,7 +156,7 @@ def story(run, name):
 
 def hints(a, b):
     lines = ["", *wrap(f"Logs and checkpoints: {a.folder} and {b.folder}.", WIDTH)]
-    if glob.glob(os.path.join(glob.escape(b.folder), "ckpt_*.safetensors")):
+    if checkpoints(b.folder):
         lines += ["Another story:", f"  ./train_gpas --load {shlex.quote(b.folder)} "
                   '--prompt "Once upon a time"']
     return lines

@@ -18,14 +18,13 @@ import json
 import math
 import mmap
 import os
-import shutil
 import struct
 import sys
 import zlib
 from array import array
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
-from command import Error, Parser, main, read_json
+from command import Error, Parser, check_file, main, new_folder, read_json
 from runs import gate_value
 
 EPS = 1e-6                          # of train_gpas's RMSNorm
@@ -42,9 +41,7 @@ class Checkpoint:
     """options: text by name; C, H, ...: their sizes; tensors: little-endian fp32 by name."""
 
     def __init__(self, path):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise Error(f"{path} is not a file")
-        with open(path, "rb") as file:
+        with open(check_file(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
@@ -76,6 +73,16 @@ class Checkpoint:
             raise Error(f"{self.path} is damaged: its --{name} is {text[:40]!r}")
         return int(text)
 
+    def folder_of_data(self):
+        """The --data of the training. A checkpoint is UTF-8, whatever the locale is."""
+        data = self.options.get("data", ".")
+        try:
+            if "\0" not in data:
+                return os.fsdecode(data.encode())
+        except (AttributeError, TypeError, UnicodeError):
+            pass
+        raise Error(f"{self.path} is damaged: its --data is {data!r}")
+
     def shapes(self):
         """Names and shapes of the tensors of pre and lns, in the checkpoint's order."""
         C, H, V = self.C, self.H, self.V
@@ -93,27 +100,34 @@ class Checkpoint:
         yield "output.weight", [V, C]
 
     def read_tensors(self, header, data):
-        """Tensors must be those of the options; Adam's moments may be there. Another program may
-        have written them in another order."""
-        self.tensors = {}
-        size = sum(4 * math.prod(shape) for _, shape in self.shapes())
-        expected = size * (3 if any(name.startswith("adam_") for name in header) else 1)
-        if len(data) != expected:
-            raise Error(f"{self.path} is damaged: {len(data)} bytes of numbers, not {expected}")
-        for name, shape in self.shapes():
-            begin = (header.get(name) or {}).get("data_offsets", [0])[0]
-            end = begin + 4 * math.prod(shape)
-            if header.get(name) != {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]} \
-                    or not 0 <= begin <= len(data) - (end - begin):
+        """Tensors must be those of the options, perhaps with Adam's moments. They fill the file
+        without a gap, in any order: another program may have written them."""
+        self.tensors, begin = {}, 0
+        adam = ["adam_m.", "adam_v."] if any(name.startswith("adam_") for name in header) else []
+        size = sum(4 * math.prod(shape) for _, shape in self.shapes()) * (1 + len(adam))
+        if len(data) != size:
+            raise Error(f"{self.path} is damaged: {len(data)} bytes of numbers, not {size}")
+        shapes = {kind + name: shape for kind in ["", *adam] for name, shape in self.shapes()}
+        for name in sorted(set(header) ^ set(shapes), key=lambda name: (name in header, name)):
+            raise Error(f"{self.path} is damaged: {name} is not there, or should not be")
+        for name in sorted(shapes, key=lambda name: place(header[name])):
+            end = begin + 4 * math.prod(shapes[name])
+            if header[name] != {"dtype": "F32", "shape": shapes[name],
+                                "data_offsets": [begin, end]}:
                 raise Error(f"{self.path} is damaged: its {name} is not that of its options")
-            self.tensors[name] = data[begin:end]
-        for extra in set(header) - set(self.tensors):
-            if not extra.startswith(("adam_m.", "adam_v.")):
-                raise Error(f"{self.path} is damaged: it has a tensor {extra!r}")
+            if not name.startswith("adam_"):
+                self.tensors[name] = data[begin:end]
+            begin = end
         for name, view in self.tensors.items():
             if not math.isfinite(sum(floats(view))):
                 raise Error(f"{self.path}: {name} holds NaN or infinity; "
                             "did the training diverge?")
+
+
+def place(entry):
+    """Where a tensor begins, by its entry in a header; 0 if it does not say."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    return offsets[0] if isinstance(offsets, list) and offsets and type(offsets[0]) is int else 0
 
 
 def refuse_what_does_not_fold(checkpoint):
@@ -206,7 +220,7 @@ class Tokenizer:
     def __init__(self, folder, V, checksum=None):
         self.path = f"{folder}/tokenizer.bin"
         try:
-            with open(self.path, "rb") as file:
+            with open(check_file(self.path), "rb") as file:
                 self.file = file.read()
         except FileNotFoundError:
             raise Error(f"{self.path} is missing; --data names the folder that has it")
@@ -221,7 +235,7 @@ class Tokenizer:
             self.pieces.append((score, self.file[at - length:at]))
         if len(self.pieces) != V:
             raise Error(f"{self.path} has {len(self.pieces)} pieces, but the network has {V}")
-        if checksum and int(checksum) != zlib.crc32(self.file):
+        if checksum not in (None, str(zlib.crc32(self.file))):
             raise Error(f"{self.path} is another tokenizer than the network was trained with")
         texts = [text for _, text in self.pieces]
         if V < BYTES.stop or struct.unpack("<i", self.file[:4])[0] != max(map(len, texts)):
@@ -274,7 +288,7 @@ def sentencepiece_model(tokenizer):
     message; the pieces are in its fields 1, whose own field 1 is the text."""
     path = f"{os.path.dirname(tokenizer.path)}/tokenizer.model"
     try:
-        with open(path, "rb") as file:
+        with open(check_file(path), "rb") as file:
             model = file.read()
     except FileNotFoundError:
         raise Error(f"{path} is missing; without it llama.cpp could not join pieces")
@@ -450,21 +464,16 @@ def sync(path):
 
 
 def write_folder(out, files):
-    """Write the files under a temporary name, wait until they are on the disk, then rename: the
-    folder is complete or not there."""
-    temporary = out + ".unfinished"
-    os.makedirs(temporary)                          # an error if there is one: it is not ours
-    try:
+    """Write the files and wait until they are on the disk; then they get their place."""
+    with new_folder(out) as folder:
         for name, parts in files.items():
-            with open(f"{temporary}/{name}", "wb") as file:
+            with open(f"{folder}/{name}", "wb") as file:
                 for part in parts:
                     file.write(part)
-            sync(f"{temporary}/{name}")
-        sync(temporary)
-        os.rename(temporary, out)
-        sync(os.path.dirname(out) or ".")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            sync(f"{folder}/{name}")
+        sync(folder)
+    sync(out)
+    sync(os.path.dirname(os.path.abspath(out)))
 
 
 def run():
@@ -475,19 +484,12 @@ def run():
     parser.add_argument("--data", metavar="DIR",
                         help="folder of the tokenizer (the checkpoint's own --data)")
     args = parser.parse_args()
-    out = os.path.normpath(args.out)
-    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
-        raise Error(f"{out} is already there; name another --out")
-    if os.path.islink(out) or os.path.ismount(out):
-        raise Error(f"{out} cannot be replaced by a folder that is complete; name one below it")
     checkpoint = Checkpoint(args.checkpoint)
-    data = args.data or checkpoint.options.get("data", ".")
-    if not isinstance(data, str) or "\0" in data:
-        raise Error(f"{args.checkpoint} is damaged: its --data is {data!r}")
+    data = args.data or checkpoint.folder_of_data()
     tokenizer = Tokenizer(data, checkpoint.V, checkpoint.options.get("tokenizer"))
     files = {"llama2c": llama2c_files, "hf": hf_files}[args.to](checkpoint, tokenizer)
-    write_folder(out, files)
-    print(f"{out}: {', '.join(sorted(files))}")
+    write_folder(args.out, files)
+    print(f"{args.out}: {', '.join(sorted(files))}")
 
 
 if __name__ == "__main__":

@@ -14,17 +14,18 @@ printed. The figures go to docs/figures as SVG, the numbers to docs/figures/numb
 Configurations are named SCHEME.KIND.DATA.LR, as in pre.gpas.toy.1e-3; the figures find them by it.
 """
 import csv
-import glob
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
-from command import Error, Interrupted, Parser, main, say
+from command import Error, Interrupted, Parser, main, new_file, say
+from runs import checkpoints, read_text
 
 
 # ---------------------------------------------------------------------------
@@ -36,7 +37,7 @@ class Experiment:
     def __init__(self, name, options, out):
         self.name, self.options, self.out = name, options, out
         parts = name.split(".")
-        if len(parts) != 4 or not re.fullmatch(r"[\w.+-]+", name):
+        if len(parts) != 4 or not re.fullmatch(r"[A-Za-z0-9_.+-]+", name):
             raise Error(f"{name!r} is not named SCHEME.KIND.DATA.LR")
         self.scheme, self.kind, self.data, self.lr = parts
         if "--steps" not in options[:-1] or not re.fullmatch(r"[0-9]{1,9}", self.steps()):
@@ -86,9 +87,8 @@ def read_rows(path, numbers):
     """The rows of a log; none where there is no file. These columns are numbers or empty, `step` is
     a whole number. A last line that a kill cut off is left out."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            text = file.read()
-    except OSError:
+        text = read_text(path)
+    except FileNotFoundError:
         return []
     name, at = "its header", 1
     try:
@@ -116,26 +116,30 @@ def complete(experiment, seed):
 def train(experiment, seed, program, folders):
     """Trains or goes on; ends the program when ./train_gpas fails."""
     folder = experiment.folder(seed)
-    checkpoints = sorted(glob.glob(os.path.join(folder, "ckpt_*.safetensors")))
-    if checkpoints:
-        command = [program, "--resume", checkpoints[-1]]
+    output_path = os.path.join(folder, "output.txt")
+    os.makedirs(folder, exist_ok=True)
+    if os.listdir(folder) and not os.path.exists(output_path):
+        raise Error(f"{folder} holds what figures.py did not write; name another --out")
+    if checkpoints(folder):
+        command = [program, "--resume", folder]
     else:
         command = [program, *experiment.options, "--seed", str(seed), "--out", folder,
                    "--data", folders[experiment.data], "--overwrite", "on"]
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "output.txt"), "a", encoding="utf-8") as output:
+    with open(output_path, "a", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
             status = process.wait()
-        except Interrupted:
+        except Interrupted as stop:
             say("the run saves and stops, the next call goes on; a second time stops at once")
-            process.terminate()
+            # It may have had the same signal already, and stops at once at the second of a kind.
+            interrupted = stop.args[0] == signal.SIGINT
+            process.send_signal(signal.SIGTERM if interrupted else signal.SIGINT)
             process.wait()
             raise
     if status:
-        raise Error(f"{' '.join(command)} ended with status {status}; see {folder}/output.txt")
-    for path in glob.glob(os.path.join(folder, "ckpt_*.safetensors")):
-        os.unlink(path)  # the logs are what the figures need
+        raise Error(f"{' '.join(command)} ended with status {status}; see {output_path}")
+    for name in checkpoints(folder):
+        os.unlink(os.path.join(folder, name))  # the logs are what the figures need
 
 
 def run_all(experiments, seeds, program, folders):
@@ -195,7 +199,9 @@ class Result:
 
     def column(self, name, steps):
         """A column of layers.csv by layer: mean over the seeds and over these steps."""
-        rows = zip(*(layers[step] for layers in self.layers for step in steps))
+        rows = list(zip(*(layers[step] for layers in self.layers for step in steps)))
+        if not all(r[name] for layer in rows for r in layer):
+            raise Error(f"{self.experiment.name}: a {name} is missing in its layers.csv")
         return [statistics.mean(float(r[name]) for r in layer) for layer in rows]
 
 
@@ -283,7 +289,7 @@ def write_numbers(results, path):
     lines += ["", "| others | final validation loss |", "|---|---|"]
     lines += [f"| {r.experiment.name} | {spread(r)} |" for r in others]
     lines += numbers_by_layer(results)
-    with open(path, "w", encoding="utf-8") as file:
+    with new_file(path) as name, open(name, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
 
 
@@ -431,14 +437,14 @@ def draw_all(matplotlib, results, folder):
     plt = matplotlib.pyplot
     matplotlib.rcParams.update({"font.size": 9, "svg.fonttype": "path", "axes.edgecolor": "#6b7280",
                                 "svg.hashsalt": "gpas", "figure.facecolor": "#ffffff"})
-    os.makedirs(folder, exist_ok=True)
     for data in sorted({r.experiment.data for r in results}):
         for draw in (draw_losses, draw_variance, draw_gates, draw_gradients, draw_schemes):
             name = draw.__name__.replace("draw_", "") + ("" if data == "toy" else "-" + data)
             figure = draw(plt, results, data)
             if figure is None:
                 continue  # the table has no experiments for it with this data
-            figure.savefig(os.path.join(folder, name + ".svg"), metadata={"Date": None})
+            with new_file(f"{folder}/{name}.svg") as path:
+                figure.savefig(path, format="svg", metadata={"Date": None})
             plt.close(figure)
             print(f"{folder}/{name}.svg")
     write_numbers(results, os.path.join(folder, "numbers.md"))

@@ -12,7 +12,7 @@ import os
 from statistics import mean, median
 
 from runs import Error, Run, printable
-from command import Parser, main
+from command import Parser, check_file, main, new_file
 
 HEAD = "<!DOCTYPE html><!-- written by dev/tools/report.py -->"
 COLORS = 7                              # of the runs, --c0 to --c6 below; then they begin again
@@ -148,10 +148,11 @@ def overview(runs):
         if number and goal_step:
             step = run.reached(first.val[goal_step])
             own = first.reached(first.val[goal_step])
-            needed = "not reached" if step is None else \
-                f"{step:.0f} of {own:.0f} ({100 * (step / own - 1):+.0f}%)"
+            needed = "not reached" if step is None else f"{step:.0f}"
+            if step is not None and own:
+                needed += f" of {own:.0f} ({100 * (step / own - 1):+.0f}%)"
         speed = [row["tokens_per_s"] for row in run.rows.values() if row["tokens_per_s"]]
-        rows.append([key(number, run), run.kind(), run.state(),
+        rows.append([key(number, run), html.escape(run.kind()), run.state(),
                      f"{run.val[at]:.4f}" if at is not None else "", change, needed,
                      f"{median(speed):,.0f}" if speed else ""])
     return table(["run", "network", "trained", "validation loss", "difference to the first",
@@ -230,14 +231,12 @@ def run():
     parser.add_argument("--out", metavar="FILE", default="out/report.html")
     options = parser.parse_args()
     if os.path.exists(options.out):
-        with open(options.out, "rb") as file:
+        with open(check_file(options.out), "rb") as file:
             if file.read(len(HEAD)) != HEAD.encode():
                 raise Error(f"{options.out} is not a report; give another --out")
     text = page([Run(folder) for folder in options.runs])
-    os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
-    with open(options.out + ".part", "w", encoding="utf-8") as file:
+    with new_file(options.out) as name, open(name, "w", encoding="utf-8", errors="replace") as file:
         file.write(text)
-    os.replace(options.out + ".part", options.out)
     print(f"{options.out} shows {len(options.runs)} runs; open it in a browser")
 
 

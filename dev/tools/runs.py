@@ -8,7 +8,7 @@ import re
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
-from command import Error
+from command import Error, check_file
 
 LOG = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s"
 LAYERS = "step,layer,attention_variance,mlp_variance,gate,grad_norm"
@@ -29,10 +29,15 @@ def gate_value(g, activation):
     raise Error(f"unknown gate activation {activation!r}")
 
 
+def checkpoints(folder):
+    """The names of a folder's checkpoints, oldest first; other files may have similar names."""
+    found = [name for name in os.listdir(folder)
+             if re.fullmatch(r"ckpt_[0-9]{6,}\.safetensors", name)]
+    return sorted(found, key=lambda name: int(name[5:-12]))
+
+
 def read_text(path):
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise Error(f"{path} is not a file")
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(check_file(path), encoding="utf-8", errors="replace") as file:
         return file.read()
 
 
@@ -48,9 +53,12 @@ def read_table(path, header, required):
         if len(fields) != len(names):
             raise Error(f"{path}, line {at}: expected {len(names)} fields, found {len(fields)}")
         for name, field in zip(names, fields):
-            number = int if name in ("step", "layer") else float
+            count = name in ("step", "layer")
             try:
-                row[name] = number(field) if field or name in required else None
+                if count and not re.fullmatch("[0-9]{1,18}", field):
+                    raise ValueError
+                row[name] = None if not field and name not in required else \
+                    int(field) if count else float(field)
             except ValueError:
                 raise Error(f"{path}, line {at}: {name} is {field!r}, expected a number")
         rows.append(row)
@@ -114,8 +122,9 @@ class Run:
         return words
 
     def state(self):
-        steps = int(self.options.get("steps", self.last))
-        return f"{self.last} steps" if self.last >= steps else f"step {self.last} of {steps}"
+        steps = self.options.get("steps", "")
+        done = not steps.isdecimal() or self.last >= int(steps[:10])
+        return f"{self.last} steps" if done else f"step {self.last} of {steps}"
 
     def factor(self, gate):
         """1 - a(g); None where a() is not known."""
