@@ -2,8 +2,9 @@
 // dataloader_close, dataloader_batch.
 //
 // Token files are llm.c's: 256 int32 (magic 20240520, version 1, the number of tokens), then the
-// tokens as uint16. They are mapped into memory. Ours have two more numbers in the header, which are
-// 0 in llm.c's own: number 4 is the checksum of tokenizer.bin, number 5 how many files the split has.
+// tokens as uint16. They are mapped into memory. Ours have more numbers in the header, 0 in llm.c's
+// own: number 4 is the checksum of tokenizer.bin, number 5 how many files the split has, and number
+// 6 which of them this is.
 #ifndef DATALOADER_H
 #define DATALOADER_H
 #include "utils.h"
@@ -83,7 +84,9 @@ static inline void dataloader_open(DataLoader *loader, const char *dir, const ch
     for (int i = 0; i < imax(shards, 1); i++) {
         if (shards) snprintf(path, sizeof path, "%s/%s_%03d.bin", dir, split, i);
         if (access(path, F_OK) != 0) die("%s is missing, one of %d or more files", path, shards);
-        made = imax(made, dataloader_add(loader, path)[5]);
+        const int32_t *header = dataloader_add(loader, path);
+        if (header[5] && header[6] != i) die("%s was made as number %d", path, header[6]);
+        made = imax(made, header[5]);
     }
     if (made && made != imax(shards, 1))
         die("%s has %d files of %s, but %d were made", dir, imax(shards, 1), split, made);

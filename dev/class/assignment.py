@@ -72,8 +72,8 @@ SPOILERS = {
 
 # Copied as they are. So are all headers of dev/, and with --cuda those of dev/gpu/.
 COPIED = ["LICENSE", "dev/class/grade.py", "dev/class/grade.c", "dev/class/grade.h",
-          "dev/class/submission.c", "dev/tools/compare.py", "dev/tools/report.py", "dev/tools/runs.py",
-          "dev/command.py", "prepro_tinystories.py"]
+          "dev/class/submission.c", "dev/tools/compare.py", "dev/tools/report.py",
+          "dev/tools/runs.py", "dev/command.py", "prepro_tinystories.py"]
 COPIED_CUDA = ["dev/test/on_gpu.h"]
 CUDA_RULES = ["build/%.cu", "train_gpas_cuda", "train_gpas_cuda_on_cpu"]
 RULES = [".DELETE_ON_ERROR", "train_gpas", "build/flags", "data/toy/tokenizer.bin", "run",

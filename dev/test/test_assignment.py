@@ -268,7 +268,7 @@ def test_surroundings(folder):
         with open(os.path.join(folder, "train_gpas.c"), "wb") as file:
             file.write(text)
         result = grade(folder, "CC=env gcc", "CXX=env g++")
-        check(result["points"] == 10, "grade: a file with %s, a compiler of two words" % name, result)
+        check(result["points"] == 10, "grade: a file with %s, CC of two words" % name, result)
     write(source.replace("scale * inp[i]", "scale * imp[i]"), folder, "train_gpas.c")
     write('case $LC_ALL,$TMPDIR in C,*/build/*) exec gcc "$@"; esac; echo Fehler; exit 1', folder,
           "cc.sh")                  # a compiler that would speak German, and write to TMPDIR

@@ -1,5 +1,6 @@
 """
-Checks prepro_tinystories.py, dev/tools/compare.py and dev/tools/report.py, one line a check, as test_gpas.c does.
+Checks prepro_tinystories.py, dev/tools/compare.py and dev/tools/report.py, one line a check, as
+test_gpas.c does.
 
     python3 dev/test/test_prepro.py     from the project's folder; needs the standard library only
 
@@ -638,7 +639,8 @@ def test_compare():
     status, page, errors = run(COMPARE, "gpas", "plain")
     check(status == 0 and "pre + plain scale, step 3 of 9" in page and "no story yet" in page
           and "The second run did not reach" in page and "0.948" in page,
-          "compare.py: two runs with gates, one training, one without a stop-gradient", page + errors)
+          "compare.py: two runs with gates, one training, one without a stop-gradient",
+          page + errors)
     status, said, errors = run(REPORT, "base", "gpas", "plain", "a b \u00e9", "--out", "r.html")
     page = read("r.html").decode()
     reader = html.parser.HTMLParser()

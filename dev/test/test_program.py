@@ -439,13 +439,16 @@ def test_shards():
     os.mkdir("shards")
     whole = tokens(3000, 101)
     write("shards/val.bin", tokens(300, 103))
-    for name in ("train_000", "train_001", "train_002"):
-        write(f"shards/{name}.bin", with_header(whole, 5, 3))
+    for i in range(3):
+        write(f"shards/train_{i:03d}.bin", with_header(with_header(whole, 5, 3), 6, i))
     training = f"--data shards --vocab-size 259 {NETWORK} --out run --overwrite on --steps 1"
     check_success("shards: three of three", run(training))
     os.rename("shards/train_002.bin", "shards/kept")
     check_error("shards: the last is missing", run(training),
                 "has 2 files of train, but 3 were made")
+    shutil.copy("shards/train_001.bin", "shards/train_002.bin")
+    check_error("shards: one twice", run(training), "train_002.bin was made as number 1")
+    os.remove("shards/train_002.bin")
     os.rename("shards/kept", "shards/train_1002.bin")
     check_error("shards: one in the middle is missing", run(training),
                 "train_002.bin is missing, one of 1003")

@@ -32,7 +32,8 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 p, figcaption, th { color: var(--faint); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; }
 td, th { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap;
-  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; } th { font-weight: normal; }
+  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
+th { font-weight: normal; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr));
   gap: 1rem; } figure { margin: 0; } svg { width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--faint); }
