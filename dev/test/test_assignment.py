@@ -389,7 +389,8 @@ def test_errors(folder):
 
 def main():
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    os.environ.pop("MAKEFLAGS", None)  # called by make, its options are not for the hand-out's
+    for name in ("MAKEFLAGS", "MAKELEVEL"):     # called by make, they are not for the hand-out's
+        os.environ.pop(name, None)
     test_rules()
     os.makedirs(os.path.join(ROOT, "build"), exist_ok=True)
     # Below build/, for TMPDIR may allow no programs.
