@@ -41,7 +41,7 @@ from array import array
 from importlib import import_module
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "dev"))
-from command import CLEAR, Error, Parser, main, read_json, say
+from command import CLEAR, Error, Parser, check_file, main, read_json, say
 
 SEPARATOR = b"<|endoftext|>"
 LONGEST = 1 << 14                   # bytes of a story; what is longer is cut
@@ -93,15 +93,8 @@ def cut(text, most=LONGEST):
     return pieces + [text]
 
 
-def open_file(path):
-    """Open a file to read, but not a pipe or a device, which may never end."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise Error(f"{path} is not a file")
-    return open(path, "rb")
-
-
 def read_file(path):
-    with open_file(path) as file:
+    with open(check_file(path), "rb") as file:
         return file.read()
 
 
@@ -113,7 +106,7 @@ def write_file(path, data):
 def read_text(path):
     """The chunks of a text in UTF-8, without the mark that some editors begin it with. UTF-16 and
     UTF-32 begin with another mark, or have bytes of 0: in their spaces, in their lines."""
-    with open_file(path) as file:
+    with open(check_file(path), "rb") as file:
         mark = file.read(3)
         file.seek(3 if mark == codecs.BOM_UTF8 else 0)
         for chunk in iter(lambda: file.read(CHUNK), b""):
@@ -227,7 +220,7 @@ class Vocabulary:
                            for text, score in self.pieces))
 
     def checksum(self):
-        """Is in the header of token files, which mean nothing in another vocabulary."""
+        """Stored in the header of token files: in another vocabulary they mean nothing."""
         return zlib.crc32(self.file())
 
 

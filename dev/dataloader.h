@@ -85,7 +85,8 @@ static inline void dataloader_open(DataLoader *loader, const char *dir, const ch
         if (shards) snprintf(path, sizeof path, "%s/%s_%03d.bin", dir, split, i);
         if (access(path, F_OK) != 0) die("%s is missing, one of %d or more files", path, shards);
         const int32_t *header = dataloader_add(loader, path);
-        if (header[5] && header[6] != i) die("%s was made as number %d", path, header[6]);
+        if (header[5] && header[6] != i)
+            die("%s was made as file number %d; has it been renamed?", path, header[6]);
         made = imax(made, header[5]);
     }
     if (made && made != imax(shards, 1))

@@ -56,8 +56,8 @@ static inline const uint16_t *read_list(const Options *o, const uint16_t **p, co
     return list;
 }
 
-// Returns the length of an ending of n tokens, without the space that it begins with, in characters
-// (bytes that do not go on with one), or in tokens where there is no tokenizer.
+// Returns the length of an ending of n tokens without its leading space, in characters: bytes that
+// do not continue a UTF-8 character. Where there is no tokenizer it is n.
 static inline int ending_length(const Tokenizer *tokenizer, const uint16_t *ending, int n) {
     char byte;
     int characters = 0, length;

@@ -106,8 +106,9 @@ static const OptionRow option_rows[] = {
     {"print-every", "10", INT(print_every), 1, 1e9, RUN,
      "steps between lines when not on a terminal"},
     {"resume", "", STRING(resume), NOT_STORED,
-     "continue the run that wrote this checkpoint; a folder means its newest"},
-    {"load", "", STRING(load), NOT_STORED, "start from the weights in this checkpoint or folder"},
+     "continue the run of this checkpoint, or of a folder's newest one"},
+    {"load", "", STRING(load), NOT_STORED,
+     "start from the weights in this checkpoint, or in a folder's newest one"},
     {"dump-grads", "", STRING(dump_grads), NOT_STORED,
      "write the gradients of the first batch to this file and exit"},
     {"check-finite", "off", ONE_OF(check_finite), NOT_STORED,
@@ -118,7 +119,7 @@ static const OptionRow option_rows[] = {
      "accuracy on this file of multiple-choice questions"},
     HEADING("Stories"),
     {"prompt", "", STRING(prompt), NOT_STORED,
-     "how the story begins; with --load and without --steps, only tells it"},
+     "how the story begins; with --load and no --steps, nothing is trained"},
     {"length", "512", INT(length), 1, 1e6, RUN, "most tokens in a story"},
     {"temperature", "0.8", NUMBER(temperature), 0, 100, RUN,
      "how daring the story is; 0: always the likeliest token"},
@@ -155,12 +156,12 @@ static inline int nth_choice(const char *help, int index, char *word) {
     return snprintf(word, 32, "%.*s", (int)strcspn(help, "|:"), help) > 0;
 }
 
-// Can the text stand in a JSON string as it is? It must be valid UTF-8.
+// Is the text valid inside a JSON string without any escapes? It must be UTF-8.
 static inline int fits_json(const char *text) {
     for (const unsigned char *p = (const unsigned char *)text; *p; p++) {
         int more = *p < 0xC2 ? 0 : *p < 0xE0 ? 1 : *p < 0xF0 ? 2 : *p < 0xF5 ? 3 : 0;
         if (*p < ' ' || *p == '"' || *p == '\\' || (*p >= 0x80 && !more)) return 0;
-        // The second byte tells overlong forms, surrogates and what is above U+10FFFF.
+        // Overlong forms, surrogates and code points above U+10FFFF show in the second byte.
         if ((*p == 0xE0 && p[1] < 0xA0) || (*p == 0xED && p[1] > 0x9F) ||
             (*p == 0xF0 && p[1] < 0x90) || (*p == 0xF4 && p[1] > 0x8F)) return 0;
         for (; more; more--)

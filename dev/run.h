@@ -59,17 +59,19 @@ static inline void open_data(Run *run, const Options *o) {
     run->val_windows = limit && windows > limit ? limit : windows;
 }
 
-// Exits if a new run would replace another in OUT: its checkpoints, its stories, or the log of more
-// than step 0.
+// Exits if a new run would replace another in OUT, its checkpoints, its stories, or the log of more
+// than step 0; or if it would replace files of the same names that no run has written.
 static inline void check_out(const Options *o) {
-    const char *names[] = {"log.csv", "layers.csv", "samples.txt"};
-    char path[2048], line[1024];
+    const char *names[] = {"options.txt", "log.csv", "layers.csv", "samples.txt"};
+    char path[2048], line[TEXT_SIZE + 64];
     int used = newest_checkpoint(o->out) >= 0;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         snprintf(path, sizeof path, "%s/%s", o->out, names[i]);
         check_target(path);
         FILE *file = fopen(path, "r");
-        while (file && fgets(line, sizeof line, file))
+        if (i == 0 && file && fgets(line, sizeof line, file))
+            used |= strncmp(line, "norm ", 5) != 0;
+        while (i > 0 && file && fgets(line, sizeof line, file))
             used |= strncmp(line, "step,", 5) != 0 && strncmp(line, "0,", 2) != 0;
         if (file) fclose(file);
     }

@@ -203,13 +203,13 @@ static inline void finish_output(void) {
 Signals and threads
 */
 
-// After one of these signals the training loop finishes its step, saves and stops. SIGHUP: the
-// terminal is gone, unless nohup has it ignored. SIGPIPE: who reads the output is gone, as in
-// `| head`. A second Ctrl-C or SIGTERM stops at once.
+// After one of these signals the training loop finishes its step, saves and stops. SIGHUP comes
+// when the terminal is closed; under nohup it is ignored. SIGPIPE comes when nobody reads the
+// output any more, as in `| head`. A second SIGINT (Ctrl-C) or SIGTERM stops the program at once.
 static volatile sig_atomic_t stop_signal;
 
 static inline void print_in_handler(const char *text) {
-    if (write(2, text, strlen(text)) < 0) return;  // there is nobody to tell
+    if (write(2, text, strlen(text)) < 0) return;  // nobody can be told
 }
 
 static inline void handle_signal(int number) {
@@ -221,7 +221,7 @@ static inline void handle_signal(int number) {
         _exit(128 + number);
     }
     if (number != SIGPIPE)
-        print_in_handler("\nfinishing this step, then saving; a second time stops at once\n");
+        print_in_handler("\nfinishing this step, then saving; a second Ctrl-C stops at once\n");
     errno = error;
 }
 
@@ -231,9 +231,11 @@ static inline void catch_signals(void) {
     memset(&action, 0, sizeof action);
     action.sa_handler = handle_signal;
     action.sa_flags = SA_RESTART;
-    for (int i = 0; i < 4; i++)
-        if (sigaction(numbers[i], NULL, &old) == 0 && (i < 2 || old.sa_handler != SIG_IGN))
+    for (int i = 0; i < 4; i++) {
+        int catch_always = numbers[i] == SIGINT || numbers[i] == SIGTERM;
+        if (sigaction(numbers[i], NULL, &old) == 0 && (catch_always || old.sa_handler != SIG_IGN))
             sigaction(numbers[i], &action, NULL);
+    }
 }
 
 // OpenMP threads that wait for others spin by default. That is fast as long as each has a core of

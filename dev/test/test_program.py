@@ -233,12 +233,12 @@ def test_checkpoints_kept():
                   kept() == names[2:] + ["ckpt_1.safetensors"], kept())
 
 
-def run_and_stop(*numbers, **settings):
+def run_and_stop(*numbers, stderr=subprocess.PIPE, **settings):
     """Trains and sends signals after about 20 steps; 0 closes the pipe that the output goes to.
     Returns the exit status, stdout and stderr."""
     remove("stop")
     process = subprocess.Popen([TRAIN, *STOPPED.split()], stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
+                               stdout=subprocess.PIPE, stderr=stderr, **settings)
     try:
         while process.poll() is None and content("stop/log.csv").count(b"\n") < 20:
             time.sleep(0.002)
@@ -248,7 +248,7 @@ def run_and_stop(*numbers, **settings):
             else:
                 process.stdout.close()
         output = b"" if process.stdout.closed else process.stdout.read()
-        errors = process.stderr.read()
+        errors = process.stderr.read() if process.stderr else b""
         process.wait(timeout=300)
     finally:
         process.kill()
@@ -267,7 +267,7 @@ def test_stop():
     checkpoint, stories = read(last), read("stop/samples.txt")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         status, output, errors = run_and_stop(number)
-        check(status == 128 + number and "a second time stops at once" in errors,
+        check(status == 128 + number and "a second Ctrl-C stops at once" in errors,
               f"stop: {number.name} ends the run with status {128 + number} and says what it does",
               f"status {status}, {errors}")
         saved = stopped_checkpoints()
@@ -289,6 +289,9 @@ def test_stop_without_a_reader():
     status, _, _ = run_and_stop(0, signal.SIGINT)
     check(status == 130 and stopped_checkpoints(),
           "stop: Ctrl-C after the reader is gone saves, with status 130", f"status {status}")
+    status, _, _ = run_and_stop(0, signal.SIGINT, stderr=subprocess.STDOUT)
+    check(status == 130 and stopped_checkpoints(),
+          "stop: the same where the reader had the errors too: 2>&1 | tee", f"status {status}")
     status, _, errors = run_and_stop(signal.SIGHUP, signal.SIGHUP, signal.SIGTERM)
     check(status in (129, 143) and stopped_checkpoints(),
           "stop: a terminal that closes sends several signals; the run saves all the same",
@@ -312,7 +315,7 @@ def test_stop_at_once():
     first = os.read(child.stderr.fileno(), 1000)
     child.send_signal(signal.SIGINT)
     errors = child.communicate(timeout=30)[1]
-    check(child.returncode == 130 and b"a second time" in first and b"stopped at once" in errors,
+    check(child.returncode == 130 and b"a second Ctrl-C" in first and b"stopped at once" in errors,
           "stop: the second Ctrl-C stops at once and says so",
           f"status {child.returncode}, {first + errors}")
 
@@ -356,7 +359,7 @@ def test_special_files():
                         ("dangling", "No such file"), ("mine", "mine.tmp: File exists")):
         check_error(f"special: --dump-grads {name}", run(SMALL + f"--dump-grads {name}"), words)
     check(read("mine") == b"old" and read("mine.tmp") == b"precious",
-          "special: a file that stands in the way is kept")
+          "special: neither the target nor another's .tmp file is touched")
     check_success("special: --dump-grads through a link", run(SMALL + "--dump-grads link"),
                   os.path.islink("link") and len(read("target")) > 100)
     os.chdir("told")
@@ -390,10 +393,12 @@ def test_folder_in_use():
     for options in (network, "--load other ", "--resume other ", "--resume other/. "):
         check_error(f"in use: {options}", run(options + "--out first --steps 5"), "holds a run")
     check(folder_content("first") == before, "in use: and nothing there changes")
-    os.mkdir("notes")
-    write("notes/samples.txt", b"my own\n")
-    check_error("in use: a file of another program", run(network + "--steps 2 --out notes"),
-                "holds a run")
+    for name in ("samples.txt", "options.txt", "log.csv", "layers.csv"):
+        os.mkdir(f"my_{name}")
+        write(f"my_{name}/{name}", b"my own\n")
+        check_error(f"in use: a {name} of another program",
+                    run(network + f"--steps 2 --out my_{name}"), "holds a run")
+        check(folder_content(f"my_{name}") == {name: b"my own\n"}, "in use: it is kept")
     check_success("in use: --overwrite on replaces the run",
                   run(network + "--steps 5 --out first --overwrite on"),
                   sorted(os.listdir("first")) == ["ckpt_000005.safetensors", "layers.csv",
@@ -447,7 +452,7 @@ def test_shards():
     check_error("shards: the last is missing", run(training),
                 "has 2 files of train, but 3 were made")
     shutil.copy("shards/train_001.bin", "shards/train_002.bin")
-    check_error("shards: one twice", run(training), "train_002.bin was made as number 1")
+    check_error("shards: one twice", run(training), "train_002.bin was made as file number 1")
     os.remove("shards/train_002.bin")
     os.rename("shards/kept", "shards/train_1002.bin")
     check_error("shards: one in the middle is missing", run(training),

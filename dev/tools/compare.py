@@ -101,7 +101,8 @@ def verdict(a, b, last):
                 f"{end:.4f}" + ("." if back is None else
                                 f", which {first} reached after about {back:.0f} steps."))
     else:
-        # If the first was that low before its end, the whole run is no measure of what it needed.
+        # The first may have had its final loss earlier. Then the steps saved are not those of its
+        # whole run, and no percentage is printed.
         text = (f"{second} reached {first}'s {final} {goal:.4f} after about {step:.0f} of {last} "
                 + ("steps" if own < last else f"steps ({100 * (1 - step / last):.0f}% fewer)")
                 + (" and" if end <= goal else ", but") + f" ended at {end:.4f}."

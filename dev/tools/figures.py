@@ -130,7 +130,7 @@ def train(experiment, seed, program, folders):
         try:
             status = process.wait()
         except Interrupted as stop:
-            say("the run saves and stops, the next call goes on; a second time stops at once")
+            say("waiting for the run to save; a second signal stops at once. Call again to resume")
             # It may have had the same signal already, and stops at once at the second of a kind.
             interrupted = stop.args[0] == signal.SIGINT
             process.send_signal(signal.SIGTERM if interrupted else signal.SIGINT)
