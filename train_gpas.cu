@@ -2,14 +2,14 @@
 train_gpas.cu: the training of train_gpas.c on one GPU.
 
 Read train_gpas.c first: it explains what GPAS is and derives every backward pass. This file has the
-same sections with the same functions, and shows how a GPU computes them. Its comments give the
-formulas without the derivation. In short, GPAS scales the residual stream by a learned factor in
-the forward pass, and lets the gradient pass unscaled:
+same sections and, with few exceptions, the same functions. It shows how a GPU computes them. Its
+comments give the formulas without the derivation. In short, GPAS scales the residual stream by a
+learned factor in the forward pass, and lets the gradient pass unscaled:
 
     y = (1 - a(g)) x      dx = dy      dg = -a'(g) sum_i x_i dy_i
 
-Contents: 1 GPAS. 2 The other operations. 3 The model. 4 AdamW. 5 Training. The headers of dev/gpu/
-hold what supports the kernels, those of dev/ what both programs share.
+Contents: 1 GPAS. 2 The other operations. 3 The model. 4 AdamW. 5 Training. The headers in dev/gpu/
+support the kernels. The headers that this file includes from dev/ are shared with train_gpas.c.
 
 A GPU in ten lines. The host, which is the CPU, launches kernel<<<blocks, threads>>>(...): the GPU
 runs this function once for every thread of every block of the grid, and blockIdx and threadIdx tell
@@ -61,8 +61,8 @@ typedef struct {
     int stop_grad;   // 0 leaves out the stop-gradient, for comparison
 } Gate;
 
-// Computes y = (1 - a(g)) x in a grid-stride loop: a thread computes one y, then the one that is as
-// many places further on as the grid has threads, and so on. out, inp (n).
+// Computes y = (1 - a(g)) x in a grid-stride loop: in a grid of K threads, thread i computes
+// elements i, i + K, i + 2K, and so on. out, inp (n).
 template <class real>
 __global__ void gpas_forward_kernel(real *out, const real *inp, Gate gate, size_t n) {
     float scale = 1 - gate_value(*gate.g, gate.activation);
@@ -99,7 +99,7 @@ __global__ void gpas_add_partial_kernel(float *dgate, const float *partial, int 
     if (threadIdx.x == 0) *dgate -= gate_slope(*gate.g, gate.activation) * sum;
 }
 
-enum { MOST_BLOCKS = 2048 };  // of a kernel whose threads take several numbers, or several rows
+enum { MOST_BLOCKS = 2048 };  // for a kernel that loops over numbers or rows
 
 template <class real>
 static void gpas_forward(real *out, const real *inp, Gate gate, size_t n) {
@@ -330,17 +330,17 @@ static void rmsnorm_backward(real *dinp, float *dweight, const real *dout, const
 }
 
 /*
-Residual sum, GPAS and RMSNorm fused. Each of the three computes little and waits for memory. One
-after another, where the norm comes first, they move 7 arrays of (N,C) in the forward pass and 9 in
-the backward pass. A single kernel, which keeps the numbers in registers, moves 4 and 4. It begins
-where a branch ends, and stops where the next one begins:
+Residual sum, GPAS and RMSNorm fused. Each of the three computes little and waits for memory. With
+the norm first, three separate kernels move 7 arrays of (N,C) in the forward pass and 9 in the
+backward pass. A single kernel, which keeps the numbers in registers, moves 4 and 4. It begins where
+a branch ends, and stops where the next one begins:
 
     norm first   s = x + b,        y = GPAS(s),  normed = norm(y)   the norm of the next sublayer
     norm last    s = A GPAS(x) + b,              normed = norm(s)   the norm of this sublayer
 
 Where the norm comes first, y = GPAS(s) is not stored. Each kernel that reads s multiplies it by
-1 - a(g) itself: this one for its norm, and that of the next sublayer, whose x is y. So s, which the
-gate's gradient needs, is the only array.
+1 - a(g) itself: this one for its norm, and that of the next sublayer, whose x is y. So only s is
+stored, which the gate's gradient needs anyway.
 */
 template <class real> struct Fused {
     int N, C;
@@ -434,8 +434,8 @@ residual_gpas_rmsnorm_backward_kernel(Fused<real> f) {
     if (threadIdx.x == 0) gate_partial[blockIdx.x] = gate_sum;
 }
 
-// Given dx and dfinp, whose sum is dy, compute ds in dsum, dx in place of dx, and the first stages
-// of dw and dg, where the norm comes last.
+// Given dx and dfinp, whose sum is dy, compute ds in dsum, the gradient of x in place of dx, and
+// the first stages of dw and dg, where the norm comes last.
 //   ds = norm^T dy
 //   dz = A ds for z = GPAS(x)
 //   dx = dz, or (1 - a(g)) dz without the stop-gradient
@@ -545,9 +545,9 @@ static void rope_backward(real *dqkv, const float *table, int B, int T, int C, i
     rope_rotate(dqkv, table, B, T, C, hs, -1);
 }
 
-// Returns 1 / (1 + e^-x). An ordinary division takes 10 instructions, with which the kernels below
-// would wait for arithmetic, not memory. __fdividef takes 2, and errs by at most two units in the
-// last place.
+// Returns 1 / (1 + e^-x). An ordinary division takes 10 instructions, enough to make the kernels
+// below wait for arithmetic and not for memory. __fdividef takes 2, and errs by at most two units
+// in the last place.
 __device__ inline float sigmoid(float x) { return __fdividef(1, 1 + expf(-x)); }
 
 // Computes SwiGLU, y = silu(h1) h3, with one block for each row.
@@ -657,7 +657,7 @@ template <int HS> constexpr int BLOCKS = HS <= 64 ? 3 : 2;
 // block i belongs to head i / head_blocks. Head b NH + h is head h of sequence b.
 struct AttentionShape {
     int T, C, NH, hs;
-    int head_blocks;  // for each head
+    int head_blocks;  // blocks for each head
     float scale;      // 1/sqrt(hs)
 };
 
@@ -666,8 +666,8 @@ static AttentionShape attention_shape(int rows, int T, int C, int NH) {
     return {T, C, NH, hs, (rows + ROWS - 1) / ROWS, 1 / sqrtf((float)hs)};
 }
 
-// Returns the part of x (B,T,stride) that belongs to this block's head, (T,hs). x begins at the
-// first head: of out, or of the queries, keys or values in qkv.
+// Returns the part of x (B,T,stride) that belongs to this block's head, (T,hs). x points to the
+// first head of out, or to that of the queries, keys or values in qkv.
 template <class number>
 __device__ inline Rows<number> head_of(number *x, int T, int stride, AttentionShape shape) {
     int head = blockIdx.x / shape.head_blocks, b = head / shape.NH, h = head % shape.NH;
@@ -676,7 +676,7 @@ __device__ inline Rows<number> head_of(number *x, int T, int stride, AttentionSh
 
 // Sets the scores of keys that come after the query to -infinity, so that P becomes 0. The rows of
 // S (16,COLS) are queries from row0 on, and its columns are keys from column0 on; or, transposed,
-// the rows are keys and the columns are queries. Most tiles have no such key, and nothing happens.
+// the rows are keys and the columns are queries. Most tiles have no such key and stay as they are.
 template <bool transposed, int COLS>
 __device__ inline void mask_tile(Accumulator<COLS> &S, int row0, int column0) {
     int first_query = transposed ? column0 : row0;
@@ -721,13 +721,13 @@ __device__ inline void softmax_tile(Accumulator<COLS> &S, Accumulator<HS> &y, fl
 }
 
 // A block computes y for 64 positions of one head, from block_t0 on, and each warp for 16 of them,
-// from t0 on. Position `first` is the first that a block computes. While the warps multiply the
-// tiles keys[now] and values[now], the next ones are copied to the other buffers.
+// from t0 on. Positions before `first` are not computed. While the warps multiply the tiles
+// keys[now] and values[now], the next ones are copied to the other buffers.
 // out (B,T-first,C); lse (B,NH,T-first); qkv (B,T,3C).
 template <class real, int HS>
 __global__ void __launch_bounds__(THREADS, BLOCKS<HS>)
 attention_forward_kernel(real *out, float *lse, const real *qkv, int first, AttentionShape shape) {
-    constexpr int COLS = HS == 32 ? 64 : 8192 / sizeof(real) / HS;  // 4 tiles of at most 8 KiB
+    constexpr int COLS = HS == 32 ? 64 : 8192 / sizeof(real) / HS;  // 4 tiles of <= 8 KiB + padding
     __shared__ Tile<real, HS> keys[2][COLS];
     __shared__ Tile<real, HS> values[2][COLS];
     int T = shape.T, C = shape.C;
@@ -748,7 +748,7 @@ attention_forward_kernel(real *out, float *lse, const real *qkv, int first, Atte
     for (int s0 = 0; s0 < seen; s0 += COLS) {
         int now = s0 / COLS % 2;
         cp_async_wait_all();
-        __syncthreads();  // All copies have arrived, and no warp still reads the tiles before.
+        __syncthreads();  // All copies have arrived, and no warp still reads the previous tiles.
         if (s0 + COLS < seen) {
             load_tile(keys[now ^ 1], k, s0 + COLS);
             load_tile(values[now ^ 1], v, s0 + COLS);
@@ -875,7 +875,7 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
         __syncthreads();
         if (t0 + COLS < T) load_queries(t0 + COLS, now ^ 1);
         if (s0 >= T) continue;
-        for (int c = 0; c < COLS; c += 16) {  // besides dk and dv, registers hold 16 queries
+        for (int c = 0; c < COLS; c += 16) {  // beside dk and dv, 16 queries fit in registers
             if (t0 + c + 16 <= s0) continue;  // none of them sees a key of this warp
             multiply_transposed(S, warp_k, queries[now] + c);  // S^T = K Q^T, to be scaled
             multiply_transposed(dS, warp_v, dys[now] + c);     // dP^T = V dY^T
@@ -993,7 +993,8 @@ template <class number> struct LayerParameters {
 };
 
 // What a sublayer computes in its forward pass. As in train_gpas.c, sublayers share `branch` if no
-// backward pass reads it, and with --recompute or without training what is inside the branches.
+// backward pass reads it. With --recompute or without training they also share `hidden`, `pre_act`
+// and `qkv` (but see keeps_keys).
 template <class real> struct Activations {
     const real *inp;           // (B,T,C) x, the output of the sublayer before
     real *normed;              // (B,T,C) norm(x); norm last: norm(s), the output
@@ -1044,8 +1045,8 @@ struct Model {
     int keeps_keys, first;       // as in train_gpas.c
     int learning;                // 1 between zero_gradients() and model_update()
     int backward_begun;          // 1: output_forward() has begun the backward pass
-    void **allocations;          // all GPU memory, to be freed
-    size_t bytes;                // of all GPU memory
+    void **allocations;          // all arrays on the GPU, to be freed
+    size_t bytes;                // of these arrays
     int num_allocations;
     int planning;                // 1: new_array() only counts bytes
 };
@@ -1091,8 +1092,8 @@ static Gate layer_gate(const Model *m, int l) {
     return {parameter(m, m->parameters, GATE, l), m->config.gate_activation, m->config.stop_grad};
 }
 
-// Creates the arrays of sublayer i = 0 .. 2L-1 for N tokens. It shares the arrays inside the branch
-// of sublayer `lender`, if that is not i.
+// Creates the arrays of sublayer i = 0 .. 2L-1 for N tokens. If `lender` is another sublayer, i
+// shares its hidden, pre_act and, unless m->keeps_keys, qkv.
 template <class real>
 static void create_activations(Model *m, Network<real> *net, int i, int lender, size_t N) {
     const Config *c = &m->config;
@@ -1113,7 +1114,7 @@ static void create_activations(Model *m, Network<real> *net, int i, int lender, 
 }
 
 // The logits of N tokens would be the largest array of all, so they are computed for a quarter of
-// the tokens at a time. Returns how many that are.
+// the tokens at a time. Returns this number, rounded up to a multiple of 64.
 static int logit_rows(int N) { return imin(N, ((N + 3) / 4 + 63) / 64 * 64); }
 
 // Creates all arrays for B sequences. Called twice: to count their bytes, and to allocate them.
@@ -1197,8 +1198,8 @@ void model_create(Model *m, const Options *o, int B, int training) {
     m->list = m->layout.list;
     m->H = m->layout.H;
     m->V = m->layout.V;
-    m->allocations = (void **)allocate(40 + 20 * c->L, sizeof(void *));  // enough
-    m->network = allocate(1, sizeof(Network<float>));  // it consists of pointers in both types
+    m->allocations = (void **)allocate(40 + 20 * c->L, sizeof(void *));  // room for all
+    m->network = allocate(1, sizeof(Network<float>));  // Network<bf16> has the same size
     with_network(m, [&](auto *net) { create_network(m, net, B, training); });
     m->host_positions = (int *)allocate(N, sizeof(int));
     m->host_starts = (int *)allocate(c->V + 1, sizeof(int));
@@ -1338,7 +1339,7 @@ static Fused<real> fused_arguments(const Model *m, const Network<real> *net, int
     f.C = c->C;
     f.weight = norm_weight(m, m->parameters, norm_at);
     f.A = shortcut_scale(c);
-    // Norm first, x still lacks the GPAS of the sublayer before, if that was norm first too.
+    // With the norm first, x still lacks the GPAS of sublayer i - 1, if that was norm first too.
     if (norm_last) f.inp_gate = gate.g;
     else if (computes_next_norm(m, i - 1)) f.inp_gate = layer_gate(m, (i - 1) / 2).g;
     if (!norm_last) f.sum_gate = gate.g;
@@ -1358,8 +1359,8 @@ One sublayer of any of the twelve networks, as in train_gpas.c. G is GPAS if it 
     post, deepnorm        y = norm(A G(x) + f(x))     norm last
     mix                   the first L/4 layers norm last, the others norm first
 
-Computes y from x for the positions from `first` to T - 1 of B sequences. x and y (rows,C). Fused,
-it returns s instead of y where the norm comes first.
+Computes y from x for the positions from `first` to T - 1 of B sequences. x and y (rows,C). With
+--fused on it returns s instead of y where the norm comes first.
 */
 template <class real>
 static const real *sublayer_forward(const Model *m, const Network<real> *net, int l, int sub,
@@ -1406,8 +1407,9 @@ The same sublayer backwards. Given dy, compute dx. train_gpas.c has the derivati
     norm last     ds = norm^T dy,  dz = A ds,  dg -= a'(g) sum_i x_i dz_i,        dx = dz + f^T ds
 
 The gradient of the stream stays in one array, dx: it holds dy on entry and dx at the end, when it
-is returned. If the fused kernel of sublayer i - 1 adds dfinp to it, it ends as ds or dz. If not, we
-add the branch here. Then we set dfinp to 0, because the next fused kernel would add it again.
+is returned. But if the fused kernel of sublayer i - 1 adds the gradient from this branch, we return
+only ds or dz. If not, we add this gradient here, and set dfinp to 0, because the fused kernel of
+sublayer i - 1 would otherwise add it again.
 */
 template <class real>
 static real *sublayer_backward(const Model *m, const Network<real> *net, int l, int sub, real *dx,
@@ -1476,10 +1478,10 @@ static void network_forward(Model *m, const Network<real> *net, int first, int B
 }
 
 // Computes the logits and losses of N tokens, part by part. Whatever needs the logits must be done
-// before the next part takes their place. So while `learning`, the backward pass through the output
-// matrix begins here. The weight of the losses is not known yet, so it is taken to be 1.
-// network_backward() multiplies the results by it: net->dfinp, the gradient of the final norm's
-// output, and m->doutput, that of the output matrix.
+// before the next part takes their place. So if `learning` is set, the backward pass through the
+// output matrix is done here. The weight of the losses is not known yet, so it is taken to be 1.
+// Later network_backward() multiplies the results by the weight: net->dfinp, the gradient of the
+// final norm's output, and m->doutput, that of the output matrix.
 template <class real>
 static void output_forward(Model *m, const Network<real> *net, int N, int learning) {
     int C = m->config.C, V = m->config.V, rows = logit_rows(N);
@@ -1523,12 +1525,12 @@ static void network_backward(Model *m, const Network<real> *net, float scale, in
                        C);
 }
 
-// Sorts the positions 0 .. N-1 by token, by counting; those of one token stay in order. positions
-// (N); starts (V+1): where the positions of each token begin.
+// Sorts the positions 0 .. N-1 by token, with a counting sort; those of one token stay in order.
+// positions (N); starts (V+1): where the positions of each token begin.
 static void sort_by_token(int *positions, int *starts, const int *tokens, int N, int V) {
     memset(starts, 0, (V + 1) * sizeof(int));
     for (int n = 0; n < N; n++) starts[tokens[n]]++;
-    for (int v = 0; v < V; v++) starts[v + 1] += starts[v];  // now each is the end of its token
+    for (int v = 0; v < V; v++) starts[v + 1] += starts[v];  // now starts[v] is the end of token v
     for (int n = N - 1; n >= 0; n--) positions[--starts[tokens[n]]] = n;
 }
 
