@@ -3,7 +3,7 @@ bench.cu: measures how fast train_gpas.cu trains.
 
     ./bench_cuda                        all presets in bf16, with sequences of 256 and 1024 tokens
     ./bench_cuda PRESET B T [bf16|fp32 [recompute]]
-                                        one of them, if you like with --recompute on
+                                        one of them, optionally with --recompute on
     ./bench_cuda kernels PRESET B T     the time of each kernel of a step in bf16, in the format
                                         that `roofline.py --measured FILE PRESET B T` reads
     ./bench_cuda choices PRESET B T     for each matrix product of a step in bf16, the time of the
@@ -34,7 +34,8 @@ static double now_ms(void) { return omp_get_wtime() * 1e3; }
 // Waits until the GPU has finished all work.
 static void wait_for_gpu(void) { CUDA_CHECK(cudaDeviceSynchronize()); }
 
-// Returns how many operations a second the GPU reaches in a large matrix product: the best of five.
+// Returns how many operations per second the GPU reaches in a large matrix product, the best of
+// five.
 template <class real> static double matrix_rate(void) {
 #ifdef CUDA_ON_CPU
     enum { SIZE = 512 };  // 8192 would take minutes
@@ -135,7 +136,7 @@ static void time_products(Model *m, const Network<bf16> *net, int N) {
     });
 }
 
-// What the fused kernels of the feed-forward sublayer of layer 0 get.
+// Returns the arguments of the fused kernels of layer 0's feed-forward sublayer.
 static Fused<bf16> fused_example(Model *m, const Network<bf16> *net, int N) {
     Fused<bf16> f = fused_arguments(m, net, 0, 1, N);
     f.branch = net->activations[1].branch;
@@ -257,14 +258,14 @@ static void *new_operand(int rows, int cols, int number_size) {
 }
 
 // Prints for a plan's product the times of the kernel that cuBLASLt ranks first, and of the fastest
-// of eight. Adds them to sums. Each kernel has two turns, of which the faster counts.
+// of eight. Adds them to sums. Each kernel is timed twice, and the shorter time counts.
 static void time_plan(const Plan *plan, double sums[2]) {
     enum { WANTED = 8 };
     cublasLtMatmulHeuristicResult_t found[WANTED];
     Product p = plan->product;
     void *a = new_operand(p.m, p.k, p.real_size), *b = new_operand(p.k, p.n, p.real_size);
     void *d = new_operand(p.m, p.n, p.result_size);
-    float beta = p.result_size > p.real_size;  // in bf16: an fp32 gradient, which is added to
+    float beta = p.result_size > p.real_size;  // in bf16: 1 for an fp32 gradient
     double ms[WANTED] = {0};
     int count = find_kernels(plan, found, WANTED), best = 0;
     for (int i = 0; i < count; i++) {
@@ -282,7 +283,8 @@ static void time_plan(const Plan *plan, double sums[2]) {
     CUDA_CHECK(cudaFree(d));
 }
 
-// A program that chose its kernels by measured times could gain the difference of the two sums.
+// Times the plans of all products of a step. A program that chose its kernels by measured times
+// could gain the difference of the two sums.
 static void time_choices(void) {
     double sums[2] = {0, 0};
     printf("%6s %6s %6s %5s %7s %9s %9s %7s\n", "m", "n", "k", "trans", "result", "first, ms",
@@ -298,7 +300,8 @@ struct Row {
     const char *preset, *batch, *length, *dtype = "bf16", *recompute = "off";
 };
 
-// Prints the line of the speed table: ms is the time of a step, rate that of the matrix product.
+// Prints a line of the speed table. ms: the time of a step. rate: the operations per second that
+// matrix_rate() found.
 static void print_speed(const Model *m, Row row, double ms, double rate) {
     const Options *o = m->options;
     double C = m->config.C, L = m->config.L, T = o->seq_len, N = o->batch * T;

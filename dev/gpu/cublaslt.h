@@ -14,15 +14,14 @@ static inline void cublas_check(cublasStatus_t status, const char *file, int lin
 }
 
 // A product of column-major matrices: D (m,n) = A B, or D += A B, where A is (m,k), or (k,m) if
-// trans_a, and B is (k,n), or (n,k) if trans_b. real_size, result_size: the bytes of a number of A
-// and B, and of D. aligned: the
-// addresses of all three are multiples of it.
+// trans_a, and B is (k,n), or (n,k) if trans_b. A number of A or B has real_size bytes, one of D
+// result_size. The addresses of all three are multiples of `aligned`.
 typedef struct {
     int trans_a, trans_b, m, n, k, real_size, result_size, aligned;
 } Product;
 
 // Describing a product to cuBLASLt, and choosing one of its kernels, takes longer than computing a
-// small product. So the last PLANS products are kept.
+// small product. So the plans of the last PLANS products are kept.
 typedef struct {
     Product product;
     cublasLtMatmulDesc_t operation;
@@ -46,7 +45,8 @@ static inline void free_plan(Plan *plan) {
 }
 
 // Finds up to `wanted` kernels for a plan's product, in the order of cuBLASLt's own estimate of
-// their speed, and returns how many there are. Parts of a sum must be added in float.
+// their speed, and returns how many there are. A kernel that splits a sum must add the parts in
+// float.
 static inline int find_kernels(const Plan *plan, cublasLtMatmulHeuristicResult_t *found,
                                int wanted) {
     cublasLtMatmulPreference_t preference;
@@ -71,8 +71,8 @@ static inline int find_kernels(const Plan *plan, cublasLtMatmulHeuristicResult_t
     return count;
 }
 
-// Returns the plan for a product. The kernel is the first by cuBLASLt's estimate. It is not chosen
-// by timing, because then the next run might choose another one and get other bits.
+// Returns the plan for a product, with the kernel that cuBLASLt ranks first. We do not time the
+// kernels, because then the next run might choose another one, and its results would differ.
 static inline Plan *plan_for(Product p) {
     for (int i = 0; i < imin(num_plans, PLANS); i++)
         if (memcmp(&plans[i].product, &p, sizeof p) == 0) return &plans[i];

@@ -1,30 +1,31 @@
 /* cuda_on_cpu.h - run CUDA C++ kernels on a machine without a GPU and without the CUDA Toolkit.
  *
  * A .cu file includes this header instead of CUDA's when CUDA_ON_CPU is defined. C++ lacks three
- * pieces of CUDA's syntax. Three sed -E rules write them as calls, line by line:
+ * pieces of CUDA's syntax. Three sed -E rules rewrite them as calls, line by line:
  *
  *   s/(\w+(<[^<>]*>)?)<<<(.*)>>>\(/launch("\1", \1, \3)(/
  *   s/extern __shared__ (.*) (\w+)\[\];/auto *\2 = dynamic_shared<\1>();/
  *   s/__shared__ (.*) (\w+)((\[[^]]*\])*);/auto \&\2 = shared_array<\1 \3>("\2", []{});/
  *
- * So a line holds at most one launch, up to the "(" after its >>>, or one shared array. A launch
- * spells its template arguments out and leaves out no argument; no stream. Of CUDA there is what a
- * training program needs; of a warp's functions only the use in which all its lanes take part.
+ * So a line may contain one launch, up to the "(" after its >>>, or one shared array. A launch must
+ * spell out its template arguments and pass all arguments of the kernel, and it cannot name a
+ * stream. The header has the part of CUDA that a training program needs. The functions of a warp
+ * work only if all its lanes take part.
  *
- * How it runs: the blocks of a grid are shared out to the cores by OpenMP. The threads of a block
- * are fibers (contexts with stacks of their own, switched by hand) of one core: each runs until it
- * must wait for others in __syncthreads(), __syncwarp(), a shuffle or a tensor core's product. A
+ * How it runs: OpenMP distributes the blocks of a grid over the cores. The threads of a block are
+ * fibers (contexts with their own stacks, switched by hand) on one core. Each runs until it must
+ * wait for others in __syncthreads(), __syncwarp(), a shuffle or a product of the tensor core. A
  * launch returns when the grid is done. CUDA_ON_CPU_ORDER=reverse or =shuffle in the environment
- * runs blocks and threads in another order; a correct kernel does not notice.
+ * runs blocks and threads in another order; a correct kernel gives the same result.
  *
  * What it reports, as one line on stderr and exit status 1:
  *
  *   always    barriers that some threads never reach; host pointers passed to kernels; accesses
- *             that hit the inaccessible pages around each cudaMalloc, freed memory or a stack's
- *             end; copies, fills and products with wrong pointers, sizes or directions
+ *             to freed memory, to the inaccessible pages around each cudaMalloc, or beyond the end
+ *             of a stack; copies, fills and products with wrong pointers, sizes or directions
  *   checked   every access of a kernel that is out of bounds, if only by a byte or two, or is
- *             misaligned, or reads what nothing wrote, or races with another thread's; host code
- *             that touches device memory
+ *             misaligned, or reads what nothing has written, or races with an access of another
+ *             thread; host code that touches device memory
  *
  * The plain build:    g++ -std=c++17 -g -O2 -fopenmp -U_FORTIFY_SOURCE -DCUDA_ON_CPU
  * The checked build:  the same with -O1 -fno-tree-sra -fno-ipa-sra -fsanitize=thread, but linked
@@ -32,7 +33,7 @@
  *
  * What it does not see: host pointers in structs passed to a kernel; faults in local arrays; races
  * on single bytes; in a kernel, what memcpy() and memset() touch, and a struct that a function
- * returns straight into memory. Where only atomics put accesses in order, it sees a race.
+ * returns straight into memory. It reports a race where accesses are ordered only by atomics.
  */
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H
@@ -61,11 +62,11 @@
 #define CUDA_ON_CPU_CHECKED 0
 #endif
 
-// The functions of this header: the compiler must not check their memory accesses.
+// Marks the functions of this header, whose memory accesses the compiler must not check.
 #define RUNTIME inline __attribute__((no_sanitize("thread")))
 
 // ------------------------------------------------------------------------------------------------
-// Types. What a kernel's source needs to compile.
+// Types, and what else a kernel's source needs to compile.
 
 #define __global__
 #define __device__
@@ -77,16 +78,17 @@ struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline thread_local uint3 threadIdx, blockIdx;  // of the fiber that runs now on this core
+inline thread_local uint3 threadIdx, blockIdx;  // of the fiber that is running on this core
 inline thread_local dim3 blockDim, gridDim;
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 
-// A bf16 is the upper half of a float. Rounding to nearest, ties to even: add just under half of
-// the last bit that stays, plus that bit, and cut. A nan could turn into infinity: CUDA's is 7fff.
-// INLINE: so that what the caller does with the result is an access of the caller's.
+// A bf16 is the upper half of a float. To round to nearest, ties to even, we add just under half of
+// the last bit that stays, plus that bit, and cut. That could turn a NaN into infinity, so a NaN
+// becomes 7fff, as in CUDA. INLINE makes a store of the result an access of the caller, which the
+// checked build sees.
 #define INLINE inline __attribute__((always_inline))
 struct __nv_bfloat16 {
     uint16_t bits;
@@ -113,9 +115,9 @@ enum cudaError_t {
 };
 
 // ------------------------------------------------------------------------------------------------
-// The state. One arena of addresses holds all device memory, and behind it a piece for each worker
-// (a core and what it needs to run blocks) with the shared memory of its block. Device addresses
-// are handed out once and never again, so that a use after cudaFree always shows.
+// The state. One arena of addresses holds all device memory, followed by the shared memory of each
+// worker (a core and what it needs to run blocks). No device address is handed out twice, so that a
+// use after cudaFree is always detected.
 
 namespace on_cpu {
 constexpr size_t SLOT = 64 << 10;                   // whole pages, whatever their size
@@ -135,7 +137,7 @@ struct Range {                  // a cudaMalloc or a shared array
     const void *key;            // tells shared arrays apart
 };
 struct Site { const char *name; int line; bool block; };  // a barrier, of a block or of a warp
-struct Barrier { int arrived, first; Site site; };        // who waits in it; first: came first
+struct Barrier { int arrived, first; Site site; };        // how many wait in it, and who came first
 struct Fiber { jmp_buf context; ucontext_t start; bool started; };
 struct Thread {
     uint3 index;
@@ -152,10 +154,10 @@ struct Worker {
     Thread thread[MAX_THREADS];
     Warp warps[32];
     Barrier barrier;
-    uint64_t clock, clocks[32]; // of the last __syncthreads(), and of each warp: count barriers
-    uint64_t serial, launch;    // number of the block, and of the launch's first, since the start
+    uint64_t clock, clocks[32]; // barriers counted: at the last __syncthreads(), and by each warp
+    uint64_t serial, launch;    // the block's number, and that of the first block of the launch
     uint64_t self;              // the current thread's stamp, see the last section
-    const void *pc;             // behind the access to report
+    const void *pc;             // the address after the access to report
     Fiber home, fibers[MAX_THREADS], *idle[MAX_THREADS];  // home: of run_block()
     int fibers_made, idle_fibers;
     char *stacks, *shared, fault_stack[SLOT];
@@ -165,8 +167,8 @@ struct Worker {
     int arrays_used;
 };
 
-struct Cell { uint64_t writer, reader; };  // who touched two bytes of the arena: the last section
-enum : uint64_t { NOWHERE = 0, UNSET = 1, HOST = 2 };  // writers that are no threads
+struct Cell { uint64_t writer, reader; };  // of two bytes of the arena: see the last section
+enum : uint64_t { NOWHERE = 0, UNSET = 1, HOST = 2 };  // writers that are not threads
 
 inline thread_local Worker *worker;        // null outside kernels
 inline Worker workers[MAX_WORKERS];
@@ -195,8 +197,8 @@ RUNTIME void mark(const char *p, size_t n, uint64_t writer) {
 // ------------------------------------------------------------------------------------------------
 // Reports.
 
-// Prints one line and ends the process, also from inside a fiber. who: null for the kernel; then
-// binutils' addr2line ends the line with the place in the source.
+// Prints one line and ends the process, even from inside a fiber. who: what is at fault, or null
+// for the running kernel; then addr2line, of binutils, adds the place in the source to the line.
 [[noreturn]] RUNTIME void report(const char *who, const char *format, ...) {
     static int reported;
     if (__atomic_exchange_n(&reported, 1, __ATOMIC_SEQ_CST)) for (;;) pause();
@@ -237,7 +239,7 @@ RUNTIME const char *place(const char *p) {
     return text;
 }
 
-// Comes on a stack of its own, since a fiber's may be what has overflowed.
+// Runs on a stack of its own, because the stack of a fiber may be what has overflowed.
 RUNTIME void on_fault(int, siginfo_t *info, [[maybe_unused]] void *interrupted) {
     const char *p = (const char *)info->si_addr;
     if (!worker) report("host code", "segmentation fault at %s", place(p));
@@ -252,18 +254,18 @@ RUNTIME void on_fault(int, siginfo_t *info, [[maybe_unused]] void *interrupted) 
 
 // ------------------------------------------------------------------------------------------------
 // Fibers. A thread of a block that must wait saves its registers with _setjmp and jumps with
-// _longjmp to the next thread that can run; these two make no system call. A fiber whose thread
-// returns runs the next one that has not begun, so that a kernel without barriers never switches.
+// _longjmp to the next thread that can run; these two make no system call. A fiber whose thread has
+// returned is used again for a new thread, so that a kernel without barriers never switches.
 
 inline const char *const order = getenv("CUDA_ON_CPU_ORDER") ?: "";
 
-// Of n threads or blocks, the one that comes i-th.
+// Returns which of n threads or blocks comes i-th.
 RUNTIME uint32_t ordered(uint64_t i, uint64_t n) {
-    constexpr uint64_t prime = 4294967311;  // no divisor in common with n < 2^32: a permutation
+    constexpr uint64_t prime = 4294967311;  // coprime to n < 2^32, so this is a permutation
     return *order == 'r' ? n - 1 - i : *order == 's' ? i * prime % n : i;
 }
 
-// Puts n threads on the stack of those that can run. So those of one warp run before others.
+// Puts n threads on the stack of those that can run. As it is a stack, they run before all others.
 RUNTIME void make_ready(Worker &w, int first, int n, int except) {
     for (int i = n - 1; i >= 0; i--) {
         int thread = first + ordered(i, n);
@@ -271,7 +273,7 @@ RUNTIME void make_ready(Worker &w, int first, int n, int except) {
     }
 }
 
-// Thread a waits at a barrier that thread b isn't going to reach.
+// Reports that thread a waits at a barrier that thread b will not reach.
 [[noreturn]] RUNTIME void report_missed(const Worker &w, int a, int b) {
     Site s = w.thread[a].waits, t = w.thread[b].waits;
     uint3 i = w.thread[b].index;
@@ -282,7 +284,8 @@ RUNTIME void make_ready(Worker &w, int first, int n, int except) {
            s.block ? "block" : "warp", s.name, s.line, i.x, i.y, i.z, there);
 }
 
-// No thread can run and not all have returned: names one that waits and one that it waits for.
+// Called when no thread can run, but not all have returned. Names one that waits, and one that it
+// waits for.
 RUNTIME void report_stuck(const Worker &w) {
     for (int a = 0; a < w.threads; a++)
         for (int b = 0; b < w.threads; b++) {
@@ -292,7 +295,7 @@ RUNTIME void report_stuck(const Worker &w) {
         }
 }
 
-// Saves where this fiber is and goes on with another. Returns when somebody switches back.
+// Saves where this fiber is and continues with another. Returns when somebody switches back.
 RUNTIME __attribute__((noinline)) void switch_fibers(Fiber &from, Fiber &to) {
     if (&from == &to) return;
     from.started = true;
@@ -309,12 +312,13 @@ RUNTIME Fiber *idle_fiber(Worker &w) {
     char *stack = w.stacks + i * STACK_STRIDE;
     mprotect(stack, STACK_GUARD, PROT_NONE);
     w.fibers[i].start.uc_stack.ss_sp = stack + STACK_GUARD;
-    w.fibers[i].start.uc_stack.ss_size = STACK_BYTES - i % 16 * 256;  // else all share cache sets
+    w.fibers[i].start.uc_stack.ss_size = STACK_BYTES - i % 16 * 256;  // to use all cache sets
     makecontext(&w.fibers[i].start, fiber_main, 0);
     return &w.fibers[i];
 }
 
-// The current thread can't go on. Takes the next; false if all have returned.
+// Called when the current thread cannot continue. Makes the next one that can run the current
+// thread, or returns false if all have returned.
 RUNTIME bool next_thread(Worker &w) {
     if (w.ready_count == 0 && w.alive) report_stuck(w);
     if (w.ready_count == 0) return false;
@@ -322,14 +326,14 @@ RUNTIME bool next_thread(Worker &w) {
     return true;
 }
 
-// Goes on with the current thread, on its fiber or on an idle one if it has not begun.
+// Continues with the current thread, on its fiber, or on an idle one if it has not begun.
 RUNTIME void switch_to_current(Worker &w, Fiber &from) {
     Thread &t = w.thread[w.current];
     if (!t.fiber) t.fiber = idle_fiber(w);
     switch_fibers(from, *t.fiber);
 }
 
-// A thread begins, or goes on after a barrier. Its stamp: see the last section.
+// Called when a thread begins, or continues after a barrier. Its stamp: see the last section.
 RUNTIME void resume(Worker &w) {
     uint64_t warp = w.current / 32, lane = w.current % 32;
     threadIdx = w.thread[w.current].index;
@@ -353,10 +357,10 @@ RUNTIME void fiber_main() {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Barriers, shuffles and the tensor core. Macros pass the line, so that a thread that waits in
-// another __syncthreads() than the rest of its block is told apart.
+// Barriers, shuffles and the tensor core. Macros pass the line number, so that we notice a thread
+// that waits in another __syncthreads() than the rest of its block.
 
-// True for the last of `expected` threads; the others wait first.
+// Returns true to the last of `expected` threads. The others wait for it, and get false.
 RUNTIME bool arrive(Worker &w, Barrier &b, Site site, int expected) {
     Thread &t = w.thread[w.current];
     t.waits = site;
@@ -387,14 +391,14 @@ RUNTIME void warp_barrier(Site site) {
     resume(w);
 }
 
-// Two in turns make one barrier enough: nobody can fill this one again before all have passed the
-// other's.
+// A warp uses its two deposits alternately, so each exchange needs only one barrier: nobody can
+// overwrite a deposit before all have read it and reached the barrier of the next exchange.
 RUNTIME Deposit &deposit(Worker &w) {
     int warp = w.current / 32;
     return w.warps[warp].deposits[w.clocks[warp] % 2];
 }
 
-// Gives each lane the value of the lane `source`.
+// Returns the value of lane `source`.
 template <class T> RUNTIME T shuffle(Site site, T value, unsigned source) {
     static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
     uint64_t *values = deposit(*worker).value;
@@ -404,10 +408,12 @@ template <class T> RUNTIME T shuffle(Site site, T value, unsigned source) {
     return value;
 }
 
-// D = A B + C by a warp, in the layout of mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32:
-// with g = lane / 4 and t = lane % 4, a lane holds of A the pairs of columns 2t and 2t + 8 of the
-// rows g and g + 8, of B the pairs of rows 2t and 2t + 8 of column g, and of C and D the columns
-// 2t and 2t + 1 of the rows g and g + 8. All lanes deposit theirs as floats, then each sums its 4.
+// A warp computes C += A B, in the layout of mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32.
+// With g = lane / 4 and t = lane % 4, a lane holds
+//     of A  the pairs of columns that begin at 2t and 2t + 8, in rows g and g + 8
+//     of B  the pairs of rows that begin at 2t and 2t + 8, in column g
+//     of C  columns 2t and 2t + 1 of rows g and g + 8
+// All lanes deposit their parts of A and B as floats, then each computes its 4 sums.
 RUNTIME void mma(Site site, float c[4], const __nv_bfloat162 a[4], const __nv_bfloat162 b[2]) {
     Deposit &p = deposit(*worker);
     int g = worker->current % 32 / 4, t = worker->current % 4;
@@ -437,8 +443,8 @@ RUNTIME void mma(Site site, float c[4], const __nv_bfloat162 a[4], const __nv_bf
 #define __syncthreads() on_cpu::block_barrier({"__syncthreads", __LINE__, true})
 
 // ------------------------------------------------------------------------------------------------
-// Shared memory. An array gets its place when a thread first comes to its declaration; the place
-// is kept for the launch. Like on a GPU, a block finds in it whatever the block before it left.
+// Shared memory. An array gets its place when a thread first reaches its declaration, and keeps it
+// for the launch. As on a GPU, a block finds in it whatever the previous block left there.
 
 RUNTIME char *find_array(const void *key, const char *name, size_t size) {
     Worker &w = *worker;
@@ -456,7 +462,8 @@ RUNTIME char *find_array(const void *key, const char *name, size_t size) {
 // ------------------------------------------------------------------------------------------------
 // Launches. As in CUDA a launch returns nothing and leaves its error for cudaGetLastError().
 
-// The worker of this OS thread, which may be another one at each launch.
+// Returns the worker with this thread's number in OpenMP. The OS thread behind that number may
+// differ from launch to launch.
 RUNTIME Worker &get_worker() {
     Worker &w = workers[omp_get_thread_num()];
     if (!w.stacks) {
@@ -493,7 +500,7 @@ RUNTIME void run_grid(const char *kernel, dim3 grid, dim3 block, size_t shared,
         threads > MAX_THREADS || block.z > 64) error = cudaErrorInvalidConfiguration;
     if (error != cudaSuccess) { last_error = error; return; }
     uint32_t launch = next_serial;
-    next_serial += blocks + 1;  // one that no block has: see the last section
+    next_serial += blocks + 1;  // one more, which no block gets: see the last section
     #pragma omp parallel num_threads(std::min(omp_get_max_threads(), MAX_WORKERS)) if (blocks > 1)
     {
         Worker &w = get_worker();
@@ -514,7 +521,7 @@ RUNTIME void run_grid(const char *kernel, dim3 grid, dim3 block, size_t shared,
     }
 }
 
-// The live allocation that holds all n bytes at p, or null.
+// Returns the live allocation that holds all n bytes at p, or null.
 RUNTIME Range *find_range(const char *p, size_t n) {
     for (Range *r = ranges.data() + ranges.size(); r-- != ranges.data(); )
         if (r->live && p >= r->start && p + n <= r->start + r->size) return r;
@@ -559,8 +566,9 @@ RUNTIME auto launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 bloc
 }
 
 // ------------------------------------------------------------------------------------------------
-// Memory. An allocation lies at the end of its slots, as far as its start is a multiple of 256; the
-// slots around them nobody may touch. It begins as 0xff, in floats a nan: a GPU's is not 0 either.
+// Memory. An allocation lies as close to the end of its slots as a start at a multiple of 256
+// allows, and the slots around them are inaccessible. It is filled with 0xff, which is NaN in
+// floats, because new memory on a GPU need not be 0 either.
 
 enum cudaMemcpyKind {
     cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3,
@@ -593,7 +601,7 @@ RUNTIME cudaError_t cudaFree(void *pointer) {
     size_t bytes = round_up(r->size, SLOT);
     char *slots = r->start + round_up(r->size, 256) - bytes;
     mprotect(slots, bytes, PROT_NONE);
-    madvise(slots, bytes, MADV_DONTNEED);  // the memory goes back, the shadow's as zeros: NOWHERE
+    madvise(slots, bytes, MADV_DONTNEED);  // frees the memory; the shadow becomes 0: NOWHERE
     if (shadow) madvise(cell(slots), bytes * 8, MADV_DONTNEED);
     r->live = false;
     return cudaSuccess;
@@ -650,7 +658,7 @@ RUNTIME const char *cudaGetErrorString(cudaError_t e) {
 
 // ------------------------------------------------------------------------------------------------
 // cuBLASLt: D = alpha op(A) op(B) + beta C of column-major matrices; op(X) is X or its transpose.
-// Each sum is taken in order of k: the result doesn't depend on the number of cores.
+// Each sum is taken in order of k, so the result does not depend on the number of cores.
 
 enum cublasStatus_t {
     CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15,
@@ -666,7 +674,7 @@ enum cublasLtMatmulPreferenceAttributes_t {
 };
 struct cublasLtMatmulHeuristicResult_t { int algo; };
 
-// A product's description, a matrix, or what there's nothing to say about.
+// A product's description, a matrix, or an object that needs no content here.
 struct cublasLtObject {
     cublasOperation_t op[2];    // of A and B
     cudaDataType_t type;
@@ -683,7 +691,7 @@ struct cublasLtObject {
 typedef cublasLtObject *cublasLtHandle_t, *cublasLtMatmulDesc_t, *cublasLtMatrixLayout_t,
     *cublasLtMatmulPreference_t;
 inline const char *cublasLtGetStatusString(cublasStatus_t s) { return s ? "bad value" : "success"; }
-// The arguments that come as T stand for whatever cuBLASLt wants and a plain loop has no use for.
+// The arguments of types T are those that cuBLASLt needs and a plain loop does not.
 template <class... T> cublasStatus_t cublasLtCreate(cublasLtObject **p, T...) {
     *p = new cublasLtObject();
     return CUBLAS_STATUS_SUCCESS;
@@ -756,35 +764,36 @@ RUNTIME cublasStatus_t cublasLtMatmul(
 
 // ------------------------------------------------------------------------------------------------
 // The checked build. g++ -fsanitize=thread makes the compiler call __tsan_read4(address) before
-// each read of 4 bytes, and so on; these functions are usually ThreadSanitizer's. Here are others.
+// each read of 4 bytes, and so on. These functions usually come from ThreadSanitizer; here we
+// define our own.
 //
-// Each two bytes of the arena have a Cell that says who wrote and who read them last. Its stamps:
+// Every two bytes of the arena have a Cell that says who wrote and who read them last. Its stamps:
 //
 //   serial of the block : 32 | clock : 19 | warp : 6 | lane : 6 | by an atomic function : 1
 //
-// A warp's clock goes up at each of its barriers; at a __syncthreads() all clocks of the block go
-// to one value that none had before. So an earlier access happened before this one if it is of an
-// earlier launch (with shared memory: an earlier block), or of this block with a clock below that
-// of the last __syncthreads(), or of this warp with a clock below its present one, or of this very
-// thread. If not, and if one of the two writes, they race.
+// A warp's clock advances at each of its barriers. At a __syncthreads() all clocks of the block are
+// set to one value that none had before. So an earlier access happened before this one if it comes
+// from an earlier launch (with shared memory: an earlier block), or from this block with a clock
+// below that of the last __syncthreads(), or from this warp with a clock below its present one,
+// or from this very thread. If not, and if one of the two is a write, they race.
 //
 // After several concurrent reads, `reader` is nobody in particular: lane 32 of the warp, warp 32 of
-// the block, or the serial that the launch has left over. Whoever writes next, before a barrier,
-// is none of these: they race.
+// the block, or the serial of the launch that no block has. So whoever writes next, before a
+// barrier, is not the reader, and they race.
 
 namespace on_cpu {
 enum Access { READ, WRITE, ATOMIC };
 constexpr uint64_t LANE = 63 << 1, WARP = 63 << 7, LANES = 32 << 1, WARPS = 32 << 7;
 
-// True if `who` did not happen before what this thread does now. start: the first stamp of the
-// launch or, with shared memory, of the block.
+// Returns true if the access with the stamp `who` did not happen before what this thread does now.
+// start: the first stamp of the launch or, with shared memory, of the block.
 RUNTIME bool concurrent(const Worker &w, uint64_t who, uint64_t start) {
     if (who < start || who - (w.serial << 32) < w.clock << 13) return false;
     if ((who ^ w.self) >> 32 || (who ^ w.self) & WARP) return true;
     return who >> 13 == w.self >> 13 && (who ^ w.self) & LANE;
 }
 
-// The reader that stands for this thread and for `who`, who read at the same time.
+// Returns the stamp that represents both this thread and `who` as concurrent readers.
 RUNTIME uint64_t several(const Worker &w, uint64_t who) {
     if ((who ^ w.self) >> 32) return (w.launch + (uint64_t)gridDim.x * gridDim.y * gridDim.z) << 32;
     if ((who ^ w.self) & WARP) return (w.self & ~WARP) | WARPS;
@@ -846,7 +855,8 @@ template <class T> RUNTIME T atomicAdd(T *p, std::common_type_t<T> v) {
 }
 
 // cp.async: copies 4, 8 or 16 bytes from global to shared memory, of which the first `valid` are
-// read and the others 0. Until the thread waits for its copies, nobody has written what is there.
+// read and the others become 0. Until the thread waits for its copies, the destination counts as
+// unwritten.
 RUNTIME void cp_async(void *to, const void *from, int bytes, int valid) {
     using namespace on_cpu;
     const void *pc = __builtin_return_address(0);
@@ -870,9 +880,9 @@ RUNTIME void cp_async_wait_all() {
     worker->copies[worker->current].clear();
 }
 
-// ldmatrix.x4: four matrices of 8 x 8, whose rows the 32 lanes name in turn. With g = lane / 4 and
-// t = lane % 4 a lane gets of each the columns 2t and 2t + 1 of row g; transposed, the rows 2t and
-// 2t + 1 of column g.
+// ldmatrix.x4 loads four matrices of 8 x 8. Lane l passes the address of row l % 8 of matrix l / 8.
+// With g = l / 4 and t = l % 4 it gets columns 2t and 2t + 1 of row g of each matrix, or,
+// transposed, rows 2t and 2t + 1 of column g.
 RUNTIME void ldmatrix_x4(on_cpu::Site site, __nv_bfloat162 to[4], const void *row,
                          bool transposed) {
     using namespace on_cpu;

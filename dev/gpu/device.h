@@ -42,7 +42,7 @@ static inline void open_device(void) {
 }
 
 // Returns GPU memory for n floats, valid until the next call of scratch(). That call may come
-// before the kernels that use it have run, because they run in order.
+// before the kernels that use this memory have run, because kernels run in order.
 static inline float *scratch(size_t n) {
     static float *memory;
     static size_t size;
@@ -116,11 +116,11 @@ static void scale_array(to *y, const from *x, float factor, int accumulate, size
 }
 
 // ------------------------------------------------------------------------------------------------
-// Sums and maxima, whose result all lanes of a warp, or all threads of a block, receive.
+// Sums and maxima over a warp or a block. All its threads receive the result.
 
 // Each step adds the number of the lane whose index differs in one bit. After step 1 each pair of
-// lanes has its sum, after step 2 each four, after step 16 the whole warp. With lanes = 4 each
-// group of four neighbours gets a sum of its own.
+// lanes has its sum, after step 2 each group of four, after step 16 the whole warp. With lanes = 4
+// each group of four neighbours gets a sum of its own.
 template <class number> __device__ inline number warp_sum(number x, int lanes = 32) {
     for (int step = 1; step < lanes; step *= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
     return x;

@@ -78,7 +78,7 @@ static inline void free_layout(Layout *layout) {
     free(layout->chunks);
 }
 
-// Copies all tensors between an array on the host, as in files, and one on the GPU.
+// Copies all tensors between an array on the host, laid out as in files, and one on the GPU.
 static inline void copy_tensors(const Layout *layout, float *host, float *device,
                                 cudaMemcpyKind kind) {
     const Tensor *end = layout->list.tensors + layout->list.count;

@@ -1,6 +1,6 @@
-// ptx.h: defines mma_m16n8k16_bf16, ldmatrix_x4, cp_async, cp_async_wait_all: instructions of a GPU
-// for which CUDA C++ has no function, written in PTX, its assembly language. cuda_on_cpu.h defines
-// the same functions for a CPU.
+// ptx.h: defines mma_m16n8k16_bf16, ldmatrix_x4, cp_async, cp_async_wait_all: single instructions
+// of the GPU, written in PTX, NVIDIA's assembly language. cuda_on_cpu.h defines the same functions
+// for a CPU.
 #ifndef PTX_H
 #define PTX_H
 #include <cuda_bf16.h>
@@ -16,9 +16,9 @@ __device__ inline void mma_m16n8k16_bf16(float d[4], const __nv_bfloat162 a[4],
         : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(B[0]), "r"(B[1]));
 }
 
-// A warp loads four matrices of 8 x 8 from shared memory. Lane l says where row l % 8 of matrix
-// l / 8 begins. With g = lane / 4 and t = lane % 4 a lane gets columns 2t and 2t + 1 of row g of
-// each matrix, or, transposed, rows 2t and 2t + 1 of column g.
+// A warp loads four matrices of 8 x 8 from shared memory. Lane l passes the address of row l % 8 of
+// matrix l / 8. With g = l / 4 and t = l % 4 it gets columns 2t and 2t + 1 of row g of each matrix,
+// or, transposed, rows 2t and 2t + 1 of column g.
 __device__ inline void ldmatrix_x4(__nv_bfloat162 to[4], const void *row, bool transposed) {
     unsigned *x = (unsigned *)to, address = (unsigned)__cvta_generic_to_shared(row);
     if (transposed)

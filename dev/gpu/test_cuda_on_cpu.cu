@@ -136,7 +136,7 @@ static void atomics() {
     REQUIRE(from_gpu(wide, 1)[0] == 19200);
 }
 
-// Each template instance has arrays of its own; the forms that sed must rewrite.
+// Each template instance must have its own arrays. Also tests the forms that sed must rewrite.
 template <class real, int N, int WHICH> __device__ real turn(real v) {
     __shared__ real line[N][(2)];
     line[threadIdx.x][1] = v;
@@ -168,7 +168,8 @@ static void shared_arrays() {
     run_arrays<double>();
 }
 
-// bf16: no other is nearer, and a tie goes to the even one. (+-2^128 stands for infinity.)
+// Rounding to bf16: no other bf16 may be nearer, and a tie goes to the even one. An infinity counts
+// as 2^128.
 static double as_double(uint16_t bits) {
     bf16 b;
     b.bits = bits;
@@ -221,8 +222,8 @@ static void tensor_core() {
     }
 }
 
-// tile (16,16) comes by cp.async, 16 bytes at once and the last row cut off after 3 pairs. out
-// (2,16,16): as ldmatrix hands it out, and transposed.
+// Copies a tile (16,16) by cp.async, 16 bytes at a time; its last row is cut off after 6 numbers.
+// out (2,16,16): the tile, loaded by ldmatrix without and with transposition.
 __global__ void tile_kernel(bf16 *out, const bf16 *in) {
     __shared__ bf16 tile[16][24];
     int lane = threadIdx.x, g = lane / 4, t = lane % 4;
@@ -349,11 +350,11 @@ __global__ void innocent(bf16 *out, Four *wide, unsigned char *bytes) {
     float all = x[0] + x[63];              // many readers, then a barrier, then a writer
     __syncthreads();
     x[63 - t] = all;
-    out[blockIdx.x * 64 + t] = __float2bfloat16_rn(x[63 - t]);  // neighbours by several threads
+    out[blockIdx.x * 64 + t] = __float2bfloat16_rn(x[63 - t]);  // neighbours, by different threads
     Four v = {1, 2, 3, all};
     wide[blockIdx.x * 64 + t] = v;
     v = wide[blockIdx.x * 64 + t];
-    bytes[blockIdx.x * 64 + t] = v.y;      // bytes likewise
+    bytes[blockIdx.x * 64 + t] = v.y;      // single bytes too
     __syncthreads();
     bytes[blockIdx.x * 64 + (t ^ 1)]++;
     __syncthreads();

@@ -1,6 +1,6 @@
 // tiles.h: defines WARPS, THREADS, ROWS, MAX_HEAD, with_head; Rows, Operand, Accumulator, Tile;
 // load_rows, store_rows, load_tile, copy_async; multiply_transposed, multiply_add; row_of,
-// column_of, dot_rows. All code that is written for tensor cores and asynchronous copies is here.
+// column_of, dot_rows. The code for tensor cores and asynchronous copies is here and in ptx.h.
 //
 // Attention multiplies small matrices. A warp computes 16 rows of a product and keeps them in its
 // registers. The left-hand operand is in registers too; the right-hand operand is a tile in shared
@@ -12,11 +12,11 @@
 //
 //     A   a[0], a[1]  columns 2 pair and 2 pair + 1 of row group, and of row group + 8
 //         a[2], a[3]  the same, 8 columns further to the right
-//     B   b[0], b[1]  rows 2 pair and 2 pair + 1 of column group, and the same 8 rows further down
+//     B   b[0], b[1]  rows 2 pair and 2 pair + 1 of column group, and the same, 8 rows further down
 //     D   d[0], d[1]  columns 2 pair and 2 pair + 1 of row group
 //         d[2], d[3]  the same columns of row group + 8
 //
-// Two matrices D next to each other are distributed over the lanes in the same way as one A. So a
+// Two adjacent matrices D are distributed over the lanes in the same way as one A. So a
 // product can be the left-hand operand of the next product without any exchange between lanes.
 // A row of D belongs to the four lanes of a group, so its sum takes only two shuffles.
 #ifndef TILES_H
@@ -26,10 +26,10 @@
 // The block of a kernel: 4 warps with 16 rows each.
 enum { WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * WARPS };
 
-enum { MAX_HEAD = 128 };  // the most channels hs of a head
+enum { MAX_HEAD = 128 };  // the most channels (hs) that a head may have
 
-// Calls launch(HS), where HS is the width of the kernels that compute heads of hs channels. HS can
-// be a template argument.
+// Calls launch(HS), where HS is the width of the kernels that compute heads of hs channels. HS is a
+// constant, so it can be a template argument.
 template <class Launch> static void with_head(int hs, Launch launch) {
     if (hs <= 32) launch(std::integral_constant<int, 32>());
     else if (hs <= 64) launch(std::integral_constant<int, 64>());
@@ -95,8 +95,8 @@ __device__ inline void load_rows(Operand<real, HS> &to, Rows<const real> from, i
     }
 }
 
-// Stores a product as 16 rows, from row t0 on. Row r is multiplied by scale[r / 8]: the lanes that
-// hold it pass its factor.
+// Stores a product as 16 rows, from row t0 on. A lane holds parts of two rows, and passes in
+// scale[0] and scale[1] the factors by which they are multiplied.
 template <class real, int HS>
 __device__ inline void store_rows(Rows<real> to, int t0, const Accumulator<HS> &from,
                                   const float (&scale)[2]) {
