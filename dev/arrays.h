@@ -66,7 +66,7 @@ static inline void check_arrays(const Arrays *arrays, int place, int sublayer) {
     }
 }
 
-// Checks the gradients of the parameters of layer l, or with l = -1 of those that belong to none.
+// Checks the gradients of the parameters of layer l, or, with l = -1, of those outside the layers.
 static inline void check_gradients(const TensorList *list, const float *gradients, int l) {
     char name[80];
     for (const Tensor *t = list->tensors; t < list->tensors + list->count; t++) {

@@ -20,7 +20,7 @@ typedef struct {
     uint32_t tokenizer;  // the checksum of its tokenizer.bin; 0: not known, and not stored
 } Progress;
 
-// Returns the step of the checkpoint whose file has this name, "ckpt_STEP" and the ending, or -1.
+// Returns STEP if a file's name is "ckpt_STEP" followed by the ending, else -1.
 static inline int checkpoint_step(const char *name, const char *ending) {
     int step = -1;
     char right[64];
@@ -60,7 +60,8 @@ static inline void print_tensor(FILE *file, const char *prefix, const char *name
 }
 
 // Returns the header of a checkpoint, which holds the parameters and Adam's moments, or of a file
-// of gradients. Writes the size of the numbers that follow it to *bytes. The caller frees it.
+// of gradients. Writes the size of the numbers that follow the header to *bytes. The caller frees
+// the header.
 static inline char *make_header(const Snapshot *s, const Progress *p, int gradients,
                                 size_t *bytes) {
     const char *prefixes[] = {"", gradients ? "grad." : "adam_m.", gradients ? NULL : "adam_v.",
@@ -89,7 +90,7 @@ static inline char *make_header(const Snapshot *s, const Progress *p, int gradie
         print_tensor(file, "", "targets", "I32", s->o->batch, s->o->seq_len, bytes);
         print_tensor(file, "", "loss", "F32", 1, 0, bytes);
     }
-    fprintf(file, "}%*s", (int)(7 - ftell(file) % 8), "");  // a multiple of eight
+    fprintf(file, "}%*s", (int)(7 - ftell(file) % 8), "");  // pads to a multiple of 8
     if (fclose(file) != 0) die("not enough memory");
     return text;
 }
@@ -171,7 +172,8 @@ static inline FILE *checkpoint_open(const char *path, char **header, char **opti
 }
 
 // Reads the options stored in a checkpoint into o: all of them with `resume`, else those that
-// describe the network and its data. given[r]: what the command line says of option r, or NULL.
+// describe the network and its data. given[r]: the text given for option r on the command line, or
+// NULL.
 static inline void checkpoint_options(const char *path, Options *o, int resume,
                                       const char *const given[]) {
     Options stored = *o;

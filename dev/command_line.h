@@ -89,7 +89,7 @@ static inline void find_checkpoint(char *path) {
         die("%s: the path is too long", folder);
 }
 
-// Returns how many characters must be changed, added or removed to make a of b (Levenshtein).
+// Returns how many characters must be changed, added or removed to turn b into a (Levenshtein).
 static inline int edit_distance(const char *a, const char *b) {
     int row[64], n = imin((int)strlen(b), 63);
     for (int j = 0; j <= n; j++) row[j] = j;
@@ -105,7 +105,7 @@ static inline int edit_distance(const char *a, const char *b) {
     return row[n];
 }
 
-// Exits with the option that is most like the one given, if one is.
+// Exits with a message that suggests the most similar option, if one is similar enough.
 __attribute__((noreturn))
 static inline void unknown_option(const char *text) {
     const char *name = text + strspn(text, "-"), *best = NULL;
@@ -136,7 +136,7 @@ static inline void find_options(const char *given[NUM_ROWS], int argc, char **ar
         if (!equals && i + 1 == argc) die("%s needs a value", option);
         if (given[r]) die("%s is given twice", option);
         given[r] = equals ? equals + 1 : argv[++i];
-        // Most likely an unset variable of the shell. Only a prompt may be empty.
+        // Most likely an unset shell variable. Only a prompt may be empty.
         if (!*given[r] && option_rows[r].offset != offsetof(Options, prompt))
             die("%s is given, but empty", option);
     }
@@ -149,7 +149,7 @@ static inline void parse_options(Options *o, int argc, char **argv) {
     int preset = 0;
     memset(o, 0, sizeof *o);
     find_options(given, argc, argv);
-    for (int pass = 0; pass < 3; pass++) {  // the defaults; the given; the given once more
+    for (int pass = 0; pass < 3; pass++) {  // the defaults; the options given; the same again
         for (int r = 0; r < NUM_ROWS; r++) {
             const OptionRow *row = &option_rows[r];
             const char *text = pass ? given[r] : row->value, *problem;

@@ -2,9 +2,9 @@
 // dataloader_close, dataloader_batch.
 //
 // Token files are llm.c's: 256 int32 (magic 20240520, version 1, the number of tokens), then the
-// tokens as uint16. They are mapped into memory. Ours have more numbers in the header, 0 in llm.c's
-// own: number 4 is the checksum of tokenizer.bin, number 5 how many files the split has, and number
-// 6 which of them this is.
+// tokens as uint16. They are mapped into memory. Our files use three more numbers of the header,
+// which are 0 in llm.c's own: number 4 is the checksum of tokenizer.bin, number 5 how many files
+// the split has, and number 6 which of them this is.
 #ifndef DATALOADER_H
 #define DATALOADER_H
 #include "utils.h"
@@ -24,7 +24,7 @@ typedef struct {
     uint32_t tokenizer;        // the checksum of the network's tokenizer.bin; 0: not known
 } DataLoader;
 
-// Exits if a file, whose header this is, was made with another tokenizer than the network's.
+// Exits if the file with this header was made with another tokenizer than the network's.
 static inline void check_tokenizer(const char *path, const int32_t *header, uint32_t tokenizer) {
     if (header[4] && tokenizer && (uint32_t)header[4] != tokenizer)
         die("%s was made with another tokenizer than the network's", path);
@@ -48,8 +48,8 @@ static inline const int32_t *dataloader_add(DataLoader *loader, const char *path
     return header;
 }
 
-// Returns how many files DIR/SPLIT_000.bin, DIR/SPLIT_001.bin, ... there must be, by the highest of
-// their numbers.
+// Returns how many files DIR/SPLIT_000.bin, DIR/SPLIT_001.bin, ... there should be: the highest
+// number found, plus 1.
 static inline int count_shards(const char *dir, const char *split) {
     int shards = 0;
     size_t n = strlen(split);
@@ -77,7 +77,7 @@ static inline void dataloader_open(DataLoader *loader, const char *dir, const ch
     loader->epoch = -1;
     loader->tokenizer = tokenizer;
     snprintf(path, sizeof path, "%s/%s.bin", dir, split);
-    int whole = access(path, F_OK) == 0 || errno != ENOENT;  // without permission, say
+    int whole = access(path, F_OK) == 0 || errno != ENOENT;  // for lack of permission, say
     if (!whole && !shards)
         die("%s has no %s.bin; prepro_tinystories.py --help says how to make it", dir, split);
     if (whole && shards) die("%s has %s.bin and %s_*.bin: which is meant?", dir, split, split);
@@ -101,8 +101,8 @@ static inline void dataloader_close(DataLoader *loader) {
     free(loader->order);
 }
 
-// Puts the windows in the order of an epoch (Fisher and Yates). The random numbers depend only on
-// the seed and the epoch, so a run can continue in any epoch without the ones before.
+// Puts the windows in the order of an epoch (Fisher-Yates shuffle). The random numbers depend only
+// on the seed and the epoch, so a run can resume in any epoch without computing those before it.
 static inline void dataloader_shuffle(DataLoader *loader, int64_t epoch) {
     uint64_t state = loader->rng_state + ((uint64_t)epoch << 32);
     size_t *order = loader->order;

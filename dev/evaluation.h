@@ -57,7 +57,7 @@ static inline const uint16_t *read_list(const Options *o, const uint16_t **p, co
 }
 
 // Returns the length of an ending of n tokens without its leading space, in characters: bytes that
-// do not continue a UTF-8 character. Where there is no tokenizer it is n.
+// do not continue a UTF-8 character. Without a tokenizer it is n.
 static inline int ending_length(const Tokenizer *tokenizer, const uint16_t *ending, int n) {
     char byte;
     int characters = 0, length;
@@ -69,10 +69,11 @@ static inline int ending_length(const Tokenizer *tokenizer, const uint16_t *endi
     return tokenizer->V ? imax(characters, 1) : n;
 }
 
-// Answers question number q at *p: adds 1 to right[0] if the right ending has the smallest loss,
-// and to right[1] if it has the smallest loss for its length: acc and acc_norm of EleutherAI's
-// lm-evaluation-harness. The endings share their context, which is computed once. A context that is
-// too long for T loses its beginning; returns 1 if that happened.
+// Answers question number q at *p, and moves *p past it. Adds 1 to right[0] if the right ending has
+// the smallest loss, and to right[1] if it has the smallest loss divided by ending_length(). These
+// are acc and acc_norm of EleutherAI's lm-evaluation-harness. The endings share their context,
+// which is computed once. A context that is too long for T loses its beginning; returns 1 if that
+// happened.
 static inline int answer(Run *run, const uint16_t **p, const uint16_t *end, int q, int right[2]) {
     const Options *o = run->o;
     const uint16_t *question = *p;

@@ -1,5 +1,5 @@
 // gemm.h: defines Matrix, matrix, transpose, gemm; Packed, pack, gemm_packed; dot, max_of,
-// exp_fast; thread_memory, free_thread_memory. All code that is written for the hardware is here.
+// exp_fast; thread_memory, free_thread_memory. Most code that is tuned for the CPU is here.
 //
 // With PLAIN defined, train_gpas.c itself defines gemm, pack, gemm_packed, dot, max_of, exp_fast.
 #ifndef GEMM_H
@@ -36,8 +36,8 @@ typedef struct {
 // C = A B, or C += A B with accumulate. C (M,N) has rows ldc apart; A (M,K); B (K,N). M, N, K > 0.
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate);
 
-// Prepares B (K,N) to be multiplied by about `rows` rows on this thread. A copy that this makes
-// is in thread_memory(which) and stays valid until that is used again.
+// Prepares B (K,N) to be multiplied by about `rows` rows of A on this thread. If this copies B, the
+// copy is in thread_memory(which) and stays valid until that buffer is used again.
 static Packed pack(int which, Matrix b, int K, int N, int rows);
 
 // As gemm(), on this thread alone, with the first K rows and N columns of B, which may have more.
@@ -54,8 +54,8 @@ static float max_of(const float *x, int n);
 // Returns e^x with a relative error of about 1e-7.
 static inline float exp_fast(float x);
 
-// Returns room for n floats that belongs to the calling thread: its buffer number `which`, which is
-// kept from call to call. Buffers 8 and 9 are gemm()'s own.
+// Returns room for n floats that belongs to the calling thread: its buffer number `which`, kept
+// from call to call. Buffers 8 and 9 belong to gemm().
 enum { THREAD_BUFFERS = 10, PACKED_A = 8, PACKED_B = 9 };
 static float *thread_buffer[THREAD_BUFFERS];
 static size_t thread_buffer_size[THREAD_BUFFERS];
@@ -109,9 +109,10 @@ static float max_of(const float *x, int n) {
     return largest;
 }
 
-// Written so that the compiler turns a loop over it into vector code: x = n ln2 + r with
-// |r| <= ln2 / 2; e^r by its series; 2^n by writing n into the exponent's bits. Underflow gives 0,
-// overflow 3e38. They are selected last, because gcc's code is twice as slow if x is clamped first.
+// Written so that the compiler can vectorize a loop over it. With x = n ln2 + r and |r| <= ln2 / 2,
+// e^r is computed by its series, and 2^n by writing n into the bits of the exponent. Underflow
+// gives 0, overflow 3e38. These are selected last, because gcc's code is twice as slow if x is
+// clamped first.
 // (The tests with finite differences compile this with float defined as double.)
 static inline float exp_fast(float x) {
     if (sizeof x > 4) return exp(x);
@@ -137,14 +138,15 @@ slow. Each level below makes one move of data serve many multiply-adds:
   registers  multiply_tile() keeps a tile of MR x NR results in registers over the whole depth.
              Each step loads NR numbers of B and MR of A and does MR * NR multiply-adds.
   L1, L2     A and B are packed: copied to panels that lie in memory in the very order in which the
-             tile reads them, so every load is the next one. Depth is cut to KC: an MC x KC block of
-             A, 0.4 MB, stays in the L2 cache while all panels of B pass by it.
+             tile reads them, so all loads are sequential. Depth is cut to KC: an MC x KC block of
+             A, 0.4 MB, stays in the L2 cache while it is multiplied with all panels of B.
   L3         B is cut to NC columns, so that its packed copy stays in the L3 cache.
   memory     While one block of A is multiplied, the next one is prefetched, a line at a time.
-  cores      B is packed once for all; then each core takes some rows of A at a time. Every result
-             is summed by one thread, in the order of k, so the threads do not change its bits.
+  cores      B is packed once, for all cores. Then each core takes some rows of A at a time. Every
+             result is summed by one thread, in the order of k, so the number of threads does not
+             change its bits.
 
-The vectors are the compiler's own extension: the same lines become AVX-512, AVX2, SSE or NEON.
+Vectors are an extension of gcc and clang. The same lines become AVX-512, AVX2, SSE or NEON.
 */
 #if defined(__AVX512F__)
 enum { VECTOR_BYTES = 64, MR = 12 };  // 24 of the 32 registers hold the tile
@@ -160,7 +162,7 @@ enum { KC = 704, MC = 12 * MR, NC = 4096 };
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(float)), may_alias));
 typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(sizeof(float)),
                                   may_alias));
-#define ALWAYS_INLINE static inline __attribute__((always_inline))  // one copy for each constant
+#define ALWAYS_INLINE static inline __attribute__((always_inline))  // compiled for each constant
 
 // Transposes 4 x 4 numbers: dst[k * width + line] = src[line * line_step + k].
 static inline void transpose_4x4(float *dst, int width, const float *src, size_t line_step) {
@@ -186,8 +188,8 @@ static inline void prefetch(const float *x, int n) {
 
 // Packs `lines` rows of A (width MR) or columns of B (width NR) as panels of `width` lines: number
 // k of a line is src[line * line_step + k * k_step]. dst (panels,depth,width), the last panel
-// filled up with zeros. Neighbours in memory are copied, all panels at once; other lines are
-// transposed.
+// filled up with zeros. If the lines are adjacent in memory (line_step 1), number k of all lines is
+// copied at once; if not, each panel is transposed.
 ALWAYS_INLINE void pack_panels(float *dst, const float *src, size_t line_step, size_t k_step,
                                int lines, int width, int depth) {
     int copied = line_step == 1 ? lines / width * width : 0;
@@ -220,7 +222,7 @@ typedef struct {
     int rows, length, at;
 } Prefetch;
 
-// Prefetches the next cache line (16 floats) of it. Called in every eighth step of a tile,
+// Prefetches the next cache line (16 floats) of that block. Called in every eighth step of a tile,
 // it costs nothing, and over six or more panels of B it covers the whole block.
 static inline void prefetch_next_line(Prefetch *p) {
     if (p->rows == 0) return;
@@ -283,8 +285,8 @@ ALWAYS_INLINE void multiply_rows(float *c, size_t ldc, Matrix a, size_t a_panel,
 #undef TILES
 }
 
-// c (N) = or += the row a (K) times B, which is read where it lies: for a single row, packing would
-// cost more than it saves. B's columns, or else its rows, are contiguous.
+// Computes c (N) = a B, or c += a B, for one row a (K). B is not packed, because for a single row
+// that would cost more than it saves. B's columns, or else its rows, are contiguous.
 static void multiply_row(float *c, const float *a, Matrix b, int N, int K, int accumulate) {
     for (int j = 0; j < N && !accumulate; j++) c[j] = 0;
     for (int j = 0; j < N && b.row == 1; j++) {
@@ -324,7 +326,7 @@ static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, 
     for (int j = 0; j < N && b.panels; j += NR) {
         const float *panel = b.panels + j / NR * b.panel;
         int columns = imin(NR, N - j);
-        if (a.column == 1)  // each inlined with one stride known
+        if (a.column == 1)  // each case is inlined with one stride known
             multiply_rows(c + j, ldc, matrix(a.x, a.row), MR * a.row, panel, M, columns, K,
                           accumulate, NULL);
         else if (a.row == 1)
@@ -334,10 +336,10 @@ static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, 
     }
 }
 
-// For each block of NC columns and `depth` steps all threads pack B; then each takes a block of
-// rows of A, packs it and multiplies. Meanwhile it prefetches the block that it will probably take
-// next. K is split into equal depths of at most KC, the rows into equal blocks, the same number for
-// each thread.
+// For each block of NC columns and `depth` steps all threads together pack B. Then each thread
+// takes a block of rows of A, packs it and multiplies. Meanwhile it prefetches the block that it
+// will probably take next. K is split into equal depths of at most KC, and the rows into equal
+// blocks, the same number for each thread.
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate) {
     int depth = (K - 1) / ((K + KC - 1) / KC) + 1, threads = omp_get_max_threads();
     int panels = (M + MR - 1) / MR, blocks = imin(panels, (M / MC / threads + 1) * threads);

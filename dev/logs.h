@@ -10,8 +10,8 @@
 OUT/log.csv and OUT/layers.csv
 */
 
-// Opens OUT/name, keeps its lines up to step `last`, or none if that is -1, and makes sure of the
-// header.
+// Opens OUT/name, and keeps its lines up to step `last`, or none if that is -1. Writes the header
+// if no line is kept.
 static inline FILE *open_log(const Options *o, const char *name, int last, const char *header) {
     char path[2048], line[1024];
     long keep = 0;
@@ -148,7 +148,7 @@ Checkpoints, stories, gradients
 */
 
 // Saves OUT/ckpt_STEP.safetensors, after making sure that the logs are on the disk up to this step.
-// Of the checkpoints of --save-every the newest --keep stay.
+// Of the checkpoints that --save-every asks for, only the newest --keep are kept.
 static inline void save(Run *run) {
     const Options *o = run->o;
     char path[2048];
@@ -192,7 +192,8 @@ Messages
 */
 
 // Exits before NaN or infinity gets into the parameters or a checkpoint. Names the first layer
-// whose output is bad, or else the last one whose gradient is bad: the first on the way back.
+// whose output is bad, or else the last one whose gradient is bad, because the backward pass begins
+// with the last layer.
 static inline void stop_not_finite(Run *run, double loss) {
     const Options *o = run->o;
     char where[64] = "the logits";

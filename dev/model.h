@@ -15,8 +15,8 @@ void model_free(Model *m);
 // Computes the logits of tokens (B,T). With targets (B,T) returns the mean loss in nats, else 0.
 double model_forward(Model *m, const int *tokens, const int *targets, int B, int T);
 
-// Adds to the gradients those of scale times the sum of the losses of the last model_forward(),
-// which had these tokens and targets.
+// Computes the gradient of scale times the sum of the losses of the last model_forward(), which
+// must have had these tokens and targets, and adds it to the gradients.
 void model_backward(Model *m, const int *tokens, const int *targets, int B, int T, double scale);
 
 // Continues one sequence: computes the logits of positions `first` to T - 1 of tokens (T), where
@@ -51,9 +51,9 @@ typedef struct {
     float *parameters, *gradients, *adam_m, *adam_v;
 } Snapshot;
 
-// Returns the model's state, in memory that stays the model's own.
+// Returns the model's state, in memory that the model still owns.
 Snapshot model_snapshot(Model *m);
 
-// Called after the numbers of the snapshot have been replaced: the model takes them over.
+// Makes the model use the numbers in the arrays of its snapshot, after the caller has changed them.
 void model_restore(Model *m);
 #endif

@@ -203,7 +203,7 @@ static inline const char *set_option(Options *o, const OptionRow *row, const cha
     return NULL;
 }
 
-// Writes the option's value to text (TEXT_SIZE); a number in the fewest digits that read back as
+// Writes the option's value to text (TEXT_SIZE). A number gets the fewest digits that read back as
 // the same number.
 static inline void option_text(const Options *o, const OptionRow *row, char *text) {
     const void *place = (const char *)o + row->offset;
@@ -216,7 +216,7 @@ static inline void option_text(const Options *o, const OptionRow *row, char *tex
     while (strtod(text, NULL) != *(const double *)place);
 }
 
-// Does the command line ask for an evaluation and nothing else?
+// Do the options ask for an evaluation, instead of training?
 static inline int evaluates(const Options *o) { return *o->eval || *o->eval_choice; }
 
 // Prints all options that a checkpoint stores, several to a line.

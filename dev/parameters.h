@@ -84,8 +84,8 @@ static inline void add_tensor(TensorList *list, int kind, int layer, int rows, i
 // LNS starts the weight of each norm at 1/sqrt(layer), layer = 1, 2, ..., as the GPAS authors' code
 // does. (The LayerNorm-Scaling paper, arXiv 2502.05795, multiplies the norm's output by this factor
 // and keeps it fixed.) DeepNorm draws from Xavier's normal distribution, std = gain sqrt(2 / (fan
-// in + fan out)), with a gain below 1 for all matrices but wq and wk. We use this initialization
-// with GPAS too; the authors' code does not.
+// in + fan out)), with a gain below 1 for all matrices of a layer but wq and wk. We use this
+// initialization with GPAS too; the authors' code does not.
 static inline void add_layer(TensorList *list, const Config *c, int l) {
     int C = c->C, H = c->H, deep = c->norm == NORM_DEEPNORM;
     double gain = pow(8.0 * c->L, -0.25), norm = c->norm == NORM_LNS ? 1 / sqrt(l + 1.0) : 1;
@@ -141,7 +141,7 @@ static inline void initialize_parameters(float *parameters, const TensorList *li
         float *p = parameters + t->offset;
         #pragma omp parallel for
         for (size_t i = 0; i < t->size; i++) {
-            // Box and Muller: for uniform u and v, sqrt(-2 log u) cos(2 pi v) is normal
+            // Box-Muller: for uniform u and v, sqrt(-2 log u) cos(2 pi v) is normal
             uint64_t state = key + 2 * i * RANDOM_STEP;
             double radius = sqrt(-2 * log(1 - random_uniform(&state)));
             double angle = 2 * 3.14159265358979323846 * random_uniform(&state);

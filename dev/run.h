@@ -59,8 +59,8 @@ static inline void open_data(Run *run, const Options *o) {
     run->val_windows = limit && windows > limit ? limit : windows;
 }
 
-// Exits if a new run would replace another in OUT, its checkpoints, its stories, or the log of more
-// than step 0; or if it would replace files of the same names that no run has written.
+// Exits if a new run would replace another one in OUT (its checkpoints, its stories, or logs that
+// go beyond step 0), or files of the same names that no run has written.
 static inline void check_out(const Options *o) {
     const char *names[] = {"options.txt", "log.csv", "layers.csv", "samples.txt"};
     char path[2048], line[TEXT_SIZE + 64];
@@ -89,7 +89,7 @@ static inline void open_run(Run *run, Model *model, Options *o) {
     memset(run, 0, sizeof *run);
     run->model = model;
     run->o = o;
-    signal(SIGXFSZ, SIG_IGN);  // a file that may not grow any further is an error like a full disk
+    signal(SIGXFSZ, SIG_IGN);  // reaching the file size limit is then an error like a full disk
     open_tokenizer(run, o);
     if (*checkpoint) check_checkpoint(checkpoint, o, &run->progress);
     if (training) open_data(run, o);

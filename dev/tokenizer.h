@@ -84,8 +84,8 @@ static inline int tokenizer_join(const Tokenizer *t, int a, int b) {
     return tokenizer_find(t, t->pieces[a], t->lengths[a], t->pieces[b], t->lengths[b]);
 }
 
-// Writes the token of one character (`bytes` long), or its bytes if it has none. Returns the number
-// of tokens written.
+// Writes the token of one character (`bytes` long), or, if there is none, the tokens of its bytes.
+// Returns the number of tokens written.
 static inline int encode_character(const Tokenizer *t, const char *character, int bytes,
                                    int *tokens) {
     int id = tokenizer_find(t, character, bytes, "", 0);
@@ -128,8 +128,8 @@ static inline int tokenizer_encode(const Tokenizer *t, const char *text, int *to
     return n;
 }
 
-// Returns the text of a token and writes its length to *length: 0 for BOS. The space at the
-// beginning of a story, after BOS, does not count. byte: room for the text of a token of one byte.
+// Returns the text of a token and writes its length to *length: 0 for BOS and EOS. The space with
+// which a story begins, after BOS, is left out. byte: room for the text of a token of one byte.
 static inline const char *tokenizer_text(const Tokenizer *t, int previous, int token, char *byte,
                                          int *length) {
     const char *text = token < TOKEN_PIECE ? byte : t->pieces[token];

@@ -23,7 +23,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-// With these the loss of a training differs in the second digit, and nothing finds a NaN any more.
+// With these options the loss differs in the second digit, and no NaN is detected any more.
 #if defined __FAST_MATH__ || __FINITE_MATH_ONLY__ + 0 || defined __ASSOCIATIVE_MATH__ || \
     defined __RECIPROCAL_MATH__
 #error "compile without -Ofast and -ffast-math: they give wrong losses and hide NaN"
@@ -36,8 +36,8 @@ static int current_step;  // the training step that is being computed, for messa
 static inline int imin(int a, int b) { return a < b ? a : b; }
 static inline int imax(int a, int b) { return a > b ? a : b; }
 
-// Prints exactly one line on stderr and exits with status 1. Control characters become '?', and a
-// message that is longer than two lines of a terminal, by what it quotes, loses its middle. If two
+// Prints exactly one line on stderr and exits with status 1. Control characters become '?'. A
+// message longer than two lines of a terminal, because of what it quotes, loses its middle. If two
 // threads fail at once, the second one waits here until the program has ended.
 __attribute__((noreturn, format(printf, 1, 2)))
 static inline void die(const char *format, ...) {
@@ -58,8 +58,8 @@ static inline void die(const char *format, ...) {
 }
 
 // Returns zeroed memory for `count` elements of `size` bytes, aligned for vectors; exits if there
-// is not enough. Large blocks ask for 2 MiB pages, so that the processor translates fewer
-// addresses.
+// is not enough. Large blocks get pages of 2 MiB if possible, so that the processor translates
+// fewer addresses.
 static inline void *allocate(size_t count, size_t size) {
     size_t bytes = count * size, page = 64;
 #ifdef MADV_HUGEPAGE
@@ -76,9 +76,9 @@ static inline void *allocate(size_t count, size_t size) {
     return memset(p, 0, bytes);
 }
 
-// Returns how many bytes of memory the program may use: what the machine has, or less where a
-// container, a cgroup of version 1 or 2, has a limit. root: "", or in tests the folder that stands
-// for /.
+// Returns how many bytes of memory the program may use: what the machine has, or less if a cgroup
+// (version 1 or 2), for example that of a container, has a limit. root: "", or in tests the folder
+// that replaces /.
 static inline double memory_limit(const char *root) {
     char path[2 * PATH_MAX], line[PATH_MAX];
     double limit = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE), bytes;
@@ -92,7 +92,7 @@ static inline double memory_limit(const char *root) {
         group[strcspn(group, "\n")] = 0;
         int version2 = strcmp(controllers, ":") == 0;
         if (!version2 && !strstr(controllers, "memory")) continue;
-        do {  // the limits of the groups around it count too
+        do {  // the limits of the enclosing groups count too
             snprintf(path, sizeof path, version2 ? "%s/sys/fs/cgroup%s/memory.max"
                      : "%s/sys/fs/cgroup/memory%s/memory.limit_in_bytes", root, group);
             if ((file = fopen(path, "r"))) {
@@ -140,8 +140,8 @@ static inline const int32_t *map_file(const char *path, const char *kind, int ma
     return header;
 }
 
-// Waits until what was written to a file is on the disk. Returns 0 if the disk failed, but not if
-// this kind of file or file system cannot be told to wait.
+// Waits until what was written to a file is on the disk. Returns 0 if the disk failed or is full,
+// but not if this kind of file or file system does not support fsync().
 static inline int sync_file(int file) {
     return fsync(file) == 0 || (errno != EIO && errno != ENOSPC && errno != EDQUOT);
 }
@@ -176,8 +176,8 @@ static inline void make_folder(const char *path) {
         }
 }
 
-// Exits if `path` exists and is not a regular file, or a link to one: to open a pipe for writing
-// might never end, and to rename a file onto a device would replace it.
+// Exits if `path` exists and is not a regular file, or a link to one. Opening a pipe for writing
+// might block forever, and renaming a file onto a device would replace the device.
 static inline void check_target(const char *path) {
     struct stat info;
     if (lstat(path, &info) != 0) return;
@@ -185,15 +185,15 @@ static inline void check_target(const char *path) {
     if (!S_ISREG(info.st_mode)) die("cannot write %s: it is not a file", path);
 }
 
-// Opens /dev/null in the place of standard files that are closed: the next file that we open would
-// take their number, and what the program prints would land in it.
+// Opens /dev/null in place of standard files that are closed. Otherwise the next file that we open
+// would get one of their numbers, and what the program prints would go into it.
 static inline void open_standard_files(void) {
     int file;
     while ((file = open("/dev/null", O_RDWR)) >= 0 && file <= 2) {}
     close(file);
 }
 
-// Exits if not all that was printed could be written.
+// Exits with an error if some of the output could not be written.
 static inline void finish_output(void) {
     if (fflush(stdout) != 0) die("cannot write to standard output: %s", strerror(errno));
     if (ferror(stdout)) die("not all of the output could be written");
@@ -205,7 +205,8 @@ Signals and threads
 
 // After one of these signals the training loop finishes its step, saves and stops. SIGHUP comes
 // when the terminal is closed; under nohup it is ignored. SIGPIPE comes when nobody reads the
-// output any more, as in `| head`. A second SIGINT (Ctrl-C) or SIGTERM stops the program at once.
+// output any more, as in `| head`. A second SIGINT (Ctrl-C), or a second SIGTERM, stops the program
+// at once.
 static volatile sig_atomic_t stop_signal;
 
 static inline void print_in_handler(const char *text) {
