@@ -29,11 +29,26 @@ FORCE:
 data/toy/tokenizer.bin:
 	$(PYTHON) prepro_tinystories.py --out data/toy
 
-run: train_gpas data/toy/tokenizer.bin
-	./train_gpas --norm pre --gpas off --out out/pre --overwrite on
-	./train_gpas --norm pre --gpas on --out out/pre_gpas --overwrite on
-	@$(PYTHON) dev/tools/compare.py out/pre out/pre_gpas
-	@$(PYTHON) dev/tools/report.py out/pre out/pre_gpas
+# The pair that `make run` trains: the same network without and with GPAS. Without PRESET it takes
+# minutes and starts anew. With PRESET it continues where it was interrupted, hours or days later:
+# make run PRESET=71m DATA=data/tinystories PROGRAM=./train_gpas_cuda OPTIONS="--batch 64"
+PRESET =
+DATA = data/toy
+PROGRAM = ./train_gpas
+OPTIONS =
+PAIR = out$(PRESET:%=/%)
+LAST = $$(printf 'ckpt_%06d.safetensors' $$(sed -n 's/^steps //p' $(PAIR)/$1/options.txt))
+start = $(PROGRAM) --norm pre --gpas $2 $(PRESET:%=--preset % --save-every 500) \
+    --data $(call q,$(DATA)) --out $(PAIR)/$1 --overwrite on $(OPTIONS)
+resume = $(PROGRAM) --resume $(PAIR)/$1 --data $(call q,$(DATA)) $(OPTIONS)
+train = $(if $(PRESET),@set -e; if ! ls $(PAIR)/$1/ckpt_*.safetensors > /dev/null 2>&1; \
+    then set -x; $(start); elif test -e $(PAIR)/$1/$(LAST); then echo $(PAIR)/$1 is complete; \
+    else set -x; $(resume); fi,$(start))
+run: $(PROGRAM) $(filter data/toy/tokenizer.bin,$(DATA)/tokenizer.bin)
+	$(call train,pre,off)
+	$(call train,pre_gpas,on)
+	@$(PYTHON) dev/tools/compare.py $(PAIR)/pre $(PAIR)/pre_gpas
+	@$(PYTHON) dev/tools/report.py $(PAIR)/pre $(PAIR)/pre_gpas --out $(PAIR)/report.html
 
 # Any runs of your own in one HTML file: make report RUNS="out/a out/b".
 RUNS = out/pre out/pre_gpas
@@ -224,6 +239,7 @@ clean:
 help:
 	@echo "make              builds train_gpas; then: ./train_gpas --help"
 	@echo "make run          trains without and with GPAS, to out/pre and out/pre_gpas, and compares"
+	@echo "                  PRESET=71m DATA=folder PROGRAM=./train_gpas_cuda: at any size; continues"
 	@echo "make report       draws runs of your own in out/report.html; RUNS=\"out/a out/b\""
 	@echo "make figures      runs dev/tools/experiments.tsv and draws docs/figures; needs matplotlib"
 	@echo "make test         all checks, kernels on the CPU included; needs gcc, g++, make, python3"
@@ -244,7 +260,7 @@ help:
 	@echo "make PLAIN=1      train_gpas with the plain matrix multiplication in train_gpas.c itself"
 
 # An empty value is most likely an unset variable of the shell.
-$(foreach v,CC CXX NVCC PYTHON OUT LAYERS RUNS SEED SECONDS,$(if $(filter command environment, \
+$(foreach v,CC CXX NVCC PYTHON PRESET DATA PROGRAM OUT LAYERS RUNS SEED SECONDS,$(if $(filter command environment, \
     $(origin $v)),$(if $(strip $($v)),,$(error $v is given, but empty))))
 
 # make -j clean test: one after the other.

@@ -1,19 +1,18 @@
 #!/usr/bin/env python3
 """
-The experiments of dev/tools/experiments.tsv: runs what is missing, then draws what they show.
+Trains what dev/tools/experiments.tsv lists, then draws what the logs show.
 
-    make figures                          # everything; needs matplotlib
-    python3 dev/tools/figures.py --run-only     # train, draw nothing
-    python3 dev/tools/figures.py --draw-only    # draw from the logs that are there
+    make figures                                # everything; needs matplotlib
+    python3 dev/tools/figures.py --run-only     # trains, draws nothing
+    python3 dev/tools/figures.py --draw-only    # draws from the logs that are there
 
-A line of the table is one configuration, trained once for each seed into OUT/NAME/seed-S. A run
-that was interrupted goes on from its last checkpoint; one that is complete is not repeated, so that
-the logs of a finished set can be drawn again at once. Progress and an estimate of the time left are
-printed. The figures go to docs/figures as SVG, the numbers to docs/figures/numbers.md.
-
-Configurations are named SCHEME.KIND.DATA.LR, as in pre.gpas.toy.1e-3; the figures find them by it.
+Each line of the table is one experiment, trained once for each seed into OUT/NAME/seed-S. An
+interrupted run is resumed from its last checkpoint, and a complete one is not repeated, so the
+figures of a finished set can be drawn again at once. The figures go to docs/figures as SVG, the
+numbers to docs/figures/numbers.md. The figures find an experiment by its name, which is
+SCHEME.KIND.DATA.LR, as in pre.gpas.toy.1e-3.
 """
-import csv
+import io
 import os
 import re
 import shlex
@@ -25,7 +24,7 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
 from command import Error, Interrupted, Parser, main, new_file, say
-from runs import checkpoints, read_text
+from runs import LOG, Run, checkpoints, read_table
 
 
 # ---------------------------------------------------------------------------
@@ -83,38 +82,16 @@ def read_table(path, out):
     return experiments, seeds
 
 
-def read_rows(path, numbers):
-    """The rows of a log; none where there is no file. These columns are numbers or empty, `step` is
-    a whole number. A last line that a kill cut off is left out."""
-    try:
-        text = read_text(path)
-    except FileNotFoundError:
-        return []
-    name, at = "its header", 1
-    try:
-        rows = list(csv.DictReader(text[:text.rfind("\n") + 1].splitlines()))
-        for at, row in enumerate(rows, 2):
-            for name in numbers:
-                float(row[name] or 0)
-            name = "step"
-            if not re.fullmatch(r"[0-9]{1,9}", row[name]):
-                raise ValueError
-        return rows
-    except (csv.Error, KeyError, TypeError, ValueError):
-        raise Error(f"{path}, line {at}: {name} is not what it should be")
-
-
-def read_log(folder):
-    return read_rows(os.path.join(folder, "log.csv"), ["val_loss"])
-
-
-def complete(experiment, seed):
-    rows = read_log(experiment.folder(seed))
-    return bool(rows) and rows[-1]["step"] == experiment.steps() and rows[-1]["val_loss"]
+def final_loss(experiment, seed):
+    """The validation loss at the last step, or None if the run is not complete."""
+    path = os.path.join(experiment.folder(seed), "log.csv")
+    rows = read_table(path, LOG, ["step"]) if os.path.exists(path) else []
+    done = rows and str(rows[-1]["step"]) == experiment.steps()
+    return rows[-1]["val_loss"] if done else None
 
 
 def train(experiment, seed, program, folders):
-    """Trains or goes on; ends the program when ./train_gpas fails."""
+    """Starts a run, or resumes it; ends the program if ./train_gpas fails."""
     folder = experiment.folder(seed)
     output_path = os.path.join(folder, "output.txt")
     os.makedirs(folder, exist_ok=True)
@@ -143,7 +120,7 @@ def train(experiment, seed, program, folders):
 
 
 def run_all(experiments, seeds, program, folders):
-    jobs = [(e, s) for s in seeds for e in experiments if not complete(e, s)]
+    jobs = [(e, s) for s in seeds for e in experiments if final_loss(e, s) is None]
     total, begin, seconds = len(experiments) * len(seeds), time.time(), []
     print(f"{total - len(jobs)} of {total} runs are there, {len(jobs)} to go", flush=True)
     for number, (experiment, seed) in enumerate(jobs):
@@ -151,7 +128,7 @@ def run_all(experiments, seeds, program, folders):
         train(experiment, seed, program, folders)
         seconds.append(time.time() - start)
         left = statistics.mean(seconds) * (len(jobs) - number - 1)
-        loss = read_log(experiment.folder(seed))[-1]["val_loss"]
+        loss = final_loss(experiment, seed)
         print(f"{number + 1}/{len(jobs)}  {experiment.name} seed {seed}: validation loss {loss}, "
               f"{seconds[-1]:.0f} s, {left / 60:.0f} min left", flush=True)
     if jobs:
@@ -165,44 +142,40 @@ RATE = "1e-3"  # the paper's learning rate for its 71M network, and ours unless 
 SCHEMES = ("pre", "lns", "sandwich", "post", "deepnorm", "mix")
 SHOWN = ("pre", "sandwich", "deepnorm")
 
+
 class Result:
-    """The logs of one configuration over its seeds."""
+    """The runs of one experiment, one for each seed."""
 
     def __init__(self, experiment, seeds):
         self.experiment = experiment
-        self.curves = []      # for each seed {step: validation loss}
-        self.layers = []      # for each seed {step: [row of layers.csv for layer 1, 2, ...]}
-        for seed in seeds:
-            folder = experiment.folder(seed)
-            self.curves.append({int(r["step"]): float(r["val_loss"]) for r in read_log(folder)
-                                if r["val_loss"]})
-            steps = {}
-            for row in read_rows(os.path.join(folder, "layers.csv"),
-                                 ["mlp_variance", "gate", "grad_norm"]):
-                steps.setdefault(int(row["step"]), []).append(row)
-            self.layers.append(steps)
-        self.steps = sorted(self.curves[0])
-        shapes = [[(step, len(rows)) for step, rows in steps.items()] for steps in self.layers]
-        if any(sorted(curve) != self.steps for curve in self.curves) or not shapes[0] or any(
-                shape != shapes[0] for shape in shapes):
-            raise Error(f"{experiment.name}: its seeds' logs are not of the same steps and layers")
+        self.runs = [Run(experiment.folder(seed)) for seed in seeds]
+        self.steps = sorted(self.runs[0].val)
+        self.layer_steps = sorted(self.runs[0].layers)
+        if any((sorted(run.val), sorted(run.layers), run.L) !=
+               (self.steps, self.layer_steps, self.runs[0].L) for run in self.runs):
+            raise Error(f"{experiment.name}: the logs of its seeds differ in their steps or layers")
 
     def losses(self, step):
-        return [curve[step] for curve in self.curves]
+        """The validation loss of each seed."""
+        return [run.val[step] for run in self.runs]
+
+    def mean(self, step):
+        return statistics.mean(self.losses(step))
 
     def final(self):
-        return statistics.mean(self.losses(self.steps[-1]))
+        return self.mean(self.steps[-1])
 
     def second_half(self):
         """The steps of layers.csv in the second half of the training."""
-        return [step for step in sorted(self.layers[0]) if step > self.steps[-1] / 2]
+        return [step for step in self.layer_steps if step > self.steps[-1] / 2]
 
     def column(self, name, steps):
-        """A column of layers.csv by layer: mean over the seeds and over these steps."""
-        rows = list(zip(*(layers[step] for layers in self.layers for step in steps)))
-        if not all(r[name] for layer in rows for r in layer):
+        """A column of layers.csv by layer: the mean over the seeds and these steps."""
+        values = [[run.layers[step][layer][name] for run in self.runs for step in steps]
+                  for layer in range(1, self.runs[0].L + 1)]
+        if any(None in row for row in values):
             raise Error(f"{self.experiment.name}: a {name} is missing in its layers.csv")
-        return [statistics.mean(float(r[name]) for r in layer) for layer in rows]
+        return [statistics.mean(row) for row in values]
 
 
 def find(results, scheme, kind, data, lr=None):
@@ -231,7 +204,7 @@ def steps_saved(base, gpas):
     validations by a straight line, and the share of the steps that saves; None, None: never."""
     target, before = base.final(), None
     for step in gpas.steps:
-        loss = statistics.mean(gpas.losses(step))
+        loss = gpas.mean(step)
         if loss <= target and before:
             at = before[0] + (before[1] - target) / (before[1] - loss) * (step - before[0])
             return at, 1 - at / base.steps[-1]
@@ -294,52 +267,66 @@ def write_numbers(results, path):
 
 
 # ---------------------------------------------------------------------------
-# Drawing. Opaque light panels: they read the same on a light and on a dark page.
+# Drawing. The panels are opaque and light, so they look the same on a light and on a dark page. The
+# colours are those of report.py.
 
-BASE, GPAS, PLAIN = "#c2410c", "#1d4ed8", "#15803d"
+BASE, GPAS, PLAIN, INK, FAINT = "#6b7280", "#0063b2", "#c2410c", "#1f2937", "#e5e7eb"
 
 
-def new_figure(plt, rows, columns, height):
+def new_figure(plt, rows, columns, height, **shared):
     figure, axes = plt.subplots(rows, columns, figsize=(9, height), squeeze=False,
-                                layout="constrained")
+                                layout="constrained", **shared)
     for axis in axes.flat:
-        axis.grid(True, color="#e5e7eb", linewidth=0.7)
+        axis.grid(True, color=FAINT, linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def draw_curve(axis, result, color, label):
-    low, mean, high = zip(*((min(v), statistics.mean(v), max(v))
-                            for v in map(result.losses, result.steps)))
-    axis.plot(result.steps, mean, color=color, label=f"{label}, lr {result.experiment.lr}")
-    axis.fill_between(result.steps, low, high, color=color, alpha=0.2, linewidth=0)
+    """Mean loss by step, and a band from the lowest to the highest of the seeds."""
+    steps = [step for step in result.steps if step >= result.steps[-1] / 4]
+    losses = [result.losses(step) for step in steps]
+    axis.plot(steps, [statistics.mean(v) for v in losses], color=color, label=label)
+    axis.fill_between(steps, [min(v) for v in losses], [max(v) for v in losses], color=color,
+                      alpha=0.2, linewidth=0)
+
+
+def draw_difference(axis, base, gpas, dashed, label):
+    steps = [step for step in base.steps if step >= base.steps[-1] / 4]
+    axis.plot(steps, [gpas.mean(step) - base.mean(step) for step in steps], color=GPAS,
+              linestyle="--" if dashed else "-", label=label)
 
 
 def draw_losses(plt, results, data):
-    """Validation loss by step. Above, both sides at one rate; below, each at its best."""
-    both = [pairs(results, data, lr, SHOWN) for lr in (RATE, None)]
-    if not both[0]:
+    """Validation loss by step with both sides at one rate, and GPAS minus the baseline."""
+    at_rate = pairs(results, data, RATE, SHOWN)
+    if not at_rate:
         return None
-    figure, axes = new_figure(plt, 2, len(both[0]), 5.4)
-    for row, found, title in zip(axes, both, (f"both at lr {RATE}", "each at its best rate")):
-        for axis, (scheme, base, gpas) in zip(row, found):
-            draw_curve(axis, base, BASE, "baseline")
-            draw_curve(axis, gpas, GPAS, "GPAS")
-            first, last = base.steps[-1] / 4, base.steps[-1]
-            late = [loss for r in (base, gpas) for s in r.steps if s >= first
-                    for loss in r.losses(s)]
-            axis.set_xlim(first, last)
-            axis.set_ylim(min(late) - 0.15 * (max(late) - min(late)), max(late))
-            at, saved = steps_saved(base, gpas)
-            if at and saved > 0.005:
-                axis.annotate("", (at, base.final()), (last, base.final()),
-                              arrowprops={"arrowstyle": "->", "color": "#374151"})
-                axis.text(at, base.final(), f"{saved:.0%} fewer \nsteps ", ha="right", va="top",
-                          color="#374151")
-            axis.set_title(f"{scheme}, {title}")
-            axis.legend(frameon=False, loc="upper right")
-        row[0].set_ylabel("validation loss")
-    for axis in axes[1]:
+    at_best = {scheme: (base, gpas) for scheme, base, gpas in pairs(results, data, None, SHOWN)}
+    rows, columns = (2, len(at_rate)) if len(at_rate) > 1 else (1, 2)
+    figure, axes = new_figure(plt, rows, columns, 2.7 * rows)
+    if rows == 2:
+        axes[1][0].sharey(axes[1][1])
+        axes[1][2].sharey(axes[1][1])
+    for (scheme, base, gpas), (above, below) in zip(at_rate, axes.T if rows == 2 else axes):
+        draw_curve(above, base, BASE, "baseline")
+        draw_curve(above, gpas, GPAS, "GPAS")
+        at, saved = steps_saved(base, gpas)
+        if at and saved > 0.005:
+            above.annotate("", (at, base.final()), (base.steps[-1], base.final()),
+                           arrowprops={"arrowstyle": "->", "color": INK})
+            above.text(at, base.final(), f"{saved:.0%} fewer steps ", ha="right", va="top",
+                       color=INK)
+        above.set_title(f"{scheme}, lr {RATE}")
+        draw_difference(below, base, gpas, False, f"both at lr {RATE}")
+        draw_difference(below, *at_best[scheme], True, "each at its best lr")
+        below.axhline(0, color=BASE)
+        below.set_title(f"{scheme}: GPAS minus baseline")
+    axes[0][0].set_ylabel("validation loss")
+    axes[-1][0 if rows == 2 else 1].set_ylabel("difference")
+    for axis in (axes[0][0], axes[-1][-1]):
+        axis.legend(frameon=False, loc="upper right" if axis is axes[0][0] else "best")
+    for axis in axes[-1]:
         axis.set_xlabel("step")
     return figure
 
@@ -349,20 +336,20 @@ def draw_variance(plt, results, data):
     found = pairs(results, data, RATE, ["pre"])
     if not found:
         return None
-    figure, axes = new_figure(plt, 1, 2, 3)
-    for axis, r, title in zip(axes[0], found[0][1:], ("pre, baseline", "pre, GPAS")):
-        for step, color in zip((r.steps[0], r.steps[len(r.steps) // 2], r.steps[-1]),
-                               ("#9ca3af", "#60a5fa", "#1e3a8a")):
-            values = r.column("mlp_variance", [step])
+    _, base, gpas = found[0]
+    figure, axes = new_figure(plt, 1, 3, 2.8, sharey=True)
+    for axis, step in zip(axes[0], (base.steps[0], base.steps[len(base.steps) // 2],
+                                    base.steps[-1])):
+        for result, color, label in ((base, BASE, "baseline"), (gpas, GPAS, "GPAS")):
+            values = result.column("mlp_variance", [step])
             axis.plot(range(1, len(values) + 1), values, "o-", markersize=3, color=color,
-                      label=f"step {step}")
-        axis.set_title(title)
+                      label=label)
+        axis.set_title(f"step {step}")
         axis.set_xlabel("layer")
-        axis.legend(frameon=False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0][0].set_ylim(bottom=0)
     axes[0][0].set_ylabel("variance of the residual stream")
-    top = max(axis.get_ylim()[1] for axis in axes[0])
-    for axis in axes[0]:
-        axis.set_ylim(0, top)
+    axes[0][0].legend(frameon=False)
     return figure
 
 
@@ -371,14 +358,14 @@ def draw_gates(plt, results, data):
     found = pairs(results, data, RATE, SHOWN)
     if not found:
         return None
-    figure, axes = new_figure(plt, 1, len(found), 3)
-    for axis, (scheme, _, r) in zip(axes[0], found):
-        steps = sorted(r.layers[0])
-        gates = [r.column("gate", [s]) for s in steps]
+    figure, axes = new_figure(plt, 1, len(found), 3, sharey=True)
+    for axis, (scheme, _, result) in zip(axes[0], found):
+        gates = [result.column("gate", [step]) for step in result.layer_steps]
         colors = plt.cm.ScalarMappable(plt.Normalize(1, len(gates[0])), "viridis")
         for layer in range(len(gates[0])):
-            axis.plot(steps, [g[layer] for g in gates], linewidth=1.2,
+            axis.plot(result.layer_steps, [g[layer] for g in gates], linewidth=1.2,
                       color=colors.to_rgba(layer + 1))
+        axis.axhline(0, color=INK, linewidth=1)
         axis.set_title(scheme)
         axis.set_xlabel("step")
     axes[0][0].set_ylabel("gate g")
@@ -388,13 +375,13 @@ def draw_gates(plt, results, data):
 
 def draw_gradients(plt, results, data):
     """Norm of each layer's gradient, mean over the second half of the training."""
-    figure, axes = new_figure(plt, 1, 1, 3.4)
-    for kind, color, label in (("base", BASE, "baseline"), ("gpas", GPAS, "GPAS"),
-                               ("plain", PLAIN, "without stop-gradient: a plain scale")):
-        r = find(results, "pre", kind, data, RATE)
-        if not r:
-            return None
-        values = r.column("grad_norm", r.second_half())
+    found = [find(results, "pre", kind, data, RATE) for kind in ("base", "gpas", "plain")]
+    if None in found:
+        return None
+    figure, axes = new_figure(plt, 1, 1, 3.2)
+    for result, color, label in zip(found, (BASE, GPAS, PLAIN), (
+            "baseline", "GPAS", "the same scale without stop-gradient")):
+        values = result.column("grad_norm", result.second_half())
         axes[0][0].plot(range(1, len(values) + 1), values, "o-", markersize=3, color=color,
                         label=label)
     axes[0][0].set_xlabel("layer")
@@ -435,16 +422,21 @@ def load_matplotlib():
 
 def draw_all(matplotlib, results, folder):
     plt = matplotlib.pyplot
-    matplotlib.rcParams.update({"font.size": 9, "svg.fonttype": "path", "axes.edgecolor": "#6b7280",
-                                "svg.hashsalt": "gpas", "figure.facecolor": "#ffffff"})
+    matplotlib.rcParams.update({
+        "font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none",
+        "axes.edgecolor": BASE, "svg.hashsalt": "gpas", "figure.facecolor": "#ffffff"})
     for data in sorted({r.experiment.data for r in results}):
         for draw in (draw_losses, draw_variance, draw_gates, draw_gradients, draw_schemes):
             name = draw.__name__.replace("draw_", "") + ("" if data == "toy" else "-" + data)
             figure = draw(plt, results, data)
             if figure is None:
                 continue  # the table has no experiments for it with this data
-            with new_file(f"{folder}/{name}.svg") as path:
-                figure.savefig(path, format="svg", metadata={"Date": None})
+            text = io.StringIO()
+            figure.savefig(text, format="svg", metadata={"Date": None})
+            # Two decimals of a point are enough, and make the files a third smaller.
+            short = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", text.getvalue())
+            with new_file(f"{folder}/{name}.svg") as path, open(path, "w", encoding="utf-8") as file:
+                file.write(short)
             plt.close(figure)
             print(f"{folder}/{name}.svg")
     write_numbers(results, os.path.join(folder, "numbers.md"))
@@ -480,7 +472,7 @@ def run():
         run_all(experiments, seeds, o.program, folders)
     if o.run_only:
         return
-    missing = [e.name for e in experiments for s in seeds if not complete(e, s)]
+    missing = [e.name for e in experiments for s in seeds if final_loss(e, s) is None]
     if missing:
         raise Error(f"{len(missing)} runs are missing, {missing[0]} among them; leave out "
                     "--draw-only")
