@@ -275,7 +275,7 @@ def test_networks():
             losses = model.losses(tokens)
             for n in (1, 4, T):
                 expected, (got, line) = sum(losses[:n]) / n, evaluate(TRAIN, path, tokens[:n + 1])
-                tolerance = 1e-5 if gates in (None, [0.0] * L) else 2e-4    # README: eps
+                tolerance = 1e-5 if gates in (None, [0.0] * L) else 2e-4    # docs/export.md: eps
                 check(abs(got - expected) < tolerance, f"{what}: {name}, loss of {n} tokens",
                       f"{expected:.7f} in Python, {line}")
     export("net0/ckpt_000001.safetensors", "--to", "hf", "--out", "again")

@@ -71,14 +71,15 @@ def test_runs(folder):
     check("real stories are left out" in done.stdout, "says what it leaves out", done.stdout)
     folders = [os.path.join(out, f"pre.{kind}.toy.1e-3", f"seed-{seed}")
                for kind in ("base", "gpas", "plain") for seed in (1, 2)]
-    check(all(figures.read_log(f)[-1]["step"] == "4" for f in folders), "to the last step")
-    check(len({figures.read_log(f)[-1]["train_loss"] for f in folders}) > 1, "seeds differ")
+    runs = [figures.Run(f) for f in folders]
+    check(all(run.last == 4 for run in runs), "to the last step")
+    check(len({run.rows[4]["train_loss"] for run in runs}) > 1, "seeds differ")
     check(not any(name.endswith(".safetensors") for f in folders for name in os.listdir(f)),
           "a finished run keeps its logs only")
 
     # One run again, up to step 3 as an interrupt leaves it: the set goes on from its checkpoint.
     before = log_without_time(folders[0])
-    experiment = figures.read_table(table, out)[0][0]
+    experiment = figures.read_experiments(table, out)[0][0]
     run("./train_gpas", *experiment.options, "--seed", "1", "--out", folders[0], "--data", data,
         "--overwrite", "on")
     os.unlink(os.path.join(folders[0], "ckpt_000004.safetensors"))

@@ -11,7 +11,7 @@ llama2c  model.bin and tokenizer.bin, for llama2.c's run:
 hf       config.json, model.safetensors and a tokenizer, for transformers' AutoModelForCausalLM and
          AutoTokenizer and for llama.cpp's convert_hf_to_gguf.py
 
-Only --norm pre and lns fold. The README derives how. The folder appears when all of it is written.
+Only --norm pre and lns fold; docs/export.md derives how. The folder appears when it is complete.
 """
 import errno
 import json
@@ -25,7 +25,7 @@ from array import array
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
 from command import Error, Parser, check_file, main, new_folder, read_json
-from runs import gate_value
+from runs import checkpoints, gate_value
 
 EPS = 1e-6                          # of train_gpas's RMSNorm
 LLAMA2C_EPS = 1e-5                  # of llama2.c's
@@ -152,7 +152,7 @@ def floats(view):
 
 # ------------------------------------------------------------------------------------------------
 # Folding. The stream x is c x', where x' is the stream of the plain LLaMA and c the product of the
-# factors 1 - a(g) of all sites before: the README derives it.
+# factors 1 - a(g) of all sites before: docs/export.md derives it.
 
 def products(checkpoint):
     """c before each of the 2L sublayers, then that before the final norm."""
@@ -478,13 +478,19 @@ def write_folder(out, files):
 
 def run():
     parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint", help="ckpt_*.safetensors of train_gpas")
+    parser.add_argument("checkpoint", help="ckpt_*.safetensors of train_gpas, or a folder, whose "
+                        "newest checkpoint is used")
     parser.add_argument("--to", choices=["llama2c", "hf"], required=True, help="the target")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to make")
     parser.add_argument("--data", metavar="DIR",
                         help="folder of the tokenizer (the checkpoint's own --data)")
     args = parser.parse_args()
-    checkpoint = Checkpoint(args.checkpoint)
+    path = args.checkpoint
+    if os.path.isdir(path):
+        if not checkpoints(path):
+            raise Error(f"{path} has no checkpoint, ckpt_*.safetensors")
+        path = os.path.join(path, checkpoints(path)[-1])
+    checkpoint = Checkpoint(path)
     data = args.data or checkpoint.folder_of_data()
     tokenizer = Tokenizer(data, checkpoint.V, checkpoint.options.get("tokenizer"))
     files = {"llama2c": llama2c_files, "hf": hf_files}[args.to](checkpoint, tokenizer)

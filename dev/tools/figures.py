@@ -49,7 +49,7 @@ class Experiment:
         return self.options[self.options.index("--steps") + 1]
 
 
-def read_table(path, out):
+def read_experiments(path, out):
     """The experiments and seeds. A run's own options override those of the line `common`."""
     experiments, common, seeds = [], [], []
     try:
@@ -435,8 +435,9 @@ def draw_all(matplotlib, results, folder):
             figure.savefig(text, format="svg", metadata={"Date": None})
             # Two decimals of a point are enough, and make the files a third smaller.
             short = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", text.getvalue())
-            with new_file(f"{folder}/{name}.svg") as path, open(path, "w", encoding="utf-8") as file:
-                file.write(short)
+            with new_file(f"{folder}/{name}.svg") as path:
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(short)
             plt.close(figure)
             print(f"{folder}/{name}.svg")
     write_numbers(results, os.path.join(folder, "numbers.md"))
@@ -454,7 +455,7 @@ def run():
     parser.add_argument("--run-only", action="store_true")
     parser.add_argument("--draw-only", action="store_true")
     o = parser.parse_args()
-    experiments, seeds = read_table(o.table, o.out)
+    experiments, seeds = read_experiments(o.table, o.out)
     folders = {"toy": o.toy, "real": o.real}
     for e in experiments:
         if e.data not in folders:
