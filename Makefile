@@ -38,8 +38,9 @@ PROGRAM = ./train_gpas
 OPTIONS =
 PAIR = out$(PRESET:%=/%)
 LAST = $$(printf 'ckpt_%06d.safetensors' $$(sed -n 's/^steps //p' $(PAIR)/$1/options.txt))
-start = $(PROGRAM) --norm pre --gpas $2 $(PRESET:%=--preset % --save-every 500) \
-    --data $(call q,$(DATA)) --out $(PAIR)/$1 --overwrite on $(OPTIONS)
+EVERY = $(if $(findstring --save-every,$(OPTIONS)),,--save-every 500)
+start = $(PROGRAM) --norm pre --gpas $2 --data $(call q,$(DATA)) --out $(PAIR)/$1 --overwrite on \
+    $(if $(PRESET),--preset $(PRESET) $(EVERY)) $(OPTIONS)
 resume = $(PROGRAM) --resume $(PAIR)/$1 --data $(call q,$(DATA)) $(OPTIONS)
 train = $(if $(PRESET),@set -e; if ! ls $(PAIR)/$1/ckpt_*.safetensors > /dev/null 2>&1; \
     then set -x; $(start); elif test -e $(PAIR)/$1/$(LAST); then echo $(PAIR)/$1 is complete; \
@@ -97,7 +98,7 @@ test: $(C_PROGRAMS) $(CUDA_ON_CPU)
 	    "$(PYTHON) dev/test/test_export.py" "$(PYTHON) dev/test/reference.py --check" \
 	    "$(PYTHON) dev/test/test_assignment.py" "$(PYTHON) dev/test/test_figures.py" \
 	    "$(PYTHON) dev/test/test_mutations.py" "$(PYTHON) dev/test/soak.py --kills 20" \
-	    $(CUDA_ON_CPU_TESTS)
+	    $(if $(filter none,$(KERNELS)),,"$(PYTHON) dev/test/test_docs.py") $(CUDA_ON_CPU_TESTS)
 
 # ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
 

@@ -137,6 +137,21 @@ def test_signal(folder):
           "a signal to all processes: the run saves", (status, os.listdir(run_folder)))
 
 
+def test_pair(folder):
+    """make run PRESET=...: it trains what is missing of the pair, and repeats nothing."""
+    pair = os.path.join(folder, "pair")
+    make = ["make", "run", "PRESET=toy", f"PAIR={pair}", f"DATA={folder}/data",
+            f"OPTIONS={SIZES} --steps 4 --val-batches 1 --save-every 2"]
+    done = run(*make)
+    before = log_without_time(f"{pair}/pre_gpas")
+    check(done.returncode == 0 and before[-2][0] == "4" and "report.html shows 2 runs" in done.stdout,
+          "make run PRESET=toy trains a pair and compares it", done)
+    os.unlink(f"{pair}/pre_gpas/ckpt_000004.safetensors")
+    done = run(*make)
+    check("pair/pre is complete" in done.stdout and f"--resume {pair}/pre_gpas" in done.stderr
+          and log_without_time(f"{pair}/pre_gpas") == before, "and resumes an interrupted one", done)
+
+
 def write_run(folder, gate, losses):
     """The logs of a run of one layer."""
     os.makedirs(folder)
@@ -212,6 +227,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         test_runs(folder)
         test_signal(folder)
+        test_pair(folder)
         test_pages(folder)
         test_wrong_calls(folder)
         test_tables(folder)
