@@ -4,26 +4,26 @@
 
 CC = gcc
 CFLAGS = -O3 -march=native
-# Always: a * b + c may be one instruction. Nobody reads errno or catches floating-point traps: so
-# sqrtf may be vectorized, and both sides of a ?: computed.
+# a * b + c may be one instruction. No code reads errno or catches floating-point traps, so sqrtf may
+# be vectorized, and both sides of a ?: may be computed.
 FLAGS = -std=c11 -Wall -Wextra -Wpedantic -fopenmp -ffp-contract=fast -fno-math-errno \
     -fno-trapping-math $(if $(PLAIN),-DPLAIN) $(CFLAGS)
 PYTHON = python3
-# $(call q,X): X as one word of the shell, whatever is in it.
+# $(call q,X) quotes X for the shell.
 q = '$(subst ','\'',$1)'
 SOURCES = train_gpas.c $(wildcard dev/*.h)
 
-# PLAIN=1: with train_gpas.c's own matrix multiplication, ten lines, instead of dev/gemm.h's.
+# PLAIN=1 uses the ten-line matrix multiplication of train_gpas.c instead of that of dev/gemm.h.
 train_gpas: $(SOURCES) build/flags
 	$(CC) $(FLAGS) $< -o $@ -lm
 
-# When the compiler or its flags change, this file does, and what depends on it is built again.
+# This file changes when the compiler or its flags do, and then what depends on it is built again.
 build/flags: FORCE
 	@mkdir -p $(@D)
 	@echo $(call q,$(CC) $(FLAGS)) | cmp -s - $@ || echo $(call q,$(CC) $(FLAGS)) > $@
 FORCE:
 
-# What a command that fails has written is no result.
+# If a command fails, make deletes the file that it was to make.
 .DELETE_ON_ERROR:
 
 data/toy/tokenizer.bin:
@@ -56,7 +56,7 @@ RUNS = out/pre out/pre_gpas
 report:
 	@$(PYTHON) dev/tools/report.py $(RUNS)
 
-# What GPAS does, in pictures: docs/figures.md. Needs matplotlib. If interrupted, it continues.
+# The figures of docs/figures.md. Needs matplotlib. If interrupted, it continues where it was.
 figures: train_gpas data/toy/tokenizer.bin
 	$(PYTHON) dev/tools/figures.py
 
@@ -76,7 +76,7 @@ build/train_gpas_plain: $(SOURCES) build/flags
 build/test_headers: dev/test/test_headers.c $(TEST_SOURCES)
 	$(CC) $(FLAGS) $< -o $@ -lm
 
-# The kernels' tests on the CPU need Linux, and have a checker of their own.
+# The kernels' tests on the CPU need Linux. They check memory themselves, so `make sanitize` omits them.
 KERNELS = $(shell uname)
 ifeq ($(KERNELS),Linux)
 CUDA_ON_CPU = train_gpas_cuda_on_cpu build/test_cuda_on_cpu build/test_cuda_on_cpu_unchecked \
@@ -100,9 +100,9 @@ test: $(C_PROGRAMS) $(CUDA_ON_CPU)
 	    "$(PYTHON) dev/test/test_mutations.py" "$(PYTHON) dev/test/soak.py --kills 20" \
 	    $(if $(filter none,$(KERNELS)),,"$(PYTHON) dev/test/test_docs.py") $(CUDA_ON_CPU_TESTS)
 
-# ---- The GPU: needs the CUDA Toolkit, and to run it a GPU of compute capability 8.0 or newer.
+# ---- The GPU: building needs the CUDA Toolkit, running a GPU of compute capability 8.0 or higher.
 
-# -ftz=true: numbers below 1e-38 become 0. exp2f() is then one instruction instead of four.
+# -ftz=true flushes numbers below 1e-38 to 0, which makes exp2f() one instruction instead of four.
 NVCC = nvcc
 NVCC_FLAGS = -std=c++17 -O3 -ftz=true -gencode arch=compute_80,code=sm_80 \
     -gencode arch=compute_90,code=[sm_90,compute_90] -Xcompiler -Wall,-Wextra,-fopenmp,-march=native
@@ -112,7 +112,7 @@ CUDA_SOURCES = train_gpas.cu $(wildcard dev/gpu/*.h dev/*.h)
 train_gpas_cuda: $(CUDA_SOURCES)
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(CUBLASLT)
 
-# The kernels' tests load train_gpas.c from here, to compare with it.
+# train_gpas.c as a library: the kernels' tests load it and compare with it.
 build/cpu.so: dev/test/cpu.c $(TEST_SOURCES)
 	$(CC) $(FLAGS) -shared -fPIC $< -o $@ -lm
 
@@ -136,16 +136,16 @@ test-cuda: train_gpas train_gpas_cuda test_gpas_cuda_fp32 test_gpas_cuda_bf16
 bench-cuda: bench_cuda
 	./bench_cuda
 
-# ---- The same source without GPU and Toolkit, by dev/gpu/cuda_on_cpu.h. C++ lacks three pieces of
-# CUDA's syntax: launches and the two kinds of shared memory. sed writes them as calls, each time: a
-# submission that is copied to its place may be older than what was made of the one before.
+# ---- The same source without GPU and Toolkit, through dev/gpu/cuda_on_cpu.h. C++ cannot parse three
+# pieces of CUDA's syntax, launches and the two kinds of shared memory, so sed rewrites them as calls.
+# It runs every time, because a student's file that is copied here may be older than the last output.
 
 CXX = g++
 CXXFLAGS = -O2 -march=native
 ON_CPU = $(CXX) -std=c++17 -g -Wall -Wextra -fno-strict-aliasing -fopenmp -U_FORTIFY_SOURCE \
     -DCUDA_ON_CPU -I. -Idev/gpu $(CXXFLAGS) -x c++
-# Checked: the compiler calls the header before each access to memory. Compiled with
-# -fsanitize=thread, linked without it. No optimization that splits or joins accesses.
+# In the checked build the compiler calls the header before each memory access. It is compiled with
+# -fsanitize=thread but linked without it. No optimization may split or join accesses.
 CHECKED = -O1 -fno-tree-sra -fno-ipa-sra -fsanitize=thread -DTRAIN_GPAS_CU='"build/train_gpas.cu"'
 ON_CPU_SOURCES = build/train_gpas.cu $(patsubst %,build/dev/gpu/%.h,device cublaslt layout tiles) \
     dev/gpu/cuda_on_cpu.h $(wildcard dev/*.h)
@@ -182,13 +182,13 @@ test-cuda-on-cpu: train_gpas $(CUDA_ON_CPU)
 
 # ---- The classroom: docs/syllabus.md.
 
-# LAYERS="gpas attention": what is left to write, all by default. CUDA=1: train_gpas.cu too.
+# LAYERS="gpas attention" are left to write, by default all ten. CUDA=1 adds train_gpas.cu.
 OUT = assignment
 CUDA =
 assignment:
 	@$(PYTHON) dev/class/assignment.py $(if $(CUDA),--cuda) --out=$(call q,$(OUT)) $(LAYERS)
 
-# In the hand-out; here it grades the solution. JSON=1: for a gradebook.
+# Used in the hand-out; here it grades the solution. JSON=1 prints for a gradebook.
 grade: $(ON_CPU_SOURCES)
 	@$(PYTHON) dev/class/grade.py --cc $(call q,$(CC)) --cxx $(call q,$(CXX)) \
 	    $(if $(ON_CPU),--on-cpu $(call q,$(ON_CPU) $(filter-out -DTRAIN%,$(CHECKED)))) \
@@ -196,14 +196,14 @@ grade: $(ON_CPU_SOURCES)
 
 # ----
 
-# The C programs, slower, stopping at the first wrong access or undefined operation.
+# The tests of the C programs, slower, stopping at the first wrong access or undefined operation.
 sanitize:
 	$(MAKE) clean
 	$(MAKE) test KERNELS=none CFLAGS="-O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all"
 	$(MAKE) clean
 
-# The readers against files and options that nobody would write: dev/test/fuzz/fuzz.c. Needs clang.
-# SECONDS=60: a minute for each instead of ten.
+# Feeds damaged files and strange options to the four readers: dev/test/fuzz/fuzz.c. Needs clang.
+# SECONDS=60 gives each a minute instead of ten.
 FUZZED = checkpoint tokens tokenizer options
 build/fuzz_%: dev/test/fuzz/fuzz.c $(SOURCES)
 	@mkdir -p build/corpus_$*
@@ -217,12 +217,12 @@ fuzz: $(FUZZED:%=build/fuzz_%)
 	    -rss_limit_mb=1024 -timeout=10 -use_value_profile=1 -max_total_time=$(SECONDS) \
 	    build/corpus_$$name dev/test/fuzz/$$name || exit 1; done
 
-# Trains for an hour, is killed now and then, goes on. SECONDS=600: for ten minutes.
+# Trains for an hour, is killed now and then, and resumes. SECONDS=600: for ten minutes.
 soak: SECONDS = 3600
 soak: train_gpas data/toy/tokenizer.bin
 	$(PYTHON) dev/test/soak.py --seconds $(call q,$(SECONDS))
 
-# No BLAS is linked: the program looks for OpenBLAS and MKL, its yardsticks, when it runs.
+# No BLAS is linked. The program looks for OpenBLAS and MKL, its yardsticks, when it runs.
 dev/tools/bench: dev/tools/bench.c $(SOURCES) build/flags
 	$(CC) $(FLAGS) $< -o $@ -lm -ldl
 
@@ -241,8 +241,8 @@ help:
 	@echo "make              builds train_gpas; then: ./train_gpas --help"
 	@echo "make run          trains without and with GPAS, to out/pre and out/pre_gpas, and compares"
 	@echo "                  PRESET=71m DATA=folder PROGRAM=./train_gpas_cuda: at any size; continues"
-	@echo "make report       draws runs of your own in out/report.html; RUNS=\"out/a out/b\""
-	@echo "make figures      runs dev/tools/experiments.tsv and draws docs/figures; needs matplotlib"
+	@echo "make report       compares runs of your own in out/report.html: RUNS=\"out/a out/b\""
+	@echo "make figures      trains dev/tools/experiments.tsv and draws docs/figures; needs matplotlib"
 	@echo "make test         all checks, kernels on the CPU included; needs gcc, g++, make, python3"
 	@echo "make train_gpas_cuda    the same training on a GPU; needs the CUDA Toolkit"
 	@echo "make test-cuda          its checks on a GPU"
@@ -252,19 +252,19 @@ help:
 	@echo "make assignment   a hand-out, layers left to write: LAYERS=\"gpas rope\" CUDA=1 OUT=folder"
 	@echo "make grade        grades the layers, in a hand-out or here; JSON=1 for a gradebook"
 	@echo "make sanitize     the C programs' checks under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make fuzz         looks for input that the readers cannot stand, 40 minutes; needs clang"
-	@echo "make soak         trains for an hour, is killed now and then, and must end the same"
+	@echo "make fuzz         feeds damaged files and options to the readers, 40 minutes; needs clang"
+	@echo "make soak         trains for an hour, is killed now and then, and must end with the same bits"
 	@echo "make bench        times a training step beside the machine's matrix rate"
-	@echo "make reference    computes dev/test/reference.safetensors again, byte for byte the same"
+	@echo "make reference    computes dev/test/reference.safetensors again, with the same bytes"
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler"
 	@echo "make PLAIN=1      train_gpas with the plain matrix multiplication in train_gpas.c itself"
 
-# An empty value is most likely an unset variable of the shell.
+# An empty value most likely comes from an unset variable of the shell.
 $(foreach v,CC CXX NVCC PYTHON PRESET DATA PROGRAM OUT LAYERS RUNS SEED SECONDS,$(if $(filter command environment, \
     $(origin $v)),$(if $(strip $($v)),,$(error $v is given, but empty))))
 
-# make -j clean test: one after the other.
+# `make -j clean test` runs its targets one after the other.
 $(if $(filter clean,$(MAKECMDGOALS)),$(eval .NOTPARALLEL:))
 
 .PHONY: FORCE run report figures test assignment grade sanitize fuzz soak bench reference clean help
