@@ -190,8 +190,8 @@ def test_encodings():
     check_error("encodings: utf-16 without a space",
                 prepro("--input", "plain.txt", "wide.txt", "--out", "wide"), "iconv")
     write("wide.txt", text.encode() * 999 + b"\0")
-    check_error("encodings: no text at the end",
-                prepro("--input", "wide.txt", "--out", "end"), "or no text")
+    check_error("encodings: a zero byte at the end",
+                prepro("--input", "wide.txt", "--out", "end"), "or not text")
     check(not os.path.exists("wide") and os.listdir("end") == [],
           "encodings: nothing is left behind")
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -498,7 +498,7 @@ def test_download():
     check(status == 0 and arrived("a"), "--download", errors)
     for way, tag in (("plain", Server.tag), ("dated", "Sun, 29 Nov 2026 06:00:00 GMT")):
         check_error(f"a download that breaks off, {way}", fetch(way, f"b{way}", breaks=True),
-                    "resumes")
+                    "again to resume")
         check(sorted(os.listdir(f"b{way}")) == [names[0] + ".part", names[0] + ".part.version"],
               "a broken download gets no final name", os.listdir(f"b{way}"))
         status, _, errors = fetch(way, f"b{way}")
