@@ -1,12 +1,12 @@
 """
-Damaged files: train_gpas must read them, or end with status 1 and one line. One line a check.
+Damages files. train_gpas must either read them or exit with status 1 and one line on stderr.
 
     python3 dev/test/test_mutations.py           from the project's folder, after make
-    python3 dev/test/test_mutations.py 10000 7   more of them, others with another seed
+    python3 dev/test/test_mutations.py 10000 7   10000 files, with seed 7
 
-Checkpoints, token files and tokenizers are changed in every way that is cheap to think of: bits,
-lengths, numbers of the header, fields swapped or given twice, deep nesting, NaN. The program must
-not end by a signal, nor take longer than 20 seconds or more than 1 GiB of memory.
+Checkpoints, token files and tokenizers are changed in every way that is easy to think of: bits,
+lengths, numbers in the header, fields swapped or given twice, deep nesting, NaN. The program must
+not be ended by a signal, take longer than 20 seconds or use more than 1 GiB of memory.
 """
 import os
 import random
@@ -49,7 +49,7 @@ def read(path):
 
 
 def change_bytes(draw, data, first=None):
-    """Any file: some bits, its length, or a piece of it. first: only this many bytes' bits."""
+    """Changes bits, the length, or a piece of any file. first: only bits in the first bytes."""
     way = draw.randrange(1 if first else 5)
     at, size = draw.randrange(len(data)), draw.randrange(1, 200)
     if way == 0:
@@ -110,7 +110,7 @@ def change_tokenizer(draw, data):
 
 
 def run(arguments):
-    """Status (or minus the signal), stderr, KiB of memory at most, seconds."""
+    """Status (or minus the signal), stderr, peak of memory in KiB, seconds."""
     with open("errors", "w+b") as errors:
         begin = time.monotonic()
         process = subprocess.Popen([PROGRAM, *arguments], stdin=subprocess.DEVNULL,
@@ -128,7 +128,7 @@ def run(arguments):
 
 
 def mutate(draw, good):
-    """Changes one file; returns the arguments that read it and the file's name."""
+    """Changes one file. Returns the arguments that read it, and its name."""
     kind = draw.choice(["checkpoint", "checkpoint", "tokens", "tokenizer"])
     load = ["--load", "good.safetensors"]
     if kind == "checkpoint":

@@ -1,11 +1,10 @@
 """
-The program with its plain matrix multiplication against the one with dev/gemm.h: the same training.
+Compares the program that has the plain matrix multiplication with the one that uses dev/gemm.h.
 
     python3 dev/test/test_plain.py ./train_gpas build/train_gpas_plain
 
-Both train 20 steps. They add numbers in another order, so their losses may differ in the last
-digits, by at most 1e-4 of their size, and the norms of their gradients by 1e-3. One line for each
-check, `N passed, N failed` at the end.
+Both train 20 steps. They add numbers in a different order, so their losses may differ in the last
+digits, by at most 1e-4 of their size, and the norms of their gradients by 1e-3.
 """
 import csv
 import os

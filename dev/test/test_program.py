@@ -1,13 +1,13 @@
 """
-Runs train_gpas as its users do and checks what it writes, prints and rejects. One line a check.
+Runs train_gpas as its users do and checks what it writes, prints and rejects.
 
     python3 dev/test/test_program.py                          from the project's folder, after make
-    python3 dev/test/test_program.py ./train_gpas_cuda bf16   compares it with ./train_gpas
+    python3 dev/test/test_program.py ./train_gpas_cuda bf16   compares this one with ./train_gpas
 
 Tiny networks are trained on made-up tokens in a temporary folder. Their logs and checkpoints must
-show the rules of training: how the gradient is scaled, that each epoch is shuffled anew, the
-learning rate of each step, which parameters decay. In the second form the given program, in fp32 or
-bf16, must have the losses of ./train_gpas, and each must be able to resume the other's run.
+show the rules of training: the scale of the gradient, a new order in each epoch, the learning rate
+of each step, which parameters decay. In the second form the given program, in fp32 or bf16, must
+have the losses of ./train_gpas, and each must be able to resume the other's run.
 """
 import csv
 import json
@@ -48,7 +48,7 @@ def check(good, name, seen=""):
 
 
 def run(arguments, program=TRAIN, limit="", threads=None):
-    """Exit status (minus the signal), stdout and stderr. limit: a command of the shell, ulimit."""
+    """Exit status (or minus the signal), stdout and stderr. limit: a shell command, like ulimit."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
     command = [program, *shlex.split(arguments)]
     if limit:
@@ -58,7 +58,7 @@ def run(arguments, program=TRAIN, limit="", threads=None):
                               stderr=subprocess.PIPE, timeout=300,
                               env=environment)
     except subprocess.TimeoutExpired:
-        return None, "", "it has not ended after 300 seconds"
+        return None, "", "it was still running after 300 seconds"
     return done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
 
 
@@ -78,7 +78,7 @@ def check_error(name, result, words):
 
 
 def content(path):
-    """The bytes of a file, or none if there is no such file."""
+    """The bytes of a file, or no bytes if it does not exist."""
     return read(path) if os.path.isfile(path) else b""
 
 
@@ -98,7 +98,7 @@ def column(rows, name):
 
 
 def without_time(path):
-    """The fields of log.csv but for ms and tokens_per_s, which differ from run to run."""
+    """The fields of log.csv except ms and tokens_per_s, which differ from run to run."""
     return [line.split(b",")[:5] for line in read(path).split(b"\n")]
 
 
@@ -157,21 +157,21 @@ def test_training():
     write(last, b"old")
     check_success("program: resumes at step 10, with one thread instead of two",
                   run("--resume run/ckpt_000010.safetensors", threads=1))
-    check(read(last) == checkpoint, "program: 10 steps, resumed, are 20 steps bit for bit",
+    check(read(last) == checkpoint, "program: resumed at step 10, it ends with the same bits",
           f"{len(read(last))} and {len(checkpoint)} bytes")
     check(read("run/layers.csv") == layers,
-          "program: a resumed run continues layers.csv where it was", read("run/layers.csv"))
+          "program: a resumed run continues layers.csv", read("run/layers.csv"))
     check(without_time("run/log.csv") == log,
-          "program: a resumed run continues log.csv where it was", read("run/log.csv"))
+          "program: a resumed run continues log.csv", read("run/log.csv"))
     check(read("run/samples.txt") == stories,
-          "program: a resumed run continues samples.txt where it was", read("run/samples.txt"))
+          "program: a resumed run continues samples.txt", read("run/samples.txt"))
     write(last, b"old")
     result = run("--resume run/ckpt_000010.safetensors --recompute on --check-finite on",
                  threads=3)
     check_success("program: with three threads, --recompute, --check-finite: the same checkpoint",
                   result, read(last) == checkpoint, "another checkpoint")
     steps = column(table("run/log.csv"), "step")
-    check(steps == list(range(21)), "program: log.csv has a line for each step, once", steps)
+    check(steps == list(range(21)), "program: log.csv has one line for each step", steps)
 
 
 def test_telling():
@@ -192,8 +192,8 @@ def test_telling():
 
 
 def test_story_by_heart():
-    """Learns a story by heart in which the next letter depends on many before it. The tokens of the
-    prompt are computed at once, the others one by one: where the prompt ends must not matter."""
+    """A network memorizes a story in which each letter depends on many before it. The tokens of the
+    prompt are computed at once, the others one by one. Where the prompt ends must not matter."""
     story = "ABACABADABACABA"
     os.mkdir("letters")
     for name in ("train", "val"):
@@ -205,7 +205,7 @@ def test_story_by_heart():
                     f"--prompt '{story[:known]}' --length {15 - known if known else 16}")
                 for known in (0, 1, 4, 8, 14)]  # without a prompt the space is a token too
         check(all(result == (0, story + "\n", "") for result in told),
-              f"program: a {scheme} network knows a story by heart, given any part of it",
+              f"program: a {scheme} network tells a memorized story from any beginning",
               told)
 
 
@@ -228,13 +228,13 @@ def test_checkpoints_kept():
     write(f"run/{names[1]}", b"old")
     write(f"run/{names[0]}.tmp", b"half")
     write("run/ckpt_1.safetensors", b"mine")
-    check_success("program: and those that a killed run left behind",
+    check_success("program: and checkpoints that a killed run left behind",
                   run(SMALL + "--steps 3 --keep 2 --save-every 1"),
                   kept() == names[2:] + ["ckpt_1.safetensors"], kept())
 
 
 def run_and_stop(*numbers, stderr=subprocess.PIPE, **settings):
-    """Trains and sends signals after about 20 steps; 0 closes the pipe that the output goes to.
+    """Trains, and sends signals after about 20 steps; 0 closes the pipe that receives the output.
     Returns the exit status, stdout and stderr."""
     remove("stop")
     process = subprocess.Popen([TRAIN, *STOPPED.split()], stdin=subprocess.DEVNULL,
@@ -278,23 +278,23 @@ def test_stop():
         check_success(f"stop: {number.name}: resumed, it ends with the same bits", result,
                       read(last) == checkpoint, "another checkpoint")
         check(read("stop/samples.txt") == stories,
-              f"stop: {number.name}: and has told the same stories", read("stop/samples.txt"))
+              f"stop: {number.name}: resumed, it tells the same stories", read("stop/samples.txt"))
 
 
 def test_stop_without_a_reader():
-    """`| head` stops a run like a signal. `| tee` gets the Ctrl-C too, and is gone first."""
+    """`| head` stops a run like a signal. `| tee` gets the Ctrl-C too, and ends first."""
     status, _, _ = run_and_stop(0)
     check(status == 128 + signal.SIGPIPE and stopped_checkpoints(),
           "stop: a run whose output nobody reads saves and stops", f"status {status}")
     status, _, _ = run_and_stop(0, signal.SIGINT)
     check(status == 130 and stopped_checkpoints(),
-          "stop: Ctrl-C after the reader is gone saves, with status 130", f"status {status}")
+          "stop: Ctrl-C after the reader has ended saves, with status 130", f"status {status}")
     status, _, _ = run_and_stop(0, signal.SIGINT, stderr=subprocess.STDOUT)
     check(status == 130 and stopped_checkpoints(),
-          "stop: the same where the reader had the errors too: 2>&1 | tee", f"status {status}")
+          "stop: the same if the reader had stderr too: 2>&1 | tee", f"status {status}")
     status, _, errors = run_and_stop(signal.SIGHUP, signal.SIGHUP, signal.SIGTERM)
     check(status in (129, 143) and stopped_checkpoints(),
-          "stop: a terminal that closes sends several signals; the run saves all the same",
+          "stop: a closing terminal sends several signals; the run saves anyway",
           f"status {status}, {errors}")
     ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
     status, output, errors = run_and_stop(signal.SIGHUP, **ignore)
@@ -303,7 +303,7 @@ def test_stop_without_a_reader():
 
 
 def test_stop_at_once():
-    """A step of so many sequences takes seconds."""
+    """One step takes seconds here, so the second Ctrl-C comes before its end."""
     remove("slow")
     child = subprocess.Popen([TRAIN, *shlex.split(
         "--data data --out slow --channels 256 --hidden 1024 --heads 2 --seq-len 16 --batch 64 "
@@ -337,7 +337,7 @@ def test_standard_files():
     result = run(SMALL + "--steps 3", limit="exec <&- >&- 2>&-")
     logs = read("run/log.csv") + read("run/layers.csv") + read("run/samples.txt")
     check(result[0] == 0 and b"tok/s" not in logs and logs.startswith(LOG.encode()),
-          "closed: nothing that is printed lands in a log", f"{result}, {logs}")
+          "closed: nothing that is printed ends up in a log", f"{result}, {logs}")
     status, _, _ = run("--banana", limit="exec <&- >&- 2>&-")
     check(status == 1, "closed: an error has status 1", status)
 
@@ -359,17 +359,17 @@ def test_special_files():
                         ("dangling", "No such file"), ("mine", "mine.tmp: File exists")):
         check_error(f"special: --dump-grads {name}", run(SMALL + f"--dump-grads {name}"), words)
     check(read("mine") == b"old" and read("mine.tmp") == b"precious",
-          "special: neither the target nor another's .tmp file is touched")
+          "special: neither the target nor another program's .tmp file is touched")
     check_success("special: --dump-grads through a link", run(SMALL + "--dump-grads link"),
                   os.path.islink("link") and len(read("target")) > 100)
     os.chdir("told")
-    check_success("special: . is a folder", run("--resume . --out . --data ../data --steps 5"),
+    check_success("special: --resume . --out .", run("--resume . --out . --data ../data --steps 5"),
                   os.path.exists("ckpt_000005.safetensors"))
     os.chdir("..")
 
 
 def test_empty_values():
-    """What an unset variable of the shell leaves: --resume "$UNSET"."""
+    """An unset shell variable leaves an empty value: --resume "$UNSET"."""
     remove("out")
     names = re.findall(r"^  --(\S+)", run("--help")[1], re.MULTILINE)
     for name in names:
@@ -392,7 +392,7 @@ def test_folder_in_use():
     before = folder_content("first")
     for options in (network, "--load other ", "--resume other ", "--resume other/. "):
         check_error(f"in use: {options}", run(options + "--out first --steps 5"), "holds a run")
-    check(folder_content("first") == before, "in use: and nothing there changes")
+    check(folder_content("first") == before, "in use: nothing in it changes")
     for name in ("samples.txt", "options.txt", "log.csv", "layers.csv"):
         os.mkdir(f"my_{name}")
         write(f"my_{name}/{name}", b"my own\n")
@@ -403,21 +403,21 @@ def test_folder_in_use():
                   run(network + "--steps 5 --out first --overwrite on"),
                   sorted(os.listdir("first")) == ["ckpt_000005.safetensors", "layers.csv",
                                                   "log.csv", "options.txt", "samples.txt"])
-    check("steps 5\n" in read("first/options.txt").decode(), "in use: and its options")
+    check("steps 5\n" in read("first/options.txt").decode(), "in use: its options, too")
     check(column(table("first/log.csv"), "step") == [0, 1, 2, 3, 4, 5],
-          "in use: and its logs", read("first/log.csv"))
+          "in use: its logs, too", read("first/log.csv"))
     check_success("in use: a copied run continues in the copy",
                   run("--resume other --out copy --steps 6"),
                   column(table("copy/log.csv"), "step") == [5, 6])
     remove("failed")
-    check_error("in use: a run that ends before its first step",
+    check_error("in use: a run that fails before its first step",
                 run(network.replace("--data data", "--data big --vocab-size 300")
                     + "--out failed --steps 5"), "vocabulary")
-    check_success("in use: leaves the folder free", run(network + "--out failed --steps 5"))
+    check_success("in use: its folder stays free", run(network + "--out failed --steps 5"))
 
 
 def test_shortcuts():
-    """Ways to say it that users try."""
+    """Spellings that users try."""
     train("--batch 2 --steps 20 --save-every 5 --keep 9", "many")
     check_success("shortcut: --name=value", run(SMALL + "--steps=3 --lr=0.001"))
     check_success("shortcut: --resume FOLDER takes the newest", run("--resume many --steps 21"),
@@ -426,15 +426,15 @@ def test_shortcuts():
         status, story, errors = run(options)
         check(status == 0 and not errors and story.startswith("Lily") and "step" not in story,
               f"shortcut: {options} only tells a story", f"{status}, {story}{errors}")
-    check_success("shortcut: with --steps it trains",
+    check_success("shortcut: with --steps, --load trains",
                   run("--load many --prompt Lily --steps 2 --out run --overwrite on"),
                   b"Lily" in read("run/samples.txt"))
     status, story, _ = run("--load many --prompt 'a\tb' --length 1")
-    check(status == 0 and story.startswith("a\tb"), "shortcut: a tab is text", story)
+    check(status == 0 and story.startswith("a\tb"), "shortcut: a prompt may contain a tab", story)
 
 
 # ------------------------------------------------------------------------------------------------
-# Whose file is it: data of several files, tokenizers, checkpoints of other versions.
+# Files that belong together: data in several files, tokenizers, checkpoints of other versions.
 
 def with_header(data, number, value):
     return data[:4 * number] + struct.pack("<I", value) + data[4 * number + 4:]
@@ -455,7 +455,7 @@ def test_shards():
     check_error("shards: one twice", run(training), "train_002.bin was made as file number 1")
     os.remove("shards/train_002.bin")
     os.rename("shards/kept", "shards/train_1002.bin")
-    check_error("shards: one in the middle is missing", run(training),
+    check_error("shards: one is missing in the middle", run(training),
                 "train_002.bin is missing, one of 1003")
     os.remove("shards/train_1002.bin")
     write("shards/train.bin", whole)
@@ -513,7 +513,7 @@ def test_rewritten():
 
 
 def test_paths():
-    """Paths are stored in the checkpoint, which is JSON in UTF-8."""
+    """The checkpoint stores paths, in JSON in UTF-8."""
     for path, good in ((b"caf\xc3\xa9 \xe2\x82\xac \xf0\x9f\x99\x82", True), (b"caf\xe9", False),
                        (b"\xc3", False), (b"\xc0\xaf", False), (b"\xed\xa0\x80", False),
                        (b"\xf5\x80\x80\x80", False), (b"a\tb", False)):
@@ -526,7 +526,7 @@ def test_paths():
 
 
 def test_compiler_options():
-    """With -Ofast the losses are wrong in the second digit and NaN is not found."""
+    """With -Ofast the losses are wrong in the second digit, and NaN is not detected."""
     compiler = shlex.split(os.environ.get("CC") or "gcc")
     if not shutil.which(compiler[0]):
         return
@@ -541,7 +541,7 @@ def test_compiler_options():
 # What must end with status 1 and one line.
 
 def environment_of_a_run(given):
-    """The OpenMP settings of a run that was started with none but the given ones."""
+    """The OpenMP settings of a run that was started with only the given ones."""
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     start = {k: v for k, v in os.environ.items() if k not in names}
     remove("wait")
@@ -557,21 +557,21 @@ def environment_of_a_run(given):
 
 
 def test_waiting_threads():
-    """Threads that spin while they wait make a step take seconds on a busy machine."""
+    """If waiting threads spin, a step can take seconds on a busy machine."""
     if not os.path.exists("/proc/self/environ"):
         return
     seen = environment_of_a_run({})
     check(seen.get("GOMP_SPINCOUNT") == "1000", "waiting threads sleep soon", seen)
     seen = environment_of_a_run({"OMP_WAIT_POLICY": ""})
     check(seen == {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"},
-          "waiting threads sleep soon where the choice is empty", seen)
+          "waiting threads sleep soon if OMP_WAIT_POLICY is empty", seen)
     given = {"OMP_WAIT_POLICY": "passive"}
     seen = environment_of_a_run(given)
-    check(seen == given, "waiting threads do what the user has chosen", seen)
+    check(seen == given, "waiting threads do what the user chooses", seen)
 
 
 def test_no_room():
-    """A limit on the size of files stands for a full disk, one on addresses for missing memory."""
+    """A limit on file sizes imitates a full disk, one on addresses a lack of memory."""
     remove("stop")
     check_error("full disk: one line on stderr", run(STOPPED, limit="ulimit -f 8"),
                 "log.csv: File too large")
@@ -580,19 +580,19 @@ def test_no_room():
           "full disk: the log ends with a whole line", log[-100:])
     if b"libomp" not in read(TRAIN):    # clang's OpenMP needs to write a file itself
         remove("stop")
-        check_error("full disk: no room for the first line", run(STOPPED, limit="ulimit -f 0"),
+        check_error("full disk: no space for the first line", run(STOPPED, limit="ulimit -f 0"),
                     "File too large")
         check(not os.listdir("stop"), "full disk: no empty file is left behind")
     train("--batch 2 --steps 5", out="full")
     checkpoint = read("full/ckpt_000005.safetensors")
-    check_error("full disk: one line where a checkpoint has no room",
+    check_error("full disk: one line if there is no space for a checkpoint",
                 run("--steps 9 --resume full/ckpt_000005.safetensors", limit="ulimit -f 40"),
                 "000009.safetensors: File too large")
     names = sorted(os.listdir("full"))
     check(names == ["ckpt_000005.safetensors", "layers.csv", "log.csv", "options.txt",
                     "samples.txt"]
           and read("full/ckpt_000005.safetensors") == checkpoint,
-          "full disk: the last checkpoint is unchanged, and no half-written one is left", names)
+          "full disk: the last checkpoint is unchanged, and no half-written one remains", names)
     write("full/ckpt_000009.safetensors", checkpoint)
     run("--steps 9 --resume full/ckpt_000005.safetensors", limit="ulimit -f 40")
     check(read("full/ckpt_000009.safetensors") == checkpoint,
@@ -600,7 +600,7 @@ def test_no_room():
     write("deep", changed(checkpoint, b'"layers":"2","channels":"16"',
                           b'"layers":"400","channels":"1024"'))
     if b"__asan_init" not in read(TRAIN):   # AddressSanitizer takes all addresses there are
-        check_error("error: a checkpoint that claims 7 GB is refused before they are taken",
+        check_error("error: a checkpoint that claims 7 GB is refused before they are allocated",
                     run("--load deep --steps 0", limit="ulimit -v 4000000"),
                     "damaged, or rewritten by another program: its tensors")
 
@@ -616,7 +616,7 @@ def changed(checkpoint, old, new):
 
 
 def write_broken_files():
-    """The files that WRONG_CALLS names."""
+    """Writes the files that WRONG_CALLS names."""
     train("--batch 2 --steps 3", out="good")
     good = read("good/ckpt_000003.safetensors")
     write("short", good[:7])
@@ -747,7 +747,7 @@ def test_errors():
 
 
 # ------------------------------------------------------------------------------------------------
-# The rules of training, as far as they show in logs and checkpoints.
+# The rules of training that logs and checkpoints show.
 
 def test_gradient_scale():
     """The gradient is that of the mean loss over --total-batch sequences, whatever --batch is."""
@@ -790,7 +790,7 @@ def test_epochs():
     epochs = [order[at:at + sequences] for at in range(0, len(order), sequences)]
     check(len(set(order)) == sequences and all(sorted(epoch) == sorted(order[:sequences])
                                               for epoch in epochs),
-          "epochs: each contains every sequence once", epochs)
+          "epochs: each has every sequence once", epochs)
     check(epochs[0] != epochs[1] and epochs[1] != epochs[2] and epochs[0] != epochs[2],
           "epochs: each has another order", epochs)
     again, other = losses(1), losses(2)
@@ -800,7 +800,7 @@ def test_epochs():
     log = without_time("epochs/log.csv")
     run(f"--resume epochs/ckpt_{sequences + 5:06d}.safetensors")
     check(without_time("epochs/log.csv") == log,
-          "epochs: a run resumed in the second epoch keeps its order", read("epochs/log.csv"))
+          "epochs: a run resumed in the second epoch keeps the order", read("epochs/log.csv"))
 
 
 def expected_rate(peak, warmup, steps, t):
@@ -823,8 +823,8 @@ def test_learning_rate():
     after = read_safetensors("new/ckpt_000001.safetensors")[1]
     moved = max(abs(x - y) for name in after if name in before
                 for x, y in zip(after[name], before[name]))
-    check(close([moved], [0.02 / 4], 1e-3),     # for g / |g| is 1 in Adam's first step
-          "learning rate: the first step changes the weights by the rate in the log", moved)
+    check(close([moved], [0.02 / 4], 1e-3),     # g / |g| is 1 in Adam's first step
+          "learning rate: the first step moves the weights by the rate in the log", moved)
 
 
 def test_weight_decay():
@@ -872,12 +872,12 @@ def test_clips():
         check(close(got, [factor, factor, gate_factor], 1e-4)
               and close([rows[1]["grad_norm"]], [whole], 1e-5),
               f"clips: --grad-clip {grad_clip:.2g} --gate-clip {gate_clip:.2g}: gradient times "
-              f"{factor:.2g}, gates {gate_factor:.2g}; grad_norm is that before clipping",
+              f"{factor:.2g}, gates {gate_factor:.2g}; grad_norm is the norm before clipping",
               f"{got}, {rows[1]['grad_norm']}")
 
 
 def test_gates_of_zero():
-    """Gates that stay 0 scale by 1: the network is the same as without GPAS."""
+    """Gates that stay 0 scale by 1, so the network is the same as without GPAS."""
     for scheme in ("pre", "lns", "sandwich", "post", "deepnorm", "mix"):
         logs = []
         for gpas in ("--gpas off", "--gpas on --gate-train off --gate-init 0"):
@@ -900,17 +900,17 @@ def test_log():
           f"status {status}, {errors}{header}")
     validated = [row["step"] for row in rows if row["val_loss"] is not None]
     check(validated == [0, 5, 10, 12],
-          "log.csv: val_loss at step 0, every --val-every steps and at the last", validated)
+          "log.csv: val_loss at step 0, every --val-every steps and at the last step", validated)
     others = [name for name in LOG.split(",") if name not in ("step", "val_loss")]
     check(all(rows[0][name] is None for name in others)
           and all(row[name] is not None for row in rows[1:] for name in others),
-          "log.csv: step 0 has only val_loss, the other steps have all other columns", rows)
+          "log.csv: step 0 has only val_loss, all other steps have the other columns", rows)
     # tokens_per_s is rounded to whole numbers, ms to hundredths.
     wrong = [row for row in rows[1:] if not abs(row["tokens_per_s"] * row["ms"] - 6 * 16 * 1000)
              <= 0.51 * row["ms"] + 0.0051 * row["tokens_per_s"]]
-    check(not wrong, "log.csv: tokens_per_s is --total-batch times --seq-len over ms", wrong)
+    check(not wrong, "log.csv: tokens_per_s is --total-batch times --seq-len divided by ms", wrong)
     total = sum(column(rows[1:], "ms"))
-    check(0 < total < 1000 * seconds, "log.csv: all ms together are less than the run took",
+    check(0 < total < 1000 * seconds, "log.csv: the sum of all ms is less than the run took",
           f"{total}, not {1000 * seconds}")
     printed = [int(step) for step in re.findall(r"^step (\d+)/12 ", output, re.MULTILINE)]
     check(printed == [0, 4, 5, 8, 10, 12],
@@ -944,7 +944,7 @@ def test_layers():
                        if layer["step"] == row["step"] > 0]
             if squares and not 0 < sum(squares) <= row["grad_norm"] ** 2 * (1 + 1e-5):
                 wrong.append((row, squares))
-        check(not wrong, f"layers.csv: {gpas}, the layers' gradients are parts of the whole", wrong)
+        check(not wrong, f"layers.csv: {gpas}, the norms of the layers' gradients", wrong)
         gates = column(layers, "gate")
         if gpas == "--gpas off":
             check(gates == [None] * 8, f"layers.csv: {gpas}, the gate column is empty", gates)
@@ -952,7 +952,7 @@ def test_layers():
         tensors = read_safetensors("new/ckpt_000012.safetensors")[1]
         trained = [tensors[f"layers.{layer}.gate"][0] for layer in (0, 1)]
         check(gates[:2] == [0.3, 0.3] and close(gates[-2:], trained, 1e-5) and 0.3 not in gates[2:],
-              f"layers.csv: {gpas}, gates start at --gate-init, end as in the checkpoint",
+              f"layers.csv: {gpas}, gates start at --gate-init and end as in the checkpoint",
               f"{gates}, {trained}")
 
 
@@ -982,7 +982,7 @@ def test_other_program(program, dtype):
     checkpoint = read(last)
     write(last, b"old")
     result = run(f"--resume {middle}", program)
-    check_success("program: 10 steps, resumed, are 20 steps bit for bit", result,
+    check_success("program: resumed at step 10, it ends with the same bits", result,
                   read(last) == checkpoint, "another checkpoint")
     stories = read("run/samples.txt")
     check(b"--- step 10 ---\n" in stories and b"--- step 20 ---\n" in stories,
@@ -1025,7 +1025,7 @@ def main():
         if len(arguments) != 2 or arguments[1] not in ("fp32", "bf16"):
             sys.exit("usage: python3 dev/test/test_program.py [PROGRAM fp32|bf16]")
         tests = [(test_other_program, (os.path.abspath(arguments[0]), arguments[1]))]
-    else:   # Two threads would be no faster for such networks, and far slower on a busy machine.
+    else:   # Two threads are no faster for such networks, and far slower on a busy machine.
         os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGHUP, signal.SIG_DFL)    # nohup may have started the tests
     with tempfile.TemporaryDirectory() as folder:
@@ -1034,8 +1034,8 @@ def main():
         for test, given in tests:
             try:
                 test(*given)
-            except Exception as error:      # a file that is missing or damaged, say
-                check(False, f"{test.__name__}() runs to its end",
+            except Exception as error:      # for example, a file is missing or damaged
+                check(False, f"{test.__name__}() does not raise",
                       f"{type(error).__name__}: {error}")
         os.chdir(PROJECT)
     print(f"{passed} passed, {failed} failed")
