@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -24,41 +23,28 @@ import time
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [os.path.join(HERE, ".."), os.path.join(HERE, "../tools")]
+import harness
 from command import Error, Parser, main
+from harness import BYTE_PIECES, check, read, token_file, tokenizer, write
 from runs import checkpoints
 
 TINY = ("--layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 --steps 12 "
         "--save-every 1 --keep 3 --val-every 4 --sample-every 5 --length 20").split()
 SLACK = 2048            # KiB by which a run's memory may grow
-passed = failed = 0
-
-
-def check(good, what, details=""):
-    global passed, failed
-    print(f"ok   soak: {what}" if good else f"FAIL soak: {what}: {details}", flush=True)
-    passed, failed = passed + bool(good), failed + (not good)
+harness.prefix = "soak: "
 
 
 def write_data(folder):
     """Tokens and a tokenizer for the tiny network."""
     os.makedirs(folder)
     for name, count in (("train", 3000), ("val", 300)):
-        tokens = [(7 * i * i + i) % 259 for i in range(count)]
-        with open(f"{folder}/{name}.bin", "wb") as file:
-            file.write(struct.pack("<3i", 20240520, 1, count).ljust(1024, b"\0"))
-            file.write(struct.pack(f"<{count}H", *tokens))
-    with open(f"{folder}/tokenizer.bin", "wb") as file:
-        file.write(struct.pack("<i", 6))
-        for text in [b"<unk>", b"\n<s>\n", b"\n</s>\n"] + [bytes([b]) for b in range(256)]:
-            file.write(struct.pack("<fi", 0, len(text)) + text)
+        write(f"{folder}/{name}.bin", token_file([(7 * i * i + i) % 259 for i in range(count)]))
+    write(f"{folder}/tokenizer.bin", tokenizer(BYTE_PIECES))
 
 
 def files_of(folder):
     """{name: bytes} of a run's files, log.csv without ms and tokens_per_s, which always differ."""
-    files = {}
-    for name in sorted(os.listdir(folder)):
-        with open(f"{folder}/{name}", "rb") as file:
-            files[name] = file.read()
+    files = {name: read(f"{folder}/{name}") for name in os.listdir(folder)}
     if "log.csv" in files:
         lines = files["log.csv"].split(b"\n")
         files["log.csv"] = b"\n".join(b",".join(line.split(b",")[:5]) for line in lines)
@@ -236,8 +222,7 @@ def run():
             if Training.process and Training.process.poll() is None:
                 Training.process.kill()
                 Training.process.wait()
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
+    return harness.summary()
 
 
 if __name__ == "__main__":

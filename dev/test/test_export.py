@@ -13,15 +13,14 @@ import math
 import os
 import random
 import re
-import resource
 import struct
-import subprocess
 import sys
 import tempfile
 import zlib
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
-from command import read_json
+import harness
+from harness import (changed, check, floats, header_of, read, read_safetensors, run, token_file,
+                     write)
 
 HERE = os.path.abspath(".")
 EXPORT, PREPRO = f"{HERE}/dev/tools/export.py", f"{HERE}/prepro_tinystories.py"
@@ -29,22 +28,7 @@ TRAIN = f"{HERE}/train_gpas"
 C, H, L, NH, T, V = 16, 24, 3, 2, 20, 259
 SIZES = ["--channels", str(C), "--hidden", str(H), "--heads", str(NH),
          "--seq-len", str(T), "--batch", "2"]
-passed = failed = 0
-
-
-def check(good, what, details=""):
-    global passed, failed
-    print(f"ok   export: {what}" if good else f"FAIL export: {what}: {details}", flush=True)
-    passed, failed = passed + bool(good), failed + (not good)
-
-
-def run(*command, limit=None, **environment):
-    """Exit status, stdout and stderr. limit: the maximum size of a file, in bytes."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=300, preexec_fn=limit and (
-                              lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
-                          env={**os.environ, "OMP_WAIT_POLICY": "passive", **environment})
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+harness.prefix = "export: "
 
 
 def export(*arguments, **settings):
@@ -52,47 +36,7 @@ def export(*arguments, **settings):
 
 
 def check_error(what, result, words):
-    """Status 1 and one line on stderr, with the words, that fits on two lines of a terminal."""
-    status, _, errors = result
-    check(status == 1 and errors.count("\n") == 1 and words in errors and len(errors) < 160,
-          f"error: {what}", f"status {status}: {errors}")
-
-
-def read(path):
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def write(path, data):
-    with open(path, "wb") as file:
-        file.write(data)
-
-
-def write_tokens(path, tokens):
-    write(path, struct.pack("<3i", 20240520, 1, len(tokens)).ljust(1024, b"\0")
-          + struct.pack(f"<{len(tokens)}H", *tokens))
-
-
-def floats(data):
-    return list(struct.unpack(f"<{len(data) // 4}f", data))
-
-
-def header_of(data):
-    """(the header, where it ends)"""
-    end = 8 + int.from_bytes(data[:8], "little")
-    return read_json(data[8:end]), end
-
-
-def read_safetensors(path):
-    """(header, {name: numbers})"""
-    data = read(path)
-    header, start = header_of(data)
-    tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            tensors[name] = floats(data[start + begin:start + end])
-    return header, tensors
+    harness.check_error(f"error: {what}", result, words)
 
 
 def change(path, new_path, tensors):
@@ -240,7 +184,7 @@ def loosen(path, gates, embedding=1.0):
 
 def evaluate(program, path, tokens):
     """The mean loss that --eval reports for this text, and the whole line."""
-    write_tokens("text.bin", tokens)
+    write("text.bin", token_file(tokens))
     status, line, errors = run(program, "--dtype", "fp32", "--load", path, "--eval", "text.bin",
                                "--seq-len", str(len(tokens) - 1), "--batch", "2")
     found = re.search(r"loss ([\d.]+) nats", line)
@@ -305,7 +249,7 @@ def test_tokenizer():
     write("pieces/tokenizer.bin", data)
     write("pieces/tokenizer.model", model + b"\x12\x02\x18\x02")
     for split in ("train", "val"):
-        write_tokens(f"pieces/{split}.bin", read("data/train.bin")[1024:1124])
+        write(f"pieces/{split}.bin", token_file(read("data/train.bin")[1024:1124]))
     path = train("pieces_net", data="pieces")
     status, _, errors = export(path, "--to", "hf", "--out", "pieces_hf")
     merges = json.loads(read("pieces_hf/tokenizer.json"))["model"]["merges"] if not status else []
@@ -326,10 +270,10 @@ def test_tokenizer():
                 "another tokenizer")
     checksum = b',"tokenizer":"%d"' % zlib.crc32(data)
     for value in (b'"x"', b"7", b"[]"):
-        write("bad", longer(read(path), checksum, b',"tokenizer":' + value))
+        write("bad", changed(read(path), checksum, b',"tokenizer":' + value))
         check_error(f"a checksum that is {value.decode()}",
                     export("bad", "--to", "hf", "--out", "x"), "another tokenizer")
-    write("old", longer(read(path), checksum, b""))     # older checkpoints lack it
+    write("old", changed(read(path), checksum, b""))     # older checkpoints lack it
     path = "old"
     place = data.index(b"the")
     for what, bad, words in (
@@ -341,13 +285,6 @@ def test_tokenizer():
             ("wrong byte pieces", data.replace(b"<0x41>", b"<0x42>"), "not the bytes")):
         write("pieces/tokenizer.bin", bad)
         check_error(what, export(path, "--to", "hf", "--out", "x"), words)
-
-
-def longer(data, old, fresh):
-    """The checkpoint with `fresh` in place of `old` in its header, and the right length."""
-    length = int.from_bytes(data[:8], "little")
-    header = data[8:8 + length].replace(old, fresh, 1)
-    return len(header).to_bytes(8, "little") + header + data[8 + length:]
 
 
 def test_refusals():
@@ -379,23 +316,23 @@ def test_refusals():
             ("not JSON", data[:8] + b"x" + data[9:], "metadata"),
             ("another kind", data.replace(b'"checkpoint"', b'"gradients!"', 1), "metadata"),
             ("a truncated file", data[:-1], "bytes of numbers"),
-            ("a name twice", longer(data, b'"seed":"1"', b'"seed":"1","norm":"pre"'), "twice"),
-            ("a tensor twice", longer(data, b'"norm.weight":', b'"norm.weight":{},"norm.weight":'),
+            ("a name twice", changed(data, b'"seed":"1"', b'"seed":"1","norm":"pre"'), "twice"),
+            ("a tensor twice", changed(data, b'"norm.weight":', b'"norm.weight":{},"norm.weight":'),
              "twice"),
             ("no numbers", data[:end], "bytes of numbers"), ("a longer file", data + b"x", "bytes"),
             ("another shape", data.replace(b"[259,16]", b"[16,259]", 1), "tok_embeddings"),
             ("another name", data.replace(b'"norm.weight"', b'"morn.weight"', 1), "norm.weight"),
-            ("a tensor that is a number", longer(data, norm, b'"norm.weight":5'), "norm.weight"),
-            ("no offsets", longer(data, norm, b'"norm.weight":{}'), "norm.weight"),
-            ("offsets in words", longer(data, norm, norm[:-1].replace(b"[", b'["x",', 2)
+            ("a tensor that is a number", changed(data, norm, b'"norm.weight":5'), "norm.weight"),
+            ("no offsets", changed(data, norm, b'"norm.weight":{}'), "norm.weight"),
+            ("offsets in words", changed(data, norm, norm[:-1].replace(b"[", b'["x",', 2)
                                         + b"}"), "does not match its options"),
-            ("a place used twice", longer(data, norm, norm.replace(str(at).encode(), b"0")),
+            ("a place used twice", changed(data, norm, norm.replace(str(at).encode(), b"0")),
              "does not match its options"),
-            ("half a character", longer(data, b'"data":"data', b'"data":"\\ud800'), "--data"),
-            ("layers of 5000 digits", longer(data, b'"layers":"3', b'"layers":"' + b"3" * 5000),
+            ("half a character", changed(data, b'"data":"data', b'"data":"\\ud800'), "--data"),
+            ("layers of 5000 digits", changed(data, b'"layers":"3', b'"layers":"' + b"3" * 5000),
              "--layers"),
-            ("nested arrays", longer(data, b"{", b"[" * 100000), "metadata"),
-            ("a folder with a zero byte", longer(data, b'"data":"data', b'"data":"\\u0000'),
+            ("nested arrays", changed(data, b"{", b"[" * 100000), "metadata"),
+            ("a folder with a zero byte", changed(data, b'"data":"data', b'"data":"\\u0000'),
              "--data"),
             ("layers that are not a number", data.replace(b'"layers":"3', b'"layers":"x', 1),
              "--layers"),
@@ -460,8 +397,8 @@ def test_places():
     export(good, "--to", "hf", "--out", "y/z/")
     check(sorted(os.listdir("y/z")) == files and os.path.isdir("y.unfinished/mine"),
           "a folder in a folder; one of another program stays", os.listdir("y.unfinished"))
-    write_tokens("a b \u00e9/train.bin", [1] * 100)
-    write_tokens("a b \u00e9/val.bin", [1] * 100)
+    for split in ("train", "val"):
+        write(f"a b \u00e9/{split}.bin", token_file([1] * 100))
     write("a b \u00e9/tokenizer.bin", read("data/tokenizer.bin"))
     result = export(train("foreign", data="a b \u00e9"), "--to", "hf", "--out", "plain", LC_ALL="C",
                     PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
@@ -476,7 +413,7 @@ def test_evaluation(program, model, path):
     """Compares --eval and --eval-choice with the LLaMA in Python."""
     text = b" Once upon a time there was a cat. It sat. "
     tokens = [1] + [3 + b for b in text]
-    write_tokens("text.bin", tokens)
+    write("text.bin", token_file(tokens))
     windows = [tokens[at:at + T + 1] for at in range(0, len(tokens) - T, T + 1)]
     losses = [loss for window in windows for loss in model.losses(window)]
     mean = sum(losses) / len(losses)
@@ -580,6 +517,7 @@ def test_evaluation_errors(path):
 
 def main():
     program = os.path.abspath(sys.argv[1]) if len(sys.argv) > 1 else None
+    os.environ["OMP_WAIT_POLICY"] = "passive"
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write("story.txt", b"<|endoftext|>".join(b"A cat sat on mat %d and slept. " % i * 3
@@ -596,8 +534,7 @@ def main():
         if program is None:
             test_evaluation_errors(path)
         os.chdir(HERE)
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
+    return harness.summary()
 
 
 if __name__ == "__main__":

@@ -21,27 +21,20 @@ import time
 import zlib
 from array import array
 
+import harness
+from harness import check, read, write
+
 PREPRO = os.path.abspath("prepro_tinystories.py")
 COMPARE, REPORT, FIGURES = [os.path.abspath(f"dev/tools/{name}.py")
                             for name in ("compare", "report", "figures")]
 # Of the tokens of the toy stories with --seed 1. If the grammar changes on purpose, so do these.
 TOY_SHA256 = {"train.bin": "a2dc2adab7719cc8fc25f8f06ef2ed96cb955e79daaa1a3d1a11d24402822999",
               "val.bin": "bdb2d09d706865049ca60ef0bd303cb95f9af09119ff1a66f7393ec4da9f8a3a"}
-passed = failed = 0
-
-
-def check(good, what, details=""):
-    global passed, failed
-    print(f"ok   prepro: {what}" if good else f"FAIL prepro: {what}: {details}", flush=True)
-    passed, failed = passed + bool(good), failed + (not good)
+harness.prefix = "prepro: "
 
 
 def run(script, *arguments, **environment):
-    """Exit status, stdout and stderr of a script run in the current folder."""
-    done = subprocess.run([sys.executable, script, *arguments], stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env={**os.environ, **environment}, timeout=120)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    return harness.run(sys.executable, script, *arguments, **environment)
 
 
 def prepro(*arguments, **environment):
@@ -57,16 +50,6 @@ def check_error(what, result, words):
     good = status == 1 and len(lines) == 1 and words in lines[0] and "Traceback" not in errors
     good = good and len(lines[0]) < 160
     check(good, f"error: {what}", f"status {status}: {errors}")
-
-
-def write(path, data):
-    with open(path, "wb") as file:
-        file.write(data)
-
-
-def read(path):
-    with open(path, "rb") as file:
-        return file.read()
 
 
 def tokens_of(path):
@@ -711,8 +694,7 @@ def main():
         test_compare()
         test_figures()
         os.chdir(home)
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
+    return harness.summary()
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ import time
 import zlib
 from array import array
 
-from test_export import read_safetensors, write_tokens
-from test_mutations import PIECES, read, tokenizer, tokens, write
+import harness
+from harness import (BYTE_PIECES, changed, check, check_error, header_of, read, read_safetensors,
+                     summary, token_file, tokenizer, write)
 
 PROJECT = os.getcwd()
 TRAIN = os.path.abspath("train_gpas")
@@ -37,44 +38,19 @@ STOPPED = (f"--data data --out stop {NETWORK} --batch 2 --val-every 5 --steps 30
            "--sample-every 300 --length 30 ")
 LOG = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s"
 LAYERS = "step,layer,attention_variance,mlp_variance,gate,grad_norm"
-passed = failed = 0
-
-
-def check(good, name, seen=""):
-    global passed, failed
-    seen = " ".join(str(seen).split())[:500]
-    print(f"ok   {name}" if good else f"FAIL {name}: {seen}", flush=True)
-    passed, failed = passed + bool(good), failed + (not good)
 
 
 def run(arguments, program=TRAIN, limit="", threads=None):
     """Exit status (or minus the signal), stdout and stderr. limit: a shell command, like ulimit."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
-    command = [program, *shlex.split(arguments)]
-    if limit:
-        command = ["sh", "-c", f'{limit}; exec "$0" "$@"', *command]
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=300,
-                              env=environment)
-    except subprocess.TimeoutExpired:
-        return None, "", "it was still running after 300 seconds"
-    return done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
+    shell = ["sh", "-c", f'{limit}; exec "$0" "$@"'] if limit else []
+    environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    return harness.run(*shell, program, *shlex.split(arguments), **environment)
 
 
 def check_success(name, result, also=True, seen=""):
     """Status 0, nothing on stderr, and whatever else the check requires."""
     status, _, errors = result
     check(status == 0 and not errors and also, name, f"status {status}, {errors}{seen}")
-
-
-def check_error(name, result, words):
-    """Status 1 and exactly one line on stderr, which contains the words and fits on two lines of a
-    terminal."""
-    status, _, errors = result
-    lines = errors.count("\n")
-    check(status == 1 and lines == 1 and errors.endswith("\n") and words in errors
-          and len(errors) < 160, name, f"status {status}, {lines} lines: {errors}")
 
 
 def content(path):
@@ -135,11 +111,15 @@ def same_bits(one, other):
     return array("f", one).tobytes() == array("f", other).tobytes()
 
 
+def tokens(count, modulus):
+    return token_file([i % modulus for i in range(count)])
+
+
 def write_data():
     os.mkdir("data")
     write("data/train.bin", tokens(3000, 101))
     write("data/val.bin", tokens(300, 103))
-    write("data/tokenizer.bin", tokenizer(PIECES[:259]))
+    write("data/tokenizer.bin", tokenizer(BYTE_PIECES))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -197,7 +177,7 @@ def test_story_by_heart():
     story = "ABACABADABACABA"
     os.mkdir("letters")
     for name in ("train", "val"):
-        write_tokens(f"letters/{name}.bin", [1, *[3 + ord(c) for c in " " + story]] * 20)
+        write(f"letters/{name}.bin", token_file([1, *[3 + ord(c) for c in " " + story]] * 20))
     shutil.copy("data/tokenizer.bin", "letters")
     for scheme in ("pre", "post"):
         train(f"--norm {scheme} --gate-init 0.3 --batch 4 --steps 150 --lr 0.02", "told", "letters")
@@ -465,7 +445,7 @@ def test_shards():
 def test_tokenizers():
     """A checkpoint remembers its tokenizer."""
     shutil.copytree("data", "bytes")
-    pieces = tokenizer(PIECES[:259])
+    pieces = tokenizer(BYTE_PIECES)
     write("bytes/train.bin", with_header(tokens(3000, 101), 4, zlib.crc32(pieces)))
     train("--batch 2 --steps 3", "known", "bytes")
     header = read_safetensors("known/ckpt_000003.safetensors")[0]["__metadata__"]
@@ -486,9 +466,7 @@ def test_tokenizers():
                 "another tokenizer")
     check_error("tokenizer: questions of another",
                 run("--load known --eval-choice questions.bin"), "another tokenizer")
-    old = before.replace(f',"tokenizer":"{zlib.crc32(pieces)}"'.encode(), b"", 1)
-    size = int.from_bytes(old[:8], "little") - (len(before) - len(old))
-    write("old", size.to_bytes(8, "little") + old[8:])
+    write("old", changed(before, f',"tokenizer":"{zlib.crc32(pieces)}"'.encode(), b""))
     check_success("tokenizer: a checkpoint of an older version", run("--load old --steps 0"))
     check_success("tokenizer: resumes, and remembers it from then on",
                   run("--resume old --steps 5 --out run --overwrite on"),
@@ -499,8 +477,7 @@ def test_rewritten():
     """Other programs write the header's parts in another order, or with spaces."""
     train("--batch 2 --steps 3", "told")
     data = read("told/ckpt_000003.safetensors")
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
+    header, end = header_of(data)
     for name, text in (("reversed", json.dumps(dict(reversed(header.items())))),
                        ("spaced", json.dumps(header)),
                        ("tensors", json.dumps({"__metadata__": header.pop("__metadata__"),
@@ -605,16 +582,6 @@ def test_no_room():
                     "damaged, or rewritten by another program: its tensors")
 
 
-def changed(checkpoint, old, new):
-    """A copy of a checkpoint whose header has `new` in place of `old`, and the right length."""
-    end = 8 + int.from_bytes(checkpoint[:8], "little")
-    header = checkpoint[8:end]
-    if old not in header:
-        raise ValueError(f"the checkpoint's header lacks {old}")
-    header = header.replace(old, new, 1)
-    return len(header).to_bytes(8, "little") + header + checkpoint[end:]
-
-
 def write_broken_files():
     """Writes the files that WRONG_CALLS names."""
     train("--batch 2 --steps 3", out="good")
@@ -635,8 +602,7 @@ def write_broken_files():
             ("hungry", b'"batch":"2","total-batch":"2"',
              b'"batch":"65536","total-batch":"65536"')):
         write(name, changed(good, old, new))
-    header = read_safetensors("good/ckpt_000003.safetensors")[0]
-    at = 8 + int.from_bytes(good[:8], "little")
+    header, at = header_of(good)
     at += header["layers.1.feed_forward.w2.weight"]["data_offsets"][0]
     write("nan", good[:at] + struct.pack("<f", math.nan) + good[at + 4:])
     gradients_of("--batch 2")
@@ -651,8 +617,8 @@ def write_broken_files():
     write("header/train.bin", tokens(300, 101)[:1000])
     write("big/train.bin", tokens(3000, 400))
     write("big/val.bin", tokens(3000, 400))
-    write("torn/tokenizer.bin", tokenizer(PIECES[:259])[:-1])
-    write("few/tokenizer.bin", tokenizer(PIECES[:1]))
+    write("torn/tokenizer.bin", tokenizer(BYTE_PIECES)[:-1])
+    write("few/tokenizer.bin", tokenizer(BYTE_PIECES[:1]))
 
 
 GOOD = "good/ckpt_000003.safetensors"
@@ -1013,10 +979,8 @@ TESTS = [test_training, test_telling, test_story_by_heart, test_gates_kept, test
          test_stop, test_stop_without_a_reader, test_stop_at_once, test_errors, test_standard_files,
          test_special_files, test_empty_values, test_folder_in_use, test_shortcuts, test_shards,
          test_tokenizers, test_rewritten, test_paths, test_compiler_options, test_waiting_threads,
-         test_no_room, test_gradient_scale,
-         test_epochs,
-         test_learning_rate, test_weight_decay, test_clips, test_gates_of_zero, test_log,
-         test_layers]
+         test_no_room, test_gradient_scale, test_epochs, test_learning_rate, test_weight_decay,
+         test_clips, test_gates_of_zero, test_log, test_layers]
 
 
 def main():
@@ -1038,8 +1002,7 @@ def main():
                 check(False, f"{test.__name__}() does not raise",
                       f"{type(error).__name__}: {error}")
         os.chdir(PROJECT)
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
+    return summary()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [os.path.join(HERE, ".."), os.path.join(HERE, "../test")]
 from command import Error, Parser, main
+from harness import check, summary
 
 LENGTH, TOLERANCE = 64, 1e-3
 PROMPTS = ["", "Once upon a time", "Lily", "The dog ran to", "\"Can I play", "One day, Tom saw a",
@@ -82,13 +84,6 @@ int main(int argc, char **argv) {
     return 0;
 }
 """
-passed = failed = 0
-
-
-def check(good, what, details=""):
-    global passed, failed
-    print(f"ok   {what}" if good else f"FAIL {what}: {details}", flush=True)
-    passed, failed = passed + bool(good), failed + (not good)
 
 
 def call(*command, **environment):
@@ -207,8 +202,7 @@ def run():
             hf = compare(checkpoint, folder)
             if args.converter:
                 compare_llamacpp(checkpoint, hf, args.converter, folder)
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
+    return summary()
 
 
 if __name__ == "__main__":
