@@ -39,8 +39,11 @@ static jmp_buf back;
 
 static void *hold(void *p, int kind, size_t size) {
     if (num_held == MOST) abort();
-    if (p && p != MAP_FAILED)
-        held[num_held].p = p, held[num_held].size = size, held[num_held++].kind = kind;
+    if (p && p != MAP_FAILED) {
+        held[num_held].p = p;
+        held[num_held].size = size;
+        held[num_held++].kind = kind;
+    }
     return p;
 }
 
@@ -201,7 +204,8 @@ static void read_input(const uint8_t *data, size_t size) {
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
-    (void)argc, (void)argv;
+    (void)argc;
+    (void)argv;
     omp_set_num_threads(1);
     snprintf(folder, sizeof folder, "build/fuzz_files_%d", (int)getpid());
     return mkdir(folder, 0700);
