@@ -922,7 +922,7 @@ static void test_clipping(double norm, double gate_norm, double clip, double gat
     check_close(name, s.adam_v, expected_v, n, 1e-4, 0);
     for (const Tensor *t = s.list.tensors; t < s.list.tensors + s.list.count; t++) {
         if (t->kind != GATE) continue;
-        snprintf(name, sizeof name, "model_update: so is the gradient of %s", t->name);
+        snprintf(name, sizeof name, "model_update: the gradient of %s is clipped", t->name);
         check_close(name, s.adam_m + t->offset, expected + t->offset, 1, 1e-5, 0);
     }
     model_free(&m);
@@ -1511,9 +1511,9 @@ static void gradients_against_cpu(const char *what, const TensorList *list, cons
     check(gate_error <= tolerance, name, "exceeds %.0e", tolerance);
 }
 
-// Tests a network with more rows than a tile, whose length is not a multiple of 16 bytes. Compares
-// its loss, its gradients and its numbers for layers.csv with the same network of train_gpas.c, and
-// its last logits from model_extend() in two pieces with those from one pass.
+// Tests a network with more rows than a tile has, each not a multiple of 16 bytes long.
+// Compares its loss, its gradients and its numbers for layers.csv with the same network of
+// train_gpas.c, and its last logits from model_extend() in two pieces with those from one pass.
 static void test_odd_network(const char *scheme, const char *options, int fused) {
     enum { B = 2, T = 70 };
     int tokens[B * T + 1];
@@ -1568,7 +1568,8 @@ static void test_odd_networks(void) {
     test_odd_kernels("post", "", "--gate-act identity --gate-init 1");  // GPAS multiplies by 0
 }
 
-// Only model_backward() may begin the backward pass: zero_gradients() may follow model_forward().
+// Only model_backward() may begin the backward pass, because zero_gradients() may be called after
+// model_forward().
 static void test_late_backward(void) {
     Options o;
     Model m;

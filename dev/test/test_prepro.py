@@ -220,7 +220,8 @@ def test_ownership():
                 prepro("--input", "a.txt", "--out", "kill"), "in use")
     child.kill()
     child.wait()
-    check(os.listdir("kill") == ["prepro.unfinished"], "ownership: kill -9", os.listdir("kill"))
+    check(os.listdir("kill") == ["prepro.unfinished"], "ownership: kill -9 leaves one folder",
+          os.listdir("kill"))
     write("kill/prepro.unfinished/train_001.bin", b"half")
     status, _, errors = prepro("--input", "a.txt", "--out", "kill")
     files = ["prepro.json", "tokenizer.bin", "train.bin", "val.bin"]
@@ -288,7 +289,8 @@ def test_stopped():
         else:
             check(status == -number and ("tokenizer.bin" not in files or not changed
                                          or {"train.bin", "val.bin"} <= changed),
-                  f"ownership: kill -9 at file {n}", f"{status}: {files}, {changed}: {errors}")
+                  f"ownership: kill -9 at file {n} leaves no mixture",
+                  f"{status}: {files}, {changed}: {errors}")
 
 
 def test_special_files():
