@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""Text in, token files out: the data that train_gpas learns from.
+"""Converts text to token files, the data that train_gpas learns from.
 
   prepro_tinystories.py                                  4.5 MB of made-up toy stories
   prepro_tinystories.py --download                       TinyStories, 2 GB (needs sentencepiece)
-  prepro_tinystories.py --input my.txt --out data/my     your own text, its stories separated by
-                                                         lines <|endoftext|>
+  prepro_tinystories.py --input my.txt --out data/my     your own text, with a line <|endoftext|>
+                                                         between two stories
   prepro_tinystories.py --multiple-choice hellaswag_val.jsonl --out data/my
                                                          questions for --eval-choice, in the
                                                          vocabulary of data/my
-Each but the last writes into its --out folder
+All but the last write into the --out folder
   train.bin, val.bin   llm.c's format: 256 int32 (magic, version, number of tokens), then uint16
                        tokens; train_000.bin, train_001.bin, ... where one file is not enough
   tokenizer.bin        llama2.c's format: the text that each token stands for
-  tokenizer.model      the same for sentencepiece, where --vocab-size asked for it
+  tokenizer.model      the same for sentencepiece, if --vocab-size is more than 259
   prepro.json          the options and inputs that these files were made from
 
 A token is one byte of text (259 tokens, nothing to install) or, with --vocab-size, a frequent piece
-of a word. A story is the token <s>, a space, and its text. Memory stays small whatever the size of
-the input, so a story of more than 16 KB is cut into several.
+of a word. A story is stored as the token <s>, a space, and its text. To keep memory use small, a
+story of more than 16 KB is cut into several.
 """
 import argparse
 import codecs
@@ -44,7 +44,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "de
 from command import CLEAR, Error, Parser, check_file, main, read_json, say
 
 SEPARATOR = b"<|endoftext|>"
-LONGEST = 1 << 14                   # bytes of a story; what is longer is cut
+LONGEST = 1 << 14                   # bytes of the longest story; longer ones are cut
 CHUNK = 1 << 18                     # bytes read or received at a time
 BATCH = 1 << 20                     # bytes of text encoded at a time
 SHARD_TOKENS = 100_000_000          # tokens in one file
@@ -58,7 +58,7 @@ OUR_FILES = re.compile(r"(train|val)(_\d{3,})?\.bin|tokenizer\.(bin|model)|prepr
 
 
 class Progress:
-    """How far we are: a line that rewrites itself on a terminal, a line now and then in a pipe."""
+    """Shows progress: on a terminal a line that rewrites itself, otherwise a line now and then."""
 
     def __init__(self, label, total, done=0):
         self.label, self.total, self.done, self.shown = label, total, done, time.monotonic()
@@ -79,8 +79,8 @@ class Progress:
 # Stories, from files or from the grammar at the end of this file.
 
 def cut(text, most=LONGEST):
-    """Cut the text, at a line or word if possible, into pieces of LONGEST bytes; the last of them
-    may have `most`."""
+    """Cut the text into pieces of at most LONGEST bytes, between lines or words if possible. The
+    last piece may have `most` bytes."""
     pieces = []
     while len(text) > most:
         half = LONGEST // 2
@@ -104,58 +104,58 @@ def write_file(path, data):
 
 
 def read_text(path):
-    """The chunks of a text in UTF-8, without the mark that some editors begin it with. UTF-16 and
-    UTF-32 begin with another mark, or have bytes of 0: in their spaces, in their lines."""
+    """Yields the chunks of a UTF-8 text, without the byte-order mark that some editors write.
+    UTF-16 and UTF-32 are recognized by another byte-order mark, or by the zero bytes in them."""
     with open(check_file(path), "rb") as file:
         mark = file.read(3)
         file.seek(3 if mark == codecs.BOM_UTF8 else 0)
         for chunk in iter(lambda: file.read(CHUNK), b""):
             if b"\0" in chunk or mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 wide = "UTF-32" if b"\0\0\0" in chunk else "UTF-16"
-                raise Error(f"{path} is {wide} or no text; iconv -f {wide} -t UTF-8 converts text")
+                raise Error(f"{path} is {wide} or not text; iconv -f {wide} -t UTF-8 converts it")
             yield chunk
 
 
 def read_stories(paths, progress=None):
-    """The stories of these files, without the white space around them; empty ones are left out."""
+    """Yields the stories of these files, stripped of white space, without the empty ones."""
     for path in paths:
         tail, cuts = b"", 0
         for chunk in itertools.chain(read_text(path), [b""]):
             *stories, tail = (tail + (chunk or SEPARATOR)).split(SEPARATOR)
             pieces = [piece for story in stories for piece in cut(story.strip())]
-            *more, tail = cut(tail.lstrip(), LONGEST + len(SEPARATOR))  # may end in half of one
+            *more, tail = cut(tail.lstrip(), LONGEST + len(SEPARATOR))  # may end inside SEPARATOR
             cuts += len(pieces) - len(stories) + len(more)
             yield from filter(None, pieces + more)
             if progress:
                 progress.add(len(chunk))
         if cuts and progress:
-            say(f"note: {path}: stories of over {LONGEST:,} bytes, cut in {cuts:,} places")
+            say(f"note: {path}: stories of over {LONGEST:,} bytes were cut, in {cuts:,} places")
 
 
 def read_corpus(args, progress=None):
-    """Yields (is it held out for validation?, story): the same pairs each time it is called."""
+    """Yields pairs (is it held out for validation?, story), the same pairs on every call."""
     if args.val_input:
         yield from ((False, story) for story in read_stories(args.input, progress))
         yield from ((True, story) for story in read_stories(args.val_input, progress))
         return
     stories = read_stories(args.input, progress) if args.input else toy_stories(args.seed)
-    for i, story in enumerate(stories):         # every 20th where the fraction is 0.05
+    for i, story in enumerate(stories):         # every 20th if the fraction is 0.05
         yield int((i + 1) * args.val_fraction) > int(i * args.val_fraction), story
 
 
 # ------------------------------------------------------------------------------------------------
-# The download: into NAME.part, which a later run resumes, and which gets its final name when it is
-# complete. NAME.part.version holds its length and version, so no file is made of two versions.
+# The download. It goes to NAME.part, which a later run resumes, and which gets its final name when
+# it is complete. NAME.part.version holds its length and version, so that versions are never mixed.
 
 def version_of(response):
-    """What the server calls this version of the file, or "". A weak tag (W/) may stand for two."""
+    """The server's name for this version of the file, or "". A weak tag (W/) may name two."""
     tag = response.headers.get("ETag", "")
     return tag if tag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
 def open_url(url, start=0, total=0, version=""):
-    """Ask for the bytes from `start` to `total` if the file still is this version, or else for all.
-    Returns (response, first byte of it, whole length)."""
+    """Request the bytes from `start` on if the file is still this version, otherwise all of it.
+    Returns (response, the position of its first byte, the length of the whole file)."""
     headers = {"Range": f"bytes={start}-", "If-Range": version} if start else {}
     request = urllib.request.Request(url, headers=headers)
     try:
@@ -186,10 +186,10 @@ def download(url, path, overwrite):
             start, total = os.path.getsize(part), int(known[1])
             version = known[2].decode("latin-1")
     elif os.path.lexists(part) and not overwrite:
-        raise Error(f"{part} may be another program's; --overwrite replaces it")
+        raise Error(f"{part} may belong to another program; --overwrite replaces it")
     try:
         response, start, total = open_url(url, start, total, version)
-        if start == 0:                          # the old part goes before its version does
+        if start == 0:                          # remove the old part before its version
             if os.path.lexists(part):
                 os.remove(part)
             write_file(note, f"{total} {version_of(response)}".encode("latin-1"))
@@ -200,17 +200,17 @@ def download(url, path, overwrite):
                 progress.add(len(chunk))
         progress.show()
         if progress.done != total:
-            raise ValueError(f"{progress.done:,} bytes came instead of {total:,}")
+            raise ValueError(f"received {progress.done:,} bytes instead of {total:,}")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Error(f"cannot download {url}: {str(error).strip('<>')} "
-                    "(the same command again resumes it)")
+                    "(run the same command again to resume)")
     os.replace(part, path)
     os.remove(note)
 
 
 # ------------------------------------------------------------------------------------------------
-# Vocabularies. Each has `pieces`, a (text, score) for every token in order, `model`, for
-# sentencepiece, and `encode`, from a list of stories to little-endian uint16 tokens.
+# Vocabularies. Each has `pieces`, the (text, score) of every token in order; `model`, the bytes of
+# tokenizer.model, or None; and encode(), from a list of stories to little-endian uint16 tokens.
 
 class Vocabulary:
     def file(self):
@@ -220,7 +220,7 @@ class Vocabulary:
                            for text, score in self.pieces))
 
     def checksum(self):
-        """Stored in the header of token files: in another vocabulary they mean nothing."""
+        """Stored in the header of token files, which mean nothing in another vocabulary."""
         return zlib.crc32(self.file())
 
 
@@ -232,8 +232,8 @@ class ByteVocabulary(Vocabulary):
     tokens = "".join(chr(3 + b) for b in range(256))
 
     def encode(self, stories):
-        """Python is slow from bytes to numbers above 255, but fast from text to UTF-16: so each
-        token is a character for a moment."""
+        """Python is slow at converting bytes to numbers above 255, but fast at encoding text as
+        UTF-16. So each token becomes a character for a moment."""
         return "".join(chr(BOS) + codecs.charmap_decode(b" " + story, "strict", self.tokens)[0]
                        for story in stories).encode("utf-16-le")
 
@@ -261,16 +261,16 @@ class BpeVocabulary(Vocabulary):
                 max_sentence_length=2 * LONGEST, self_test_sample_size=0, minloglevel=2,
                 unk_id=UNK, bos_id=BOS, eos_id=EOS)
         except RuntimeError as error:           # "INTERNAL: file.cc(744) [condition] Reason."
-            reason = str(error).split("] ")[-1].strip() or "there is none"
-            raise Error(f"this text gives no BPE vocabulary of {size:,} pieces, take another "
-                        f"--vocab-size or more text ({reason})")
+            reason = str(error).split("] ")[-1].strip() or "no reason given"
+            raise Error(f"cannot make a BPE vocabulary of {size:,} pieces from this text; try "
+                        f"another --vocab-size or more text ({reason})")
         return cls(writer.getvalue())
 
     def encode(self, stories):
-        """sentencepiece uses all cores, and puts the space before each story itself."""
+        """sentencepiece uses all cores, and itself adds the space before each story."""
         texts = [story.decode("utf-8", "replace") for story in stories]
         if not self.damaged and any("\ufffd" in text for text in texts):
-            say("note: not all of the text is UTF-8; what is not becomes U+FFFD")
+            say("note: not all of the text is UTF-8; invalid bytes become U+FFFD")
             self.damaged = True
         tokens = array("H", itertools.chain(*self.processor.encode(texts, add_bos=True)))
         if sys.byteorder == "big":
@@ -279,7 +279,7 @@ class BpeVocabulary(Vocabulary):
 
 
 def sample_lines(args):
-    """The lines of the training text, until they are SAMPLE_BYTES."""
+    """Yields the lines of about the first SAMPLE_BYTES of the training text."""
     size = 0
     for held_out, story in read_corpus(args):
         if size > SAMPLE_BYTES:
@@ -290,9 +290,9 @@ def sample_lines(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# The files. They are written into OUT/prepro.unfinished and moved when all of them are complete: a
-# run that is killed leaves no half-written file under a name that the trainer would open. Nothing
-# else is deleted, and nothing in OUT replaced without --overwrite.
+# The files. They are written to OUT/prepro.unfinished and moved when all of them are complete, so a
+# killed run leaves no half-written file under a name that the trainer would open. No other file is
+# deleted, and nothing in OUT is replaced without --overwrite.
 
 class TokenWriter:
     """Writes the token files of one split, "train" or "val"."""
@@ -325,7 +325,7 @@ class TokenWriter:
         if self.file:
             self.file.close()
         self.file = open(f"{self.path}_{self.files:03d}.bin", "wb")
-        self.file.write(bytes(1024))            # the header comes when all of it is known
+        self.file.write(bytes(1024))            # finish() writes the header
         self.files, self.room = self.files + 1, self.shard_tokens
 
     def finish(self):
@@ -351,8 +351,8 @@ def remove_ours(folder):
 
 @contextlib.contextmanager
 def work_folder(out):
-    """OUT/prepro.unfinished, for one run at a time: OUT is locked, and even kill -9 ends the lock.
-    Therefore, files that are there already were left by a run that was killed."""
+    """OUT/prepro.unfinished, for one run at a time. OUT is locked until the process ends, even by
+    kill -9, so files that are already there were left by a killed run."""
     folder = f"{out}/prepro.unfinished"
     os.makedirs(out, exist_ok=True)
     lock = os.open(out, os.O_RDONLY)
@@ -369,7 +369,7 @@ def work_folder(out):
         remove_ours(folder)
         yield folder
     except OSError as error:
-        error.filename = error.filename or out  # a full disk has no name
+        error.filename = error.filename or out  # a full disk names no file
         raise
     finally:
         remove_ours(folder)
@@ -378,9 +378,9 @@ def work_folder(out):
 
 
 def publish(folder, out):
-    """Replace the files of an earlier run, which no signal may interrupt. In alphabetical order,
-    tokenizer.bin is removed before the tokens and, backwards, comes after them. Nothing trains
-    without it, so old and new files never pass for a set."""
+    """Replace the files of an earlier run; no signal may interrupt this. Files are removed in
+    alphabetical order and moved in reverse, so tokenizer.bin is removed before the token files and
+    appears after them. Nothing trains without it, so old and new files are never used together."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     remove_ours(out)
     for name in reversed(our_files(folder)):
@@ -388,7 +388,7 @@ def publish(folder, out):
 
 
 def how_made(args):
-    """All that the files of OUT depend on."""
+    """Everything that the files in OUT depend on."""
     made = {key: vars(args)[key] for key in ("vocab_size", "val_fraction", "shard_tokens", "seed")}
     for name in ("input", "val_input"):
         made[name] = [[os.path.abspath(path), os.path.getsize(path), os.path.getmtime(path)]
@@ -404,7 +404,7 @@ def record(made, folder):
 
 
 def is_made(args):
-    """Has this very command filled OUT before? Other files of these names there are an error."""
+    """Has this same command filled OUT before? Raises an Error if another one has."""
     there = our_files(args.out)
     if args.overwrite or not there:
         return False
@@ -412,7 +412,7 @@ def is_made(args):
         if read_file(f"{args.out}/prepro.json") == record(how_made(args), args.out):
             return True
     raise Error(f"{args.out} has {', '.join(there[:3])}{', ...' * (len(there) > 3)} already; "
-                "--overwrite replaces all, another --out keeps them")
+                "--overwrite replaces them, another --out keeps them")
 
 
 def write_files(args, folder):
@@ -429,8 +429,8 @@ def write_files(args, folder):
         progress.show()
     for split, writer in writers.items():
         if writer.stories == 0:
-            raise Error(f"too few stories: none for {split} (lines {SEPARATOR.decode()} "
-                        "separate them, long ones are cut); see --val-fraction, --val-input")
+            raise Error(f"too few stories, none is left for {split}; put {SEPARATOR.decode()} "
+                        "between stories, or see --val-fraction and --val-input")
         writer.finish()
     write_file(f"{folder}/tokenizer.bin", vocabulary.file())
     if vocabulary.model:
@@ -440,21 +440,22 @@ def write_files(args, folder):
     publish(folder, args.out)
     for split, writer in writers.items():
         print(f"{split}: {writer.stories:,} stories, {writer.tokens:,} tokens")
-    print(f"vocabulary: {len(vocabulary.pieces):,} pieces\nall of it is in {args.out}")
+    print(f"vocabulary: {len(vocabulary.pieces):,} pieces\nthe files are in {args.out}")
 
 
 # ------------------------------------------------------------------------------------------------
-# Multiple choice: a context and several endings, of which one is right. The lines are HellaSwag's,
-# the file is llm.c's: 256 int32 (magic, version, number of questions, bytes of the longest), then
-# uint16: for each question 65535, its bytes, its number, which ending is right, how many there are;
-# the context's length and tokens; each ending's length and tokens.
+# Multiple choice: a context and several endings, one of which is right. The input has HellaSwag's
+# lines of JSON, the output llm.c's format: 256 int32 (magic, version, number of questions, bytes of
+# the longest, and the vocabulary's checksum), then uint16. Each question has 65535, its size in
+# bytes, its number, the index of the right ending and the number of endings; then the length and
+# the tokens of the context; then the length and the tokens of each ending.
 
 def read_vocabulary(folder):
     """The vocabulary of the token files in a folder."""
     try:
         expected = read_file(f"{folder}/tokenizer.bin")
     except FileNotFoundError:
-        raise Error(f"{folder}/tokenizer.bin is missing; --out is a folder that this script filled")
+        raise Error(f"{folder}/tokenizer.bin is missing; --out must be a folder that has one")
     vocabulary = ByteVocabulary()
     if os.path.exists(f"{folder}/tokenizer.model"):
         require_sentencepiece()
@@ -463,19 +464,19 @@ def read_vocabulary(folder):
         except RuntimeError:
             raise Error(f"{folder}/tokenizer.model is damaged")
     if vocabulary.file() != expected:
-        raise Error(f"{folder}: tokenizer.bin and tokenizer.model are not of the same vocabulary")
+        raise Error(f"{folder}: tokenizer.bin and tokenizer.model hold different vocabularies")
     return vocabulary
 
 
 def clean(text):
-    """WikiHow's [header], [title] and [step] are no text."""
+    """Remove WikiHow's marks [header], [title] and [step], which are not text."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
 def encode_question(line, number, vocabulary):
-    """A line of JSON as bytes of the file. As in lm-evaluation-harness, the context begins with
-    what the scene is about, if that is known. An ending follows the context after a space."""
+    """Convert a line of JSON to the file's format. As in lm-evaluation-harness, the context begins
+    with the name of the activity, if there is one, and a space separates it from the ending."""
     question = read_json(line)
     if {"activity_label", "ctx_a", "ctx_b"} <= question.keys():
         question["ctx"] = question["ctx_a"] + " " + question["ctx_b"].capitalize()
@@ -484,9 +485,9 @@ def encode_question(line, number, vocabulary):
     texts = [clean(text) for text in [question["ctx"]] + question["endings"]]
     label, endings = int(str(question["label"])), len(texts) - 1       # 1 or "1", but not 1.5
     if endings < 2 or not all(question["endings"]):
-        raise ValueError("needs several texts as endings, none of them empty")
+        raise ValueError("the endings must be two or more texts, none of them empty")
     if not 0 <= label < endings:
-        raise ValueError(f"label {label} is none of the {endings} endings")
+        raise ValueError(f"label {label} is not one of the {endings} endings")
     body = struct.pack("<2H", label, endings)
     for i, text in enumerate(texts):
         tokens = vocabulary.encode([text.encode()])[2 * (i > 0):]      # only the context has BOS
@@ -494,7 +495,7 @@ def encode_question(line, number, vocabulary):
             raise ValueError(f"ending {i} has no text")
         body += struct.pack("<H", min(len(tokens) // 2, 65535)) + tokens
     if len(body) + 6 > 65535:
-        raise ValueError("longer than the 65,535 bytes that a question may have")
+        raise ValueError("a question may have at most 65,535 bytes")
     return struct.pack("<3H", 65535, len(body) + 6, number) + body
 
 
@@ -516,7 +517,7 @@ def write_questions(args):
         except (ValueError, RecursionError, struct.error) as error:
             raise Error(f"{path}, line {number}: {error}")
     if not 0 < len(questions) < 65536:
-        raise Error(f"{path} has {len(questions):,} questions, not 1 to 65,535")
+        raise Error(f"{path} has {len(questions):,} questions, but must have 1 to 65,535")
     header = struct.pack("<4iI", 20240522, 1, len(questions), max(map(len, questions)),
                          vocabulary.checksum())
     data = header.ljust(1024, b"\0") + b"".join(questions)
@@ -525,7 +526,7 @@ def write_questions(args):
             write_file(f"{folder}/prepro.tmp", data)
             os.replace(f"{folder}/prepro.tmp", target)
     elif read_file(target) != data:
-        raise Error(f"{target} is already there, with something else; --overwrite replaces it")
+        raise Error(f"{target} already exists with other content; --overwrite replaces it")
     print(f"{len(questions):,} questions are in {target}")
 
 
@@ -533,7 +534,7 @@ def write_questions(args):
 # The command line.
 
 def number(kind, low, high):
-    """An option's value: a number from low to high."""
+    """The type of an option: a number from low to high."""
     def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
@@ -545,35 +546,35 @@ def parse_options():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--out", metavar="DIR", help="folder to write into (data/toy, or data/tinystories)")
-    add("--overwrite", action="store_true", help="replace what other options or inputs made")
+    add("--overwrite", action="store_true", help="replace files made with other options or inputs")
     add("--vocab-size", metavar="N", type=number(int, BYTE_VOCABULARY, 1 << 16),
-        help="259 (the default) for bytes, more for BPE by sentencepiece (--download: 4096)")
+        help="259 for bytes, more for BPE by sentencepiece (259; with --download 4096)")
     add("--val-fraction", metavar="F", type=number(float, 1e-6, 0.5),
-        help="part of the stories that is held out for validation (0.05: every 20th)")
+        help="fraction of the stories held out for validation (0.05, every 20th)")
     add("--shard-tokens", metavar="N", type=number(int, 1, SHARD_TOKENS),
-        help=f"most tokens in one file ({SHARD_TOKENS:,})")
+        help=f"maximum number of tokens in one file ({SHARD_TOKENS:,})")
     add = parser.add_argument_group("toy stories").add_argument
-    add("--seed", metavar="N", type=number(int, 0, 1 << 32), help="other stories (1)")
-    add("--show", metavar="N", type=number(int, 1, 1 << 32), help="only print N of the stories")
+    add("--seed", metavar="N", type=number(int, 0, 1 << 32), help="random seed (1)")
+    add("--show", metavar="N", type=number(int, 1, 1 << 32), help="only print the first N stories")
     add = parser.add_argument_group("your own text").add_argument
     add("--input", metavar="FILE", nargs="+", help="text files to train on")
     add("--val-input", metavar="FILE", nargs="+",
         help="text files to validate on, instead of held-out stories")
     add = parser.add_argument_group("multiple choice").add_argument
     add("--multiple-choice", metavar="FILE",
-        help="lines of JSON with ctx, endings and label, as HellaSwag is published; --out is the "
-             "folder of a vocabulary")
+        help="lines of JSON with ctx, endings and label, as in HellaSwag; --out must be a folder "
+             "with a tokenizer.bin")
     add = parser.add_argument_group("TinyStories").add_argument
     add("--download", action="store_true",
-        help="fetch it into the --out folder; a download that broke off is resumed")
-    add("--url", metavar="BASE", help="fetch it from this address instead of Hugging Face")
+        help="download it to the --out folder, or resume an interrupted download")
+    add("--url", metavar="BASE", help="download it from this address, not from Hugging Face")
     args = parser.parse_args()
     check_options(args)
     return args
 
 
 def check_options(args):
-    """Refuse options that would do nothing, then fill in those that were left out."""
+    """Reject options that would have no effect, then fill in the defaults."""
     source = ("--show" if args.show else "--download" if args.download else
               "--multiple-choice" if args.multiple_choice else
               "--input" if args.input else "the toy stories")
@@ -588,9 +589,9 @@ def check_options(args):
     if args.val_input and args.val_fraction:
         raise Error("--val-fraction cannot be used with --val-input")
     if (args.input or args.multiple_choice) and not args.out:
-        raise Error(f"{source} needs --out, the folder of the network's data")
+        raise Error(f"{source} needs --out, the folder of the token files")
     if args.url and not re.match("https?://", args.url):
-        raise Error(f"--url {args.url}: an address starts with http:// or https://")
+        raise Error(f"--url {args.url}: an address must start with http:// or https://")
     args.out = args.out or ("data/tinystories" if args.download else "data/toy")
     args.vocab_size = args.vocab_size or (4096 if args.download else BYTE_VOCABULARY)
     args.shard_tokens = args.shard_tokens or SHARD_TOKENS
@@ -605,7 +606,7 @@ def require_sentencepiece():
         import_module("sentencepiece")
     except ImportError:
         raise Error("a BPE vocabulary needs sentencepiece: pip install sentencepiece "
-                    f"(or take bytes, which need nothing: --vocab-size {BYTE_VOCABULARY})")
+                    f"(or use bytes, which need no library: --vocab-size {BYTE_VOCABULARY})")
 
 
 def run():
@@ -622,10 +623,10 @@ def run():
         print(f"{args.out} was made by this command; --overwrite makes it again")
         return
     if args.vocab_size > BYTE_VOCABULARY:
-        require_sentencepiece()                 # better to miss it now than after 2 GB
+        require_sentencepiece()                 # better to fail now than after 2 GB
     ours = [os.path.realpath(f"{args.out}/{name}") for name in our_files(args.out)]
     for path in [] if args.download else args.input + args.val_input:
-        next(read_text(path), None)             # reports a wrong file before the long work
+        next(read_text(path), None)             # report a wrong file before the long work
         if os.path.realpath(path) in ours:
             raise Error(f"{path} would be replaced; give another --out")
     with work_folder(args.out) as folder:
@@ -635,35 +636,35 @@ def run():
 
 
 # ------------------------------------------------------------------------------------------------
-# Toy stories. A plot is a text with choices: "[a|b]" is one of a and b, "<name>" stands for one of
-# PHRASES, "{toy.use}" for a fact; "//" ends a paragraph. The facts are settled before the story is
-# told: who is in it, which toy, its color, the place. So what is said early decides what is right
-# much later: work for a deep network. '@friend "Yes."' becomes 'Tom said, "Yes."' or the like; '@@'
-# is an answer.
+# Toy stories. A plot is a text with choices: "[a|b]" becomes a or b, "<name>" one of PHRASES, and
+# "{toy.use}" a fact; "//" ends a paragraph. '@friend "Yes."' becomes 'Tom said, "Yes."' or similar,
+# and '@@' marks an answer. The facts (who is in the story, which toy, its color, the place) are
+# chosen before the story is told. So words early in a story determine words much later, which gives
+# a deep network something to learn.
 
 SPEECH = re.compile(r'(@@?)(\w+) "([^"]+)([.!?])"')
 VERBS = {"@.": ["said"], "@!": ["said", "cried", "called"], "@?": ["asked"],
          "@@.": ["said", "answered", "replied"], "@@!": ["said", "cried"], "@@?": ["asked"]}
 MANNERS = {"@": ["", "", "", " softly", " quietly", " gently", " in a low voice"],
            "@@": ["", "", "", " softly", " slowly", " at once", " after a moment"]}
-CALLED = {"elder": "{his} {elder}", "rescue": "the {rescue}"}      # of the speakers without a name
+CALLED = {"elder": "{his} {elder}", "rescue": "the {rescue}"}      # speakers without a name
 
 
 def sections(text):
-    """The (name, line, body) of each "== name: line" and of the lines that follow it."""
+    """The (name, line, body) of each "== name: line" and the lines that follow it."""
     return re.findall(r"== (\w+): *(.*)\n([^=]*)", text)
 
 
 def read_table(columns, body):
-    """The rows of a table, each a dictionary from the columns' names to cells. A row ends with its
-    line or with ";", but a line that starts with a space goes on with the one before it."""
+    """The rows of a table, each a dictionary {column: cell}. A row ends with its line or with ";",
+    but a line that starts with a space continues the line before it."""
     rows = (re.split(r"\s/\s+", row) for row in re.split(r"\n(?! )|; ?", body.strip()))
     return [dict(zip(columns.split(), row)) for row in rows]
 
 
 class Teller:
-    """Tells stories. All chance comes from random(): Python promises the same numbers from it in
-    every version, but not from choice() or shuffle()."""
+    """Tells stories. All random choices use random(), which Python promises to return the same
+    numbers in every version; choice() and shuffle() may change."""
 
     def __init__(self, seed):
         self.random = random.Random(seed).random
@@ -676,7 +677,7 @@ class Teller:
         return options[int(self.random() * len(options))]
 
     def expand(self, text):
-        """Put in the phrases, then choose, from the inside out."""
+        """Insert the phrases, then make the choices, innermost first."""
         while "<" in text:
             text = re.sub(r"<(\w+)>", lambda match: self.phrases[match[1]], text)
         while "[" in text:
@@ -684,8 +685,8 @@ class Teller:
         return " ".join(text.split())
 
     def cast(self, roles):
-        """Settle the facts, so that no two have the same name: no red toy beside a red one, no Tom
-        who meets Tom. toy2, like toy, comes from the table of toys."""
+        """Choose the facts. No two have the same name: Tom never meets Tom, and two toys never have
+        the same color. toy2, like toy, comes from the table of toys."""
         self.facts = {}
         animal = ["animal"] if self.random() < 0.3 else []
         draws = [(role, table) for role in ("hero", "friend", "other")
@@ -698,13 +699,14 @@ class Teller:
             self.cast(roles)
 
     def fact(self, match):
-        """{toy} is its name, {toy.use} another fact, {he} the hero's; {He} has a capital."""
+        """{toy} is its name, {toy.use} another fact of it, {he} a fact of the hero; {He} gets a
+        capital."""
         key = match[1].lower()
         fact = next(self.facts[k] for k in (key, f"hero.{key}", f"{key}.name") if k in self.facts)
         return fact if match[1] == key else capital(fact)
 
     def fill(self, text):
-        while "{" in text:                      # facts may have facts in them
+        while "{" in text:                      # facts may contain facts
             text = re.sub(r"\{([\w.]+)\}", self.fact, text)
         return text
 
@@ -730,7 +732,7 @@ def capital(text):
 
 
 def toy_stories(seed):
-    """TOY_BYTES of stories, no two of them alike, so none is in both training and validation."""
+    """Yields TOY_BYTES of stories, all different, so none is in both training and validation."""
     teller, told, size = Teller(seed), set(), 0
     while size < TOY_BYTES:
         story = teller.story().encode()

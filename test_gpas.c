@@ -1,22 +1,23 @@
 /*
-test_gpas.c: is train_gpas.c right? One line for each check, `N passed, N failed` at the end.
+test_gpas.c: tests the layers and networks of train_gpas.c and train_gpas.cu. Prints a line for each
+check, then `N passed, N failed`.
 
-    ./test_gpas           Every layer and all twelve networks against the reference dump in
-                          dev/test, which reference.py computed without knowing any derivative. Then
-                          what the dump does not hold: larger shapes, stories, training rules,
-                          threads, --check-finite, sizes beyond 2^31.
-    ./test_gpas_double    (compiled with -DDOUBLE) The same layers with every float a double, where
-                          finite differences alone are exact enough to check each gradient.
+    ./test_gpas           Compares every layer and all twelve networks with the reference dump in
+                          dev/test, which reference.py computes without knowing the derivative of
+                          any layer. Then tests what the dump does not contain: larger shapes,
+                          stories, training rules, threads, --check-finite, sizes beyond 2^31.
+    ./test_gpas_double    (compiled with -DDOUBLE) The same layers with every float a double, which
+                          makes finite differences exact enough to check each gradient.
     ./test_gpas_cuda_fp32, ./test_gpas_cuda_bf16
-                          (compiled as C++ with -DCUDA_REAL=float, -DCUDA_REAL=bf16) The layers and
-                          networks of train_gpas.cu against the same dump, and larger shapes against
-                          train_gpas.c, which is loaded from build/cpu.so.
+                          (compiled as C++ with -DCUDA_REAL=float, -DCUDA_REAL=bf16) Compares the
+                          layers and networks of train_gpas.cu with the same dump, and larger shapes
+                          with train_gpas.c, which is loaded from build/cpu.so.
 */
 #ifdef DOUBLE
 #include "dev/test/double.h"  // from here on float is double
 #endif
 #define TRAIN_GPAS_NO_MAIN
-#pragma GCC diagnostic ignored "-Wunused-function"  // the tests do not call all of the program
+#pragma GCC diagnostic ignored "-Wunused-function"  // the tests do not call every function
 #include "dev/utils.h"
 #include "dev/test/check.h"
 #ifdef CUDA_REAL
@@ -27,7 +28,7 @@ test_gpas.c: is train_gpas.c right? One line for each check, `N passed, N failed
 typedef CUDA_REAL real;
 enum { DTYPE = sizeof(real) == sizeof(float) ? DTYPE_FP32 : DTYPE_BF16 };
 static size_t memory_of(const Model *m) { return m->bytes; }
-namespace kernels {  // its layers take arrays on the host, and hide those of train_gpas.cu
+namespace kernels {  // its layers take arrays on the host and shadow those of train_gpas.cu
 #include "dev/test/on_gpu.h"
 // adamw_update() with the hyperparameters in an array: lr, beta1, beta2, eps, weight decay.
 static void adamw(float *p, const float *grad, float *m, float *v, size_t n, const float *h,
@@ -77,7 +78,7 @@ static void free_floats(void) {
     while (num_arrays > 0) free(arrays[--num_arrays]);
 }
 
-// Are these the same bits?
+// Are the bits of a and b the same?
 static int same(const float *a, const float *b, size_t n) {
     return memcmp(a, b, n * sizeof(float)) == 0;
 }
@@ -88,7 +89,7 @@ static double norm_of(const float *x, size_t n) {
     return sqrt(sum);
 }
 
-// Is ||got - expected|| at most tolerance * scale? scale 0: ||expected||.
+// Checks that ||got - expected|| <= tolerance * scale. If scale is 0 it is ||expected||.
 static void check_close(const char *name, const float *got, const float *expected, size_t n,
                         double tolerance, double scale) {
     double difference = 0, worst = -1, size = norm_of(expected, n);
@@ -96,7 +97,7 @@ static void check_close(const char *name, const float *got, const float *expecte
     for (size_t i = 0; i < n; i++) {
         double d = fabs((double)got[i] - expected[i]);
         difference += d * d;
-        if (!(d <= worst)) {  // true of NaN too
+        if (!(d <= worst)) {  // also true for NaN
             worst = d;
             at = i;
         }
@@ -105,11 +106,11 @@ static void check_close(const char *name, const float *got, const float *expecte
     char line[400];
     snprintf(line, sizeof line, "%s (%.1e)", name, error);
     check(error <= tolerance, line,
-          "relative error %.2e over %.0e; worst element %zu: got %.9g, expected %.9g", error,
+          "relative error %.2e exceeds %.0e; worst element %zu: got %.9g, expected %.9g", error,
           tolerance, at, (double)got[at], (double)expected[at]);
 }
 
-// Parses the options of a command line that is written as one string.
+// Parses the options of a command line, given as one string.
 __attribute__((format(printf, 2, 3)))
 static void options_from(Options *o, const char *format, ...) {
     char words[1024], *argv[64];
@@ -148,7 +149,7 @@ static void open_dump(const char *path) {
     dump += 8 + length;
 }
 
-// Returns a tensor of the dump. Writes its shape (3), filled up with ones, and its size to *n.
+// Returns a tensor of the dump. Writes its shape (3), padded with ones, and its size to *n.
 static const float *tensor(const char *name, int *shape, size_t *n) {
     char key[200];
     size_t begin, end;
@@ -172,7 +173,8 @@ static const float *part(const char *of, const char *name, int *shape, size_t *n
 }
 
 // Compares `got` with tensor CASE.NAME of the dump, with the tolerance of a forward or a backward
-// pass. layer: "rmsnorm" for rmsnorm_forward or rmsnorm_backward; or words with a space.
+// pass. layer: "rmsnorm" is printed as rmsnorm_forward or rmsnorm_backward, words with a space as
+// they are.
 static void against_dump(const char *layer, const char *of, const char *name, const float *got,
                          int pass, double scale) {
     char line[300];
@@ -184,7 +186,7 @@ static void against_dump(const char *layer, const char *of, const char *name, co
 }
 
 /* ------------------------------------------------------------------------------------------------
-The layers. A backward pass that adds to a gradient is called twice.
+The layers. A backward pass that adds to a gradient is called twice, and the gradient halved.
 */
 
 static const float *halved(float *x, size_t n) {
@@ -209,7 +211,7 @@ static void test_gpas_case(const char *name, int activation, int stop_grad) {
     gpas_backward(got, &twice, got, inp, gate, activation, stop_grad, n);
     against_dump("gpas_backward in place,", of, "dinp", got, BACKWARD, 0);
     once *= 2;
-    check_close("gpas_backward: the gate's gradient is added to", &twice, &once, 1, 1e-5, 0);
+    check_close("gpas_backward: adds to the gate's gradient", &twice, &once, 1, 1e-5, 0);
 }
 
 static void test_gpas(void) {
@@ -332,8 +334,8 @@ static void test_matmul(void) {
     }
 }
 
-// Attention by its definition, in double: out (B,T,C), lse (B,NH,T), and unless dqkv is NULL the
-// gradient dqkv (B,T,3C) for dout (B,T,C).
+// Computes attention by its definition, in double: out (B,T,C), lse (B,NH,T) and, unless dqkv is
+// NULL, the gradient dqkv (B,T,3C) for dout (B,T,C).
 static void define_attention(float *out, float *lse, float *dqkv, const float *dout,
                              const float *qkv, int B, int T, int C, int NH) {
     int hs = C / NH;
@@ -400,16 +402,16 @@ static void test_long_attention(void) {
     enum { B = 1, T = 600, C = 8, NH = 2, n = B * T * C };
     float *qkv = random_floats(3 * n, 2, 5), *out = random_floats(n, 1, 1), *expected = zeros(n);
     float *lse = random_floats(B * NH * T, 1, 1), *expected_lse = zeros(B * NH * T);
-    qkv[20 * 3 * C + C] = 60;  // one key that stands out
+    qkv[20 * 3 * C + C] = 60;  // one dominant key
     define_attention(expected, expected_lse, NULL, NULL, qkv, B, T, C, NH);
     attention_forward(out, lse, qkv, 0, B, T, C, NH);
-    check_close("attention_forward: 600 positions, one key stands out", out, expected, n,
+    check_close("attention_forward: 600 positions, one dominant key", out, expected, n,
                 tolerances[FORWARD], 0);
     check_close("attention_forward: 600 positions, lse", lse, expected_lse, B * NH * T,
                 tolerances[FORWARD], 0);
 }
 
-// Queries from position `first` on give the last rows of what all queries give.
+// The queries from position `first` on must give the last rows of what all queries give.
 static void test_attention_extended(void) {
     static const struct { int B, T, first, hs; } cases[] = {
         {1, 9, 4, 10},     {2, 9, 8, 10},    {1, 70, 1, 32},  {2, 70, 64, 48},
@@ -444,8 +446,8 @@ static void test_attention_extended(void) {
     }
 }
 
-// The dump's logits are large, so rounding them to bf16 matters: there the definition, applied to
-// the rounded logits, is the reference.
+// The dump's logits are large, so rounding them to bf16 changes the result. Therefore the reference
+// is the definition, applied to the rounded logits, and only in fp32 also the dump.
 static void test_crossentropy(void) {
     int shape[3];
     size_t n;
@@ -537,8 +539,9 @@ static void dump_weights(Model *m) {
 }
 
 // Compares a network with the dump: its logits, its loss, every gradient, ten steps of AdamW. The
-// backward pass begins with the last tensor, so the first wrong one tells which layer is wrong. A
-// gate's gradient may cancel, so its error counts in relation to what is summed.
+// gradients are compared in the order of the backward pass, the last tensor first, so the first
+// failure shows which layer is wrong. A gate's gradient is a sum whose terms may cancel, so its
+// error is measured against the size of the terms.
 static void test_network(const char *scheme, const char *kind, const char *options) {
     enum { B = 2, T = 6 };
     Options o;
@@ -570,7 +573,7 @@ static void test_network(const char *scheme, const char *kind, const char *optio
     model_free(&m);
 }
 
-// The networks of the dump. test: how one of them is tested.
+// Calls test(scheme, kind, options) for each network of the dump.
 static void for_each_network(void (*test)(const char *, const char *, const char *)) {
     for (int i = 0; i < 6; i++) {
         test(schemes[i], "base", "--gpas off");
@@ -581,8 +584,8 @@ static void for_each_network(void (*test)(const char *, const char *, const char
     test("sandwich", "tanh", "--gpas on --gate-act tanh");
 }
 
-// --recompute saves memory and changes no bit of any gradient. A model without a backward pass has
-// nothing left to save.
+// --recompute saves memory and changes no bit of any gradient. For a model without a backward pass
+// it changes nothing.
 static void test_recompute(void) {
     enum { B = 2, T = 20 };
     int tokens[B * T + 1];
@@ -612,8 +615,8 @@ static void test_recompute(void) {
         snprintf(name, sizeof name, "recompute: %s %s, the same gradients with less memory",
                  schemes[i / 2], gpas);
         check(same(gradients[0], gradients[1], n) && memory[1] < memory[0], name,
-              "other gradients, or not less memory: %zu, without it %zu", memory[1], memory[0]);
-        snprintf(name, sizeof name, "recompute: %s %s, nothing is kept without training",
+              "gradients differ, or memory is not less: %zu, without it %zu", memory[1], memory[0]);
+        snprintf(name, sizeof name, "recompute: %s %s, no effect on memory without training",
                  schemes[i / 2], gpas);
         check(untrained[0] == untrained[1] && untrained[0] < memory[1], name,
               "memory %zu, with --recompute %zu, trained %zu", untrained[0], untrained[1],
@@ -662,13 +665,14 @@ static void test_initial_values(void) {
         Config config = config_of(&o);
         for (const Tensor *t = s.list.tensors; t < s.list.tensors + s.list.count; t++)
             good = has_initial_values(&config, t, s.parameters + t->offset) && good;
-        snprintf(name, sizeof name, "initial values: %s has those of the design", schemes[i]);
+        snprintf(name, sizeof name, "initial values: %s, all tensors", schemes[i]);
         check(good, name, "see above");
         model_free(&m);
     }
 }
 
-// Gates of 0 change nothing at first. A tensor's random numbers depend on its name and on the seed.
+// With gates of 0 a network starts as its baseline. A tensor's random numbers depend on its name
+// and on the seed.
 static void test_initial_streams(void) {
     int tokens[20];
     for (int i = 0; i < 20; i++) tokens[i] = i * 7 % 50;
@@ -688,7 +692,7 @@ static void test_initial_streams(void) {
         model_forward(&m, tokens, NULL, 1, 20);
         model_forward(&b, tokens, NULL, 1, 20);
         snprintf(name, sizeof name,
-                 "initial values: %s with gates of 0 is its baseline, bit for bit", schemes[i]);
+                 "initial values: %s with gates of 0 equals its baseline, bit for bit", schemes[i]);
         check(same(all_logits(&m, 20), all_logits(&b, 20), 20 * 50), name, "the logits differ");
         Snapshot s = model_snapshot(&m), u = model_snapshot(&seeded);
         const Tensor *end = s.list.tensors + s.list.count;
@@ -699,7 +703,7 @@ static void test_initial_streams(void) {
                 distinct = distinct && s.parameters[t->offset] / (t->std) !=
                                            s.parameters[w->offset] / (w->std);
         }
-        snprintf(name, sizeof name, "initial values: %s, others in each tensor and for each seed",
+        snprintf(name, sizeof name, "initial values: %s, different for each tensor and seed",
                  schemes[i]);
         check(distinct, name, "two are the same");
         model_free(&m);
@@ -714,7 +718,7 @@ Stories: model_extend() computes a text piece by piece
 
 enum { STORY = 20, STORY_VOCABULARY = 31 };
 
-// Replaces all parameters: matrices by large random numbers, so that a mistake shows.
+// Replaces all parameters, the matrices by large random numbers, so that mistakes show.
 static void large_parameters(Model *m) {
     Snapshot s = model_snapshot(m);
     uint64_t state = 9;
@@ -727,7 +731,7 @@ static void large_parameters(Model *m) {
     model_restore(m);
 }
 
-// The mean of the losses of positions first to T - 1, whose logits are (T,V).
+// Returns the mean of the losses of positions first to T - 1, given all logits (T,V).
 static double mean_loss(const float *logits, const int *targets, int first, int T) {
     double loss = 0;
     for (int t = first; t < T; t++) {
@@ -746,8 +750,8 @@ static int likeliest(const float *logits) {
     return best;
 }
 
-// Compares what model_extend() gives with the logits (T,V) of one model_forward(). The text comes
-// in pieces of 1 position, or of 3, 1, 7, ... positions.
+// Compares the logits of model_extend(), called for pieces of 1 position or of 3, 1, 7, ...
+// positions, with the logits (T,V) of one model_forward().
 static void test_pieces(Model *m, const int *text, const float *expected, const char *what) {
     static const int ends[] = {3, 4, 11, 12, STORY};
     const int V = STORY_VOCABULARY;
@@ -772,8 +776,8 @@ static void test_pieces(Model *m, const int *text, const float *expected, const 
     check_close(name, losses, expected_losses, 5, tolerances[FORWARD], 0);
 }
 
-// Continues 5 tokens to 20 with the likeliest ones, by model_extend(), or by model_forward() over
-// the whole text for each.
+// Extends 5 tokens to 20 by the likeliest ones, computed by model_extend(), or by model_forward()
+// over the whole text for each token.
 static void greedy(Model *m, int *text, int extend) {
     for (int n = 5, computed = 0; n < STORY; computed = n++) {
         if (extend) model_extend(m, text, NULL, computed, n);
@@ -782,8 +786,8 @@ static void greedy(Model *m, int *text, int extend) {
     }
 }
 
-// A model for stories keeps the keys and values of each layer, and so does one in training without
-// --recompute. The others compute all positions again.
+// A model for stories keeps the keys and values of each layer, as does a model in training without
+// --recompute. The others recompute all positions.
 static const struct {
     const char *name;
     int B, training, recompute;
@@ -814,7 +818,7 @@ static void test_story(const char *scheme, int gpas) {
             memcpy(expected_story, text, sizeof story);
             greedy(&m, expected_story, 0);
         }
-        if (story_models[k].training) {  // leaves its keys and values where the story's will be
+        if (story_models[k].training) {  // leaves its keys and values where the story's belong
             model_forward(&m, text, text + 1, 2, STORY - 1);
             model_backward(&m, text, text + 1, 2, STORY - 1, 1);
         }
@@ -842,7 +846,7 @@ enum { RULE_B = 4, RULE_T = 8, RULE_V = 17 };
 static const int rule_tokens[] = {0, 5, 10, 15, 3, 8, 13, 1, 6, 11, 16, 4, 9, 14, 2, 7, 12,
                                   0, 5, 10, 15, 3, 8, 13, 1, 6, 11, 16, 4, 9, 14, 2};
 
-// A small network whose gradient has been computed.
+// Creates a small network and computes its gradient.
 static void rule_model(Model *m, Options *o, const char *options) {
     options_from(o, "--layers 2 --channels 8 --hidden 12 --heads 2 --seq-len 8 --vocab-size 17 "
                  "--batch 4 --gate-init 0.5 --steps 100 --warmup 10 --lr 0.5 %s", options);
@@ -896,7 +900,7 @@ static void test_gradient_norms(void) {
 }
 
 // In the first update Adam's m becomes a tenth of the clipped gradient, and v a thousandth of its
-// square. So both show the factor.
+// square, so both show the clip factor.
 static void test_clipping(double norm, double gate_norm, double clip, double gate_clip) {
     Options o;
     Model m;
@@ -910,7 +914,7 @@ static void test_clipping(double norm, double gate_norm, double clip, double gat
         for (size_t i = t->offset; i < t->offset + t->size; i++)
             expected[i] *= (float)(0.1 * (t->kind == GATE ? gate_clip : clip));
     }
-    snprintf(name, sizeof name, "model_update: a gradient of %g, of the gates %g, is clipped", norm,
+    snprintf(name, sizeof name, "model_update: a gradient of norm %g, gates %g, is clipped", norm,
              gate_norm);
     check_close(name, s.adam_m, expected, n, 1e-5, 0);
     for (size_t i = 0; i < n; i++) expected_v[i] = 0.1f * expected[i] * expected[i];
@@ -918,7 +922,7 @@ static void test_clipping(double norm, double gate_norm, double clip, double gat
     check_close(name, s.adam_v, expected_v, n, 1e-4, 0);
     for (const Tensor *t = s.list.tensors; t < s.list.tensors + s.list.count; t++) {
         if (t->kind != GATE) continue;
-        snprintf(name, sizeof name, "model_update: and so is that of %s", t->name);
+        snprintf(name, sizeof name, "model_update: the gradient of %s is clipped", t->name);
         check_close(name, s.adam_m + t->offset, expected + t->offset, 1, 1e-5, 0);
     }
     model_free(&m);
@@ -927,7 +931,7 @@ static void test_clipping(double norm, double gate_norm, double clip, double gat
 // Without gradients only the weight decay is left: each matrix shrinks by the same factor, while
 // norms and gates keep their bits.
 static void test_weight_decay(void) {
-    static const int times[] = {4, 55};  // in the warm-up, and where the rate has fallen
+    static const int times[] = {4, 55};  // in the warm-up, and after the rate has fallen
     for (int i = 0; i < 2; i++) {
         Options o;
         Model m;
@@ -955,8 +959,8 @@ static void test_weight_decay(void) {
     }
 }
 
-// At first Adam moves each parameter by the learning rate, whatever the size of its gradient. That
-// holds only if the bias of the moments is corrected for the first update.
+// Adam's first update moves each parameter by the learning rate, whatever the size of its gradient.
+// That holds only if the bias correction of the moments is right.
 static void test_first_update(void) {
     Options o;
     Model m;
@@ -979,7 +983,7 @@ static void test_first_update(void) {
     model_free(&m);
 }
 
-// Fixed gates do not move even if they have moments, from steps in which they were trained.
+// Fixed gates do not move even if they have moments from steps in which they were trained.
 static void test_fixed_gates(void) {
     Options o;
     Model m;
@@ -1016,7 +1020,7 @@ static void test_optimizer(void) {
 
 #ifdef CUDA_REAL
 /* ------------------------------------------------------------------------------------------------
-train_gpas.cu against train_gpas.c: shapes with several tiles, full, cut and odd
+train_gpas.cu against train_gpas.c: shapes with several tiles, full and partial, and odd sizes
 */
 
 static const Cpu *cpu;
@@ -1028,11 +1032,11 @@ static void open_cpu(void) {
     if (!cpu) die("%s: run the tests in the project's folder, after make build/cpu.so", dlerror());
 }
 
-// Compares what a kernel gave (n) with what train_gpas.c gives.
+// Compares the result of a kernel (n) with that of train_gpas.c.
 static void against_cpu(const char *what, const char *shape, const float *got,
                         const float *expected, size_t n, int pass) {
     char name[300];
-    snprintf(name, sizeof name, "%s, %s, against the CPU's", what, shape);
+    snprintf(name, sizeof name, "%s, %s, against the CPU", what, shape);
     check_close(name, got, expected, n, tolerances[pass], 0);
 }
 
@@ -1089,8 +1093,8 @@ static void test_row_tiles(void) {
     }
 }
 
-// More numbers than a launch has threads. Then a thread takes several, and the second stage of the
-// gate's gradient adds more parts than its block has threads.
+// More numbers than a launch has threads, so that a thread takes several, and the second stage of
+// the gate's gradient adds more partial sums than its block has threads.
 static void test_many_numbers(void) {
     enum { N = MOST_BLOCKS * 256 + 300, M = MOMENT_BLOCKS * 256 + 300 };
     const float gate = 0.6f;
@@ -1119,7 +1123,7 @@ static void test_many_numbers(void) {
           "%g, not %g", got, square - mean * mean);
 }
 
-// Rows for which a block takes a second round: a row of the embedding, and the queries and keys.
+// Rows so wide that the threads of a block loop twice: of the embedding, and of queries and keys.
 static void test_wide_rows(void) {
     enum { N = 2, C = 2056, HS = 8, T = 2 };
     static const int tokens[N] = {1, 0};
@@ -1140,7 +1144,7 @@ static void test_wide_rows(void) {
     check_close("rope_forward: rows of 3 x 2056", qkv, expected, 3 * N * C, tolerances[FORWARD], 0);
 }
 
-// The positions of each token in order, whatever the arrays held before.
+// The positions of each token must come in order, whatever the arrays held before.
 static void test_sort_by_token(void) {
     enum { N = 7, V = 5 };
     static const int tokens[N] = {3, 0, 4, 3, 0, 1, 4}, order[N] = {1, 4, 5, 0, 3, 2, 6};
@@ -1154,8 +1158,8 @@ static void test_sort_by_token(void) {
           starts[0], starts[V]);
 }
 
-// Three products that differ only in which matrices are transposed: gemm() must not take the
-// plan of one for another.
+// Three products that differ only in which matrices are transposed. gemm() must not use the plan of
+// one for another.
 static void test_square_matmul(void) {
     enum { N = 16, n = N * N };
     float *x = random_floats(n, 1, 1), *w = random_floats(n, 1, 2), *dy = random_floats(n, 1, 3);
@@ -1190,7 +1194,7 @@ static void test_alignment_of(void) {
     }
 }
 
-// Each number of each tensor is in exactly one chunk, also where a tensor takes several.
+// Each number of each tensor must be in exactly one chunk, even if a tensor has several.
 static void test_chunks(void) {
     Options o;
     int good = 1;
@@ -1221,7 +1225,7 @@ static void test_crossentropy_tiles(void) {
         float *cpu_losses = zeros(N), *cpu_lse = zeros(N);
         char shape[64];
         snprintf(shape, sizeof shape, "V %d", V);
-        x[n - 3] = 40;  // one that stands out
+        x[n - 3] = 40;  // one large logit
         float *cpu_x = copy(x, n);
         crossentropy_forward(losses, lse, x, targets, N, V);
         cpu->crossentropy_forward(cpu_losses, cpu_lse, cpu_x, targets, N, V);
@@ -1232,7 +1236,7 @@ static void test_crossentropy_tiles(void) {
     }
 }
 
-// Rows of logits may be longer than V. What lies beyond must not count, and its gradient is 0.
+// Rows of logits may be longer than V. The rest must be ignored, and its gradient must be 0.
 static void test_crossentropy_padding(void) {
     enum { N = 3, V = 19, STRIDE = 24 };
     static const int targets[N] = {18, 0, 7};
@@ -1263,7 +1267,7 @@ static void test_crossentropy_padding(void) {
 // A residual sum, GPAS and RMSNorm of N rows of C channels, and their gradients.
 typedef struct {
     int N, C, norm_last, stop_grad, activation;
-    float A, inp_gate, sum_gate;              // norm last, sum_gate is not used
+    float A, inp_gate, sum_gate;              // sum_gate is not used with the norm last
     float *inp, *branch, *weight;             // given
     float *sum, *normed, *rstd;               // the forward pass
     float *dx, *dfinp;                        // given; dx is overwritten
@@ -1301,7 +1305,7 @@ static Operations operations(int N, int C, int norm_last, int stop_grad, int zer
     return f;
 }
 
-// One plain kernel after the other.
+// Runs the plain kernels, one after the other.
 static void run_plain(Operations *f) {
     int N = f->N, C = f->C;
     size_t n = (size_t)N * C;
@@ -1325,7 +1329,7 @@ static void run_plain(Operations *f) {
     gpas_backward(f->dx, &f->dgate, g, f->sum, f->sum_gate, f->activation, f->stop_grad, n);
 }
 
-// One fused kernel for each pass. The backward pass gets what the plain forward pass computed.
+// Runs a fused kernel for each pass. The backward one gets what the plain forward pass computed.
 static void run_fused(Operations *f, const Operations *plain) {
     int N = f->N, C = f->C;
     size_t n = (size_t)N * C;
@@ -1365,7 +1369,7 @@ static void run_fused(Operations *f, const Operations *plain) {
     residual_gpas_rmsnorm_backward<real>(a, f->norm_last);
 }
 
-// zero: GPAS multiplies by exactly 0, and the gate's gradient must still be right.
+// With `zero` GPAS multiplies by exactly 0. The gate's gradient must still be right.
 static void test_fused_kernels(int N, int C, int norm_last, int stop_grad, int zero) {
     Operations f = operations(N, C, norm_last, stop_grad, zero);
     Operations p = operations(N, C, norm_last, stop_grad, zero);
@@ -1397,9 +1401,9 @@ static void test_fused_kernels(int N, int C, int norm_last, int stop_grad, int z
     free_floats();
 }
 
-// What each function takes by scratch() suffices for its kernels. The memory never shrinks. So this
-// is the first test, and each call needs more than those before. The checked build sees an access
-// beyond the end.
+// Each function must request enough memory from scratch() for its kernels. This memory never
+// shrinks, so this test comes first, and each call needs more than the calls before it. The checked
+// build detects an access beyond the end.
 static void test_scratch(void) {
     enum { T = 9, C = 8, NH = 2, n = T * C };
     float *qkv = random_floats(3 * n, 1, 1), *dqkv = zeros(3 * n), *dout = random_floats(n, 1, 2);
@@ -1431,11 +1435,11 @@ static void share_parameters(Model *m, CpuModel *c) {
     model_restore(m);
 }
 
-// bf16 rounds the weights of the dump to begin with, which is not the kernels' fault. So there
-// the reference is the network of train_gpas.c, which is itself checked against the dump, with the
-// rounded weights. Rounding errors grow from layer to layer, so each tensor must be within 0.1. How
-// large the error of the whole gradient becomes in so small a network is a matter of chance: other
-// weights can double it. test_odd_network() compares the whole gradient, in a larger network.
+// In bf16 the weights of the dump are rounded before any kernel runs. So the reference is the
+// network of train_gpas.c, itself checked against the dump, with the rounded weights. Rounding
+// errors grow from layer to layer, so each tensor need only be within 0.1. The error of the whole
+// gradient depends on chance in so small a network (other weights can double it), so
+// test_odd_network() compares it in a larger one.
 static void test_rounded_network(const char *scheme, const char *kind, const char *options) {
     enum { B = 2, T = 6, V = 19 };
     Options o;
@@ -1477,9 +1481,9 @@ static void test_rounded_network(const char *scheme, const char *kind, const cha
     cpu->destroy(c);
 }
 
-// Compares the gradients of a network with the CPU's: all together, and in float those of the
-// gates, which are small beside the others. Rounding to bf16 leaves little of them. The backward
-// pass begins with the last tensors of the list, so the last wrong one tells which layer is wrong.
+// Compares the gradients of a network with the CPU's: all together and, in fp32, those of the
+// gates, which are small next to the others and too inaccurate in bf16. The backward pass begins
+// with the last tensors of the list, so the last wrong one shows which layer is wrong.
 static void gradients_against_cpu(const char *what, const TensorList *list, const float *got,
                                   const float *expected) {
     double tolerance = tolerances[BACKWARD], sum = 0, size = 0, gate_sum = 0, gate_size = 0;
@@ -1494,22 +1498,22 @@ static void gradients_against_cpu(const char *what, const TensorList *list, cons
         if (t->kind == GATE) {
             gate_sum += square;
             gate_size += own * own;
-        } else if (!(sqrt(square) <= 5 * tolerance * own)) {  // true of NaN too
+        } else if (!(sqrt(square) <= 5 * tolerance * own)) {  // also true for NaN
             wrong = t->name;
         }
     }
     double error = sqrt(sum / size), gate_error = gate_size ? sqrt(gate_sum / gate_size) : 0;
-    snprintf(name, sizeof name, "%s: gradients, against the CPU's (%.1e)", what, error);
-    check(error <= tolerance, name, "over %.0e; the last wrong tensor is %s", tolerance, wrong);
+    snprintf(name, sizeof name, "%s: gradients, against the CPU (%.1e)", what, error);
+    check(error <= tolerance, name, "exceeds %.0e; the last wrong tensor is %s", tolerance, wrong);
     if (sizeof(real) < sizeof(float) || !gate_size) return;
-    snprintf(name, sizeof name, "%s: the gates' gradients, against the CPU's (%.1e)", what,
+    snprintf(name, sizeof name, "%s: the gates' gradients, against the CPU (%.1e)", what,
              gate_error);
-    check(gate_error <= tolerance, name, "over %.0e", tolerance);
+    check(gate_error <= tolerance, name, "exceeds %.0e", tolerance);
 }
 
-// A network with more rows than a tile has, of a length that is not a multiple of 16 bytes: its
-// loss, its gradients and its numbers for layers.csv, against the same network of train_gpas.c.
-// Then its last logits, by model_extend() in two pieces, against those of one pass.
+// Tests a network with more rows than a tile has, each not a multiple of 16 bytes long.
+// Compares its loss, its gradients and its numbers for layers.csv with the same network of
+// train_gpas.c, and its last logits from model_extend() in two pieces with those from one pass.
 static void test_odd_network(const char *scheme, const char *options, int fused) {
     enum { B = 2, T = 70 };
     int tokens[B * T + 1];
@@ -1564,7 +1568,8 @@ static void test_odd_networks(void) {
     test_odd_kernels("post", "", "--gate-act identity --gate-init 1");  // GPAS multiplies by 0
 }
 
-// A forward pass before zero_gradients() does not begin the backward pass. model_backward() does.
+// Only model_backward() may begin the backward pass, because zero_gradients() may be called after
+// model_forward().
 static void test_late_backward(void) {
     Options o;
     Model m;
@@ -1579,7 +1584,7 @@ static void test_late_backward(void) {
         gradients[early] = copy(model_snapshot(&m).gradients, m.list.size);
     }
     check(same(gradients[0], gradients[1], m.list.size),
-          "model_backward: zero_gradients() before or after the forward pass, the same bits",
+          "model_backward: the same bits with zero_gradients() before or after model_forward()",
           "they differ");
     model_free(&m);
 }
@@ -1606,7 +1611,7 @@ static void test_order_of_blocks(void) {
     }
     unsetenv("CUDA_ON_CPU_ORDER");
     check(same(parameters[0], parameters[1], n) && same(parameters[0], parameters[2], n),
-          "two steps, three times: the same bits", "they differ");
+          "two steps give the same bits in any order of the blocks", "they differ");
 }
 
 static void test_all_networks(void) {
@@ -1643,7 +1648,7 @@ train_gpas.c alone: learning, shapes, threads
 
 static void test_networks(void) { for_each_network(test_network); }
 
-// A small network on tokens that occur only once each: it can learn them by heart.
+// A small network can memorize a text in which each token occurs only once.
 static void test_learning(void) {
     static const int tokens[] = {3, 7, 1, 9, 4, 12, 8, 2, 5, 11, 6, 10, 0};
     int threads = omp_get_max_threads();
@@ -1658,7 +1663,7 @@ static void test_learning(void) {
                      schemes[i / 2], i % 2 ? "on" : "off");
         model_create(&m, &o, 1, 1);
         for (int t = 0; t <= 200; t++) loss = step(&m, t, tokens, tokens + 1, 1, 12);
-        snprintf(name, sizeof name, "learning: %s, gpas %s, is below 0.05 after 200 steps",
+        snprintf(name, sizeof name, "learning: %s, gpas %s, the loss is below 0.05 after 200 steps",
                  schemes[i / 2], i % 2 ? "on" : "off");
         check(loss < 0.05, name, "the loss is %.4f", loss);
         model_free(&m);
@@ -1666,7 +1671,7 @@ static void test_learning(void) {
     omp_set_num_threads(threads);
 }
 
-// Heads of 70 channels are wider than a panel and no multiple of one.
+// Heads of 70 channels are wider than a panel, and not a multiple of its width.
 static void test_wide_attention(void) {
     enum { B = 2, T = 290, NH = 2, C = NH * 70, n = B * T * C };
     float *qkv = random_floats(3 * n, 0.7, 5), *dout = random_floats(n, 1, 6);
@@ -1680,7 +1685,7 @@ static void test_wide_attention(void) {
     check_close("attention_backward: heads of 70 channels", dqkv, dexpected, 3 * n, 1e-4, 0);
 }
 
-// Each length around the number of queries and keys in a block.
+// Lengths around the numbers of queries and keys in a block.
 static void test_attention_lengths(void) {
     static const int lengths[] = {1, 2, 63, 64, 65, 127, 128, 129, 200, 256, 257, 320};
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
@@ -1702,9 +1707,9 @@ static void test_attention_lengths(void) {
     }
 }
 
-// One product C = A B or C += A B, with A or B transposed or not, by gemm() and by gemm_packed(),
-// against three loops. pack() is told to expect one row, where A must not be transposed, or many
-// rows. It gets one row and one column of B more than gemm_packed() needs.
+// Compares C = A B or C += A B, with A or B transposed or not, by gemm() and by gemm_packed(), with
+// three plain loops. pack() is told to expect one row of A, which must not be transposed then, or
+// many. It packs one row and one column of B more than gemm_packed() needs.
 static void test_product(int M, int N, int K, int transpose_a, int transpose_b, int accumulate) {
     size_t ldc = N + 3, n = M * ldc;
     float *a = random_floats((size_t)M * K, 1, 1);
@@ -1757,7 +1762,7 @@ static void test_sums(void) {
             sum += a[k];
             product += (double)a[k] * b[k];
         }
-        snprintf(name, sizeof name, "dot: %d products, and their first factors alone", n);
+        snprintf(name, sizeof name, "dot: the sum of %d products, and of their first factors", n);
         check(fabs(dot(a, b, n) - product) < 1e-9 && fabs(dot(a, NULL, n) - sum) < 1e-9, name,
               "%g and %g, not %g and %g", dot(a, b, n), dot(a, NULL, n), product, sum);
         for (int k = 0; k < n; k++) a[k] = -2 - fabsf(a[k]);
@@ -1769,7 +1774,7 @@ static void test_sums(void) {
     }
 }
 
-// Products that several threads share, with more than one block in each direction: the same bits.
+// Products of several blocks in each direction have the same bits with any number of threads.
 static void test_gemm_threads(void) {
     enum { M = 301, N = 4200, K = 800 };
     float *a = random_floats((size_t)M * K, 1, 1), *b = random_floats((size_t)N * K, 1, 2);
@@ -1780,12 +1785,12 @@ static void test_gemm_threads(void) {
         omp_set_num_threads(threads);
         gemm(out, N, matrix(a, K), transpose(matrix(b, K)), M, N, K, 0);
         gemm(out, N, transpose(matrix(a, M)), matrix(b, N), M, N, K, 1);
-        free_thread_memory();  // of each thread, while there are so many
+        free_thread_memory();  // of each of these threads, while they exist
     }
     omp_set_num_threads(most);
     for (int i = 1; i < 4; i++) {
         char name[100];
-        snprintf(name, sizeof name, "gemm: %d threads give the bits of one", i + 1);
+        snprintf(name, sizeof name, "gemm: %d threads give the same bits as one", i + 1);
         check(same(c[0], c[i], (size_t)M * N), name, "they do not");
     }
 }
@@ -1795,7 +1800,7 @@ static void test_exp(void) {
     for (int i = -86000; i <= 87000; i++) {
         float x = i * 1e-3f;
         double error = fabs(exp_fast(x) / exp((double)x) - 1);
-        if (!(error <= worst)) worst = error;  // NaN too
+        if (!(error <= worst)) worst = error;  // also if NaN
         if (isnan(worst)) break;
     }
     check(worst < 3e-7, "exp_fast: relative error below 3e-7 from -86 to 87", "it is %.2e", worst);
@@ -1804,7 +1809,7 @@ static void test_exp(void) {
           exp_fast(NAN));
 }
 
-// Gradients, update and loss have the same bits for 1, 2 and 3 threads.
+// Loss, gradients and update have the same bits with 1, 2 and 3 threads.
 static void test_threads(void) {
     enum { B = 3, T = 130 };
     int tokens[B * T], most = omp_get_max_threads();
@@ -1838,8 +1843,7 @@ static void test_threads(void) {
     }
 }
 
-// The variance of what a sublayer passes on is that of the next one's input, or of what the final
-// norm gets, and layers.csv has it.
+// The variances in layers.csv are those of the sublayers' outputs, each the next sublayer's input.
 static void test_layer_state(void) {
     enum { B = 2, T = 20 };
     int tokens[B * T];
@@ -1867,7 +1871,7 @@ static void test_layer_state(void) {
         }
         snprintf(name, sizeof name, "layer_state: %s, gpas %s", schemes[i / 2],
                  i % 2 ? "on" : "off");
-        check(good, name, "another variance or gate");
+        check(good, name, "wrong variance or gate");
         model_free(&m);
     }
 }
@@ -1894,8 +1898,8 @@ static void test_positions_computed(void) {
 --check-finite
 */
 
-// Returns the first number of a parameter, or of something else that the passes of model m read.
-// n: the numbers of two such matrices, so that wq stands for wq and wk, w1 for w1 and w3.
+// Returns a parameter, its gradient, or something else that the passes of model m read. *n becomes
+// the size of two such matrices, because wk lies behind wq, and w3 behind w1.
 static float *spot(Model *m, const char *name, size_t *n) {
     const struct {
         const char *name;
@@ -1918,9 +1922,9 @@ static float *spot(Model *m, const char *name, size_t *n) {
     die("the test knows no %s", name);
 }
 
-// One number becomes NaN, or with `fill` all numbers of two matrices get that value. Then a pass is
-// made ('f' forward, 'b' backward after a good forward pass, 'u' update): the operation must be
-// named.
+// One number is set to NaN or, if `fill` is not 0, all numbers of two matrices are set to `fill`.
+// Then a pass runs ('f' forward, 'b' backward after a good forward pass, 'u' update). The message
+// must name the operation.
 typedef struct {
     char pass;
     const char *options, *name;
@@ -1988,7 +1992,7 @@ static const NotFinite not_finite[] = {
 
 static const int finite_text[13] = {3, 7, 0, 9, 4, 2, 8, 3, 5, 10, 6, 10, 0};
 
-// Plants the NaN in the forked child's memory and makes the pass. stderr goes to `said`.
+// Plants the NaN in the forked child's memory and runs the pass. stderr goes to `said`.
 static void compute_not_finite(Model *m, const NotFinite *row, FILE *said) {
     size_t n;
     dup2(fileno(said), 2);
@@ -1996,7 +2000,7 @@ static void compute_not_finite(Model *m, const NotFinite *row, FILE *said) {
     float *x = spot(m, row->name, &n);
     if (row->fill == 0) *x = NAN;
     for (size_t k = 0; k < n && row->fill != 0; k++) x[k] = row->fill;
-    if (strstr(row->options, "deepnorm"))  // the branch shall be 0
+    if (strstr(row->options, "deepnorm"))  // makes the branch 0
         memset(spot(m, "layers.0.attention.wq.weight", &n), 0, 4 * 64 * sizeof(float));
     if (row->pass == 'f') model_forward(m, finite_text, finite_text + 1, 2, 6);
     if (row->pass == 'b') model_backward(m, finite_text, finite_text + 1, 2, 6, 1.0 / 12);
@@ -2004,7 +2008,7 @@ static void compute_not_finite(Model *m, const NotFinite *row, FILE *said) {
     _exit(0);
 }
 
-// LeakSanitizer cannot look at a forked process.
+// LeakSanitizer cannot check a forked process.
 static pid_t parent;
 static void leave_at_once(void) {
     if (getpid() != parent) _exit(1);
@@ -2042,7 +2046,7 @@ static void test_check_finite(void) {
 Sizes beyond 2^31
 */
 
-// Room for n floats of which only those that are touched take memory.
+// Reserves room for n floats, of which only those that are touched take memory.
 static float *far_floats(size_t n) {
     void *p = mmap(NULL, n * sizeof(float), PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -2054,7 +2058,7 @@ static void test_large_models(void) {
     Options o;
     Model m;
     size_t C = 2048, H = 5461, V = 32000, layer = 4 * C * C + 3 * C * H + 2 * C + 1;
-    float *base = far_floats(16);  // only differences of pointers are looked at
+    float *base = far_floats(16);  // only differences of pointers are checked
     int good = 1;
     options_from(&o, "--vocab-size 32000");
     apply_preset(&o, 5);
@@ -2082,7 +2086,7 @@ static void test_large_models(void) {
     C = 65536;
     H = 262144;
     check(good && m.list.size == 2 * C * C + 30 * (4 * C * C + 3 * C * H + 4 * C + 1) + C,
-          "sizes: layers lie where their tensors do, 2 T parameters", "%zu", m.list.size);
+          "sizes: layers are where their tensors are, 2 T parameters", "%zu", m.list.size);
     m.logits = base;
     check(model_logits(&m, 1 << 24) == base + ((size_t)65536 << 24), "sizes: row 2^24 of logits",
           "%td", model_logits(&m, 1 << 24) - base);
@@ -2098,7 +2102,7 @@ static void test_large_arrays(void) {
     embedding_forward(row, &last, table, 1, 65536);
     check(same(row, end, C), "sizes: the last row of a table of 2^32", "%g", row[9]);
     embedding_backward(table, row, &last, 1, 65536);
-    check(end[9] == 18 && end[65535] == 2 * 65535, "sizes: and its gradient", "%g", end[9]);
+    check(end[9] == 18 && end[65535] == 2 * 65535, "sizes: the gradient of that row", "%g", end[9]);
     munmap(table, C * C * sizeof(float));
     // A (25,5) and the result (25,70) with rows 2^28 apart, B (5,70) with columns 2^26 apart.
     float *c = far_floats(25 * far), *a = c + 128, *b = c + 256;
@@ -2114,7 +2118,7 @@ static void test_large_arrays(void) {
             good = good && c[i * far + j] == sum;
         }
     }
-    check(good, "sizes: a product of matrices whose rows lie 2^28 apart", "%g", c[24 * far + 69]);
+    check(good, "sizes: a product of matrices whose rows are 2^28 apart", "%g", c[24 * far + 69]);
     munmap(c, 25 * far * sizeof(float));
 }
 
@@ -2141,16 +2145,16 @@ int main(void) {
 /* ------------------------------------------------------------------------------------------------
 Finite differences
 
-A function f of many numbers, its gradient g, any direction v: the slope of f(x + h v) at h = 0
-should be g . v. It is measured from h = +-1e-4 and +-2e-4, with an error of order h^4. For a layer
-f is sum(out * dout) with a random dout. Each element is a direction of its own where that is cheap;
-elsewhere random directions must do.
+If g is the gradient of f at x, then for any direction v the slope of f(x + h v) at h = 0 is g . v.
+We measure it with h = +-1e-4 and +-2e-4, with an error of order h^4. For a layer f is
+sum(out * dout) with a random dout. Where it is cheap, every element is a direction; elsewhere a few
+random directions are enough.
 */
 
 typedef double (*Function)(void *);
 
 // Checks the gradient of f with respect to x (n) in `directions` random directions, or element by
-// element with directions 0. expected_ratio is 1 but where the gradient must not agree.
+// element if directions is 0. expected_ratio is 1 except where the gradient must not agree.
 static void check_gradient(const char *name, Function f, void *state, double *x,
                            const double *gradient, size_t n, int directions,
                            double expected_ratio) {
@@ -2172,7 +2176,7 @@ static void check_gradient(const char *name, Function f, void *state, double *x,
         size += measured * measured;
     }
     double error = sqrt(difference / (size ? size : 1));
-    check(error < 1e-6, name, "finite differences are %.2e away", error);
+    check(error < 1e-6, name, "differs from finite differences by %.2e", error);
     free_floats();
 }
 
@@ -2193,8 +2197,8 @@ static double gate_at(void *s) {
     return gate_value(gate, activation);
 }
 
-// a(0) is 0 for all five. At 0 relu and leaky_relu have no derivative; that of the negative side
-// counts.
+// a(0) is 0 for all five. At 0 relu and leaky_relu have no derivative; we use that of the negative
+// side.
 static void test_gates(void) {
     static const double points[] = {-3, -0.7, -0.1, 0.1, 0.7, 3};
     static const double at_zero[] = {0.5, 1, 0, 0.01, 1};
@@ -2218,8 +2222,8 @@ static double gpas_sum(void *s) {
     return inner(y, dy, HEIGHT * WIDTH);
 }
 
-// With the stop-gradient finite differences must disagree in dx: they see (1 - a) dy, while dx is
-// dy. They must agree in dg, which the stop-gradient does not change.
+// With the stop-gradient, dx must be dy, while finite differences give (1 - a) dy. dg must agree
+// with them, because the stop-gradient does not change it.
 static void test_gpas(void) {
     char line[200];
     size_t n = HEIGHT * WIDTH;
@@ -2240,11 +2244,11 @@ static void test_gpas(void) {
                  "gpas_backward (%s, gate %g): dgate is the same with the stop-gradient", name,
                  gate);
         check_gradient(line, gpas_sum, NULL, &gate, &dgate, 1, 0, 1);
-        snprintf(line, sizeof line, "gpas_backward (%s, gate %g): with it dinp is dout, while "
-                 "differences see (1 - a) dout", name, gate);
+        snprintf(line, sizeof line, "gpas_backward (%s, gate %g, stop-gradient): finite "
+                 "differences give (1 - a) dinp", name, gate);
         check_gradient(line, gpas_sum, NULL, x, dx, n, 0, 1 - gate_value(gate, activation));
-        snprintf(line, sizeof line, "gpas_backward (%s, gate %g): with it dinp is dout exactly",
-                 name, gate);
+        snprintf(line, sizeof line,
+                 "gpas_backward (%s, gate %g, stop-gradient): dinp is exactly dout", name, gate);
         check(memcmp(dx, dy, n * sizeof *dx) == 0, line, "it is not");
     }
 }
@@ -2348,8 +2352,8 @@ static double network_loss(void *model) {
     return model_forward((Model *)model, text, text + 1, 2, 6);
 }
 
-// Every parameter tensor of the twelve networks; with GPAS without its stop-gradient, which finite
-// differences cannot know.
+// Checks every parameter tensor of the twelve networks, with GPAS without its stop-gradient, which
+// finite differences cannot see.
 static void test_networks(void) {
     for (int i = 0; i < 12; i++) {
         Options o;

@@ -1057,7 +1057,7 @@ static void train(Run *run) {
         if (last || stop_signal || (o->save_every && step % o->save_every == 0)) save(run);
     } while (run->progress.step < o->steps && !stop_signal);
     if (run->progress.step < o->steps)
-        printf("\nStopped. ./%s --resume %s/ckpt_%06d.safetensors continues.\n", program, o->out,
+        printf("\nStopped. To continue: ./%s --resume %s/ckpt_%06d.safetensors\n", program, o->out,
                run->progress.step);
     else printf("Logs, stories and checkpoints are in %s.\n", o->out);
 }
@@ -1080,7 +1080,7 @@ int main(int argc, char **argv) {
         train(&run);
     } else {
         if (!*options.load && !*options.resume)
-            fprintf(stderr, "%s: without --load an untrained network tells the story\n", program);
+            fprintf(stderr, "%s: without --load the story is an untrained network's\n", program);
         tell_story(&model, &options, &run.tokenizer, &run.progress.rng_state, stdout);
     }
     close_run(&run);

@@ -54,8 +54,8 @@ static inline void check_array(const char *operation, int sublayer, const float 
     if (sublayer >= 0)
         snprintf(where, sizeof where, " of layer %d, %s", sublayer / 2 + 1,
                  sublayer % 2 ? "feed-forward" : "attention");
-    die("step %d: NaN or infinity: element %zu of %zu that %s%s computed is %g; not saved",
-        current_step, i + 1, n, operation, where, (double)x[i]);
+    die("step %d: NaN or infinity: %s%s computed %g (element %zu of %zu); nothing was saved",
+        current_step, operation, where, (double)x[i], i + 1, n);
 }
 
 // Checks the arrays of one place, in the order of computation.

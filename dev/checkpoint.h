@@ -160,8 +160,8 @@ static inline FILE *checkpoint_open(const char *path, char **header, char **opti
            "\"%n", &step, &p->position, &p->rng_state, &used);
     if (!used || step < 0 || step > MOST_STEPS || p->position < 0 ||
         p->position > step * MOST_BATCH)
-        die("%s is not a checkpoint as this program writes it: another kind of file, or rewritten "
-            "by another program", path);
+        die("%s is not a checkpoint written by this program, or another program has changed it",
+            path);
     p->step = (int)step;
     *options = *header + used;
     p->tokenizer = 0;
@@ -214,13 +214,14 @@ static inline void checkpoint_read(const char *path, const Snapshot *s, Progress
     const char *theirs = strstr(rest, "\"},\""), *ours = strstr(expected, "\"},\"");
     if (strncmp(header, expected, rest - header) != 0 || !theirs ||
         strncmp(ours, theirs, strcspn(ours, " ")) != 0)
-        die("%s is damaged, or rewritten by another program: its tensors are not those of its "
+        die("%s is damaged, or another program has changed it: its tensors do not match its "
             "options", path);
     if (p->tokenizer && progress.tokenizer && p->tokenizer != progress.tokenizer)
-        die("%s was trained with another tokenizer than %s/tokenizer.bin; give its own --data",
+        die("%s was not trained with %s/tokenizer.bin; give the --data that it was trained with",
             path, s->o->data);
     if (bytes != right_bytes)
-        die("%s is damaged: %zu bytes of numbers, not %zu", path, (size_t)bytes, right_bytes);
+        die("%s is damaged: it has %zu bytes of numbers, expected %zu", path, (size_t)bytes,
+            right_bytes);
     float *arrays[] = {s->parameters, s->adam_m, s->adam_v};
     for (int i = 0; s->parameters && i < (resume ? 3 : 1); i++)
         if (fread(arrays[i], sizeof(float), s->list.size, file) != s->list.size)

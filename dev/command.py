@@ -1,7 +1,7 @@
 """
-What the Python programs of this project have in common: main(), which ends a program well whatever
-happens; Parser, which reads its options; new_folder() and new_file(), for results that appear when
-they are complete.
+What the Python programs of this project share: main(), which ends a program cleanly whatever
+happens; Parser, which reads its options; new_folder() and new_file(), for results that appear only
+when they are complete.
 
     from command import Error, Parser, main
 
@@ -12,7 +12,7 @@ they are complete.
     if __name__ == "__main__":
         main(run)
 
-Whatever goes wrong is told in one line on stderr, of at most two lines of a terminal.
+Whatever goes wrong is reported in one line on stderr, which fits on two lines of a terminal.
 """
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ LONGEST = 158       # characters of a message: two lines of a terminal
 
 
 class Error(Exception):
-    """Something the user can put right: told in one line, without a traceback."""
+    """Something the user can fix. It is reported in one line, without a traceback."""
 
 
 class Interrupted(BaseException):
@@ -34,7 +34,7 @@ class Interrupted(BaseException):
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations and no empty values: "$UNSET" is a mistake, not a wish."""
+    """Rejects abbreviations and empty values: "$UNSET" is a mistake."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Error(f"{message} (--help lists the options)")
 
-    def print_help(self, file=None):                # argparse's own ignores that a disk is full
+    def print_help(self, file=None):                # argparse's own ignores a full disk
         print(self.format_help(), end="", file=file)
 
     def parse_args(self, args=None, namespace=None):
@@ -55,8 +55,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def open_standard_files():
-    """Put /dev/null in the place of standard files that are closed, or the next file opened would
-    take their number and be written to by whoever prints."""
+    """Open /dev/null in place of standard files that are closed. Otherwise the next file opened
+    would get such a number, and whatever is printed would end up in it."""
     while True:
         file = os.open(os.devnull, os.O_RDWR)       # takes the lowest number that is free
         if file > 2:
@@ -66,29 +66,29 @@ def open_standard_files():
     sys.stdin = sys.stdin or open(0, closefd=False)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
-    for stream in (sys.stdout, sys.stderr):         # what the locale cannot spell is no error
+    for stream in (sys.stdout, sys.stderr):         # what the locale cannot spell is not an error
         stream.reconfigure(errors="backslashreplace")
 
 
 open_standard_files()
-CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""       # wipes a line of progress off the terminal
+CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""       # erases a line of progress
 
 
 def read_json(text):
-    """What a JSON text means; ValueError where it is wrong, or has a name twice in an object: other
-    programs might take the other value."""
+    """The value of a JSON text. Raises ValueError if it is malformed or has a name twice in an
+    object, because other programs might take the other value."""
     def unique(pairs):
         values = {}
         for name, value in pairs:
             if name in values:
-                raise ValueError(f"the name {name!r} is there twice")
+                raise ValueError(f"the name {name!r} occurs twice")
             values[name] = value
         return values
     return json.loads(text, object_pairs_hook=unique)
 
 
 def check_file(path):
-    """Returns the path; an Error if something else is there: a pipe would keep us waiting."""
+    """Returns the path. Raises an Error if it is not a file: a pipe would make us wait."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise Error(f"{path} is not a file")
     return path
@@ -96,8 +96,8 @@ def check_file(path):
 
 @contextlib.contextmanager
 def new_file(path):
-    """with new_file(path) as name: the file that is written under that name becomes `path`, in the
-    place of what was there, when it is complete. After an error nothing has changed."""
+    """with new_file(path) as name: what is written to `name` replaces the file `path` when it is
+    complete. After an error nothing has changed."""
     path = os.path.realpath(check_file(path))
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix=".unfinished_") as folder:
@@ -109,8 +109,8 @@ def new_file(path):
 @contextlib.contextmanager
 def new_folder(out):
     """with new_folder(out) as folder: what is written into `folder` appears in `out` when all of it
-    is complete. After an error nothing is left. If there is an `out` already, it has to be empty
-    and remains the folder that it is: a mount point, perhaps."""
+    is complete. After an error nothing is left behind. An `out` that exists must be empty, and is
+    kept because it may be a mount point."""
     there = os.path.isdir(out)
     if os.path.lexists(out) and (not there or os.listdir(out)):
         raise Error(f"{out} is already there; choose another folder")
@@ -118,7 +118,7 @@ def new_folder(out):
     place = out if there else os.path.dirname(out)
     os.makedirs(place, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place, prefix=".unfinished_") as temporary:
-        folder = os.path.join(temporary, "new")     # whose mode the umask decides
+        folder = os.path.join(temporary, "new")     # the umask decides its mode
         os.mkdir(folder)
         yield folder
         for name in os.listdir(folder) if there else []:
@@ -133,7 +133,7 @@ def interrupt(number, _):
 
 
 def say(message):
-    """Print a message on stderr. One that is too long, by what it quotes, loses its middle."""
+    """Print a message on stderr. If what it quotes makes it too long, it loses its middle."""
     line = f"{os.path.basename(sys.argv[0])}: {message}"
     line = "".join(c if c.isprintable() else "?" for c in line)
     if len(line) > LONGEST:
@@ -142,8 +142,8 @@ def say(message):
 
 
 def main(run):
-    """Call run() and exit: with the status that it returns (None is 0); with 1 after an error; with
-    128 plus its number after a signal."""
+    """Call run() and exit: with the status that it returns (None is 0), with 1 after an error, or
+    with 128 plus its number after a signal."""
     status = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -151,7 +151,7 @@ def main(run):
                 signal.signal(number, interrupt)
         try:
             result = run() or 0
-        except SystemExit as error:                 # of --help
+        except SystemExit as error:                 # from --help
             result = error.code or 0
         sys.stdout.flush()
         status = result
@@ -170,6 +170,6 @@ def main(run):
         say(f"stopped by {signal.Signals(signal_number.args[0]).name}")
     try:
         sys.stdout.flush()
-    except OSError:                                 # or Python would try once more, and complain
+    except OSError:                                 # or Python would try again and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(status)

@@ -6,7 +6,7 @@
 
 static inline void print_help(void) {
     printf("Trains a small LLaMA with GPAS (arXiv 2506.22049) and tells stories with it.\n"
-           "usage: ./%s [--option value]...       in brackets: the default\n", program);
+           "usage: ./%s [--option value]...       (defaults in brackets)\n", program);
     for (const OptionRow *row = option_rows; row < option_rows + NUM_ROWS; row++)
         if (!row->name) printf("\n%s\n", row->value);
         else if (!*row->value) printf("  --%-13s %s\n", row->name, row->help);
@@ -46,10 +46,12 @@ static inline void check_options(const Options *o, const char *const given[NUM_R
     if (o->gpas && o->gate_train && o->gate_activation == GATE_RELU && o->gate_init <= 0)
         die("a relu gate that starts at %g never moves; give a positive --gate-init", o->gate_init);
     if (!o->gate_train && o->gate_clip > 0) die("--gate-clip needs --gate-train on");
-    if (evaluates(o) && !*o->load) die("--eval and --eval-choice need --load, a checkpoint");
-    if (evaluates(o) && *o->dump_grads) die("--dump-grads excludes --eval and --eval-choice");
+    if (evaluates(o) && !*o->load) die("--eval and --eval-choice need --load CHECKPOINT");
+    if (evaluates(o) && *o->dump_grads)
+        die("--dump-grads cannot be combined with --eval or --eval-choice");
     if (*o->dump_grads && (*o->resume || o->total_batch != o->batch || o->steps == 0))
-        die("--dump-grads takes one batch; it excludes --resume, --total-batch and --steps 0");
+        die("--dump-grads takes one batch; it cannot be combined with --resume, --total-batch or "
+            "--steps 0");
 }
 
 // Exits if the network needs more memory than the machine has, before the system kills the program.
@@ -69,13 +71,13 @@ static inline void check_memory(const Options *o, const char *const given[NUM_RO
     double activations = 4 * tokens * (shared + inside + L * (2 * C * outputs + o->heads));
     double all = memory_limit("");
     if (parameters + activations > all)
-        die("needs about %.1f GiB of memory, of %.1f; lower --batch, --seq-len or the network's "
-            "size%s", (parameters + activations) / GiB, all / GiB,
+        die("needs about %.1f GiB of memory, but only %.1f GiB are available; lower --batch, "
+            "--seq-len or the network's size%s", (parameters + activations) / GiB, all / GiB,
             o->recompute || !training ? "" : ", or try --recompute on");
     if (!*path || (is_given(given, "seq-len") && (*o->load || is_given(given, "batch")))) return;
     if (activations > GiB / 2 && stat(path, &info) == 0 && activations > 64.0 * info.st_size)
-        die("%s asks for %.1f GiB by its --batch or --seq-len, a lot for a file so small; give "
-            "both options if that is meant", path, activations / GiB);
+        die("%s: its --batch and --seq-len need %.1f GiB, suspiciously much for so small a file; "
+            "give both options to confirm", path, activations / GiB);
 }
 
 // If the path of --load or --resume is a folder, replaces it by that of its newest checkpoint.
@@ -84,7 +86,7 @@ static inline void find_checkpoint(char *path) {
     if (!is_folder(path)) return;
     snprintf(folder, sizeof folder, "%s", path);
     int step = newest_checkpoint(folder);
-    if (step < 0) die("%s has no checkpoint, ckpt_*.safetensors", folder);
+    if (step < 0) die("%s contains no checkpoint (ckpt_*.safetensors)", folder);
     if (snprintf(path, TEXT_SIZE, "%s/ckpt_%06d.safetensors", folder, step) >= TEXT_SIZE)
         die("%s: the path is too long", folder);
 }
@@ -134,11 +136,11 @@ static inline void find_options(const char *given[NUM_ROWS], int argc, char **ar
                                  strcmp(option + 2, option_rows[r].name) == 0)) r++;
         if (r == NUM_ROWS) unknown_option(option);
         if (!equals && i + 1 == argc) die("%s needs a value", option);
-        if (given[r]) die("%s is given twice", option);
+        if (given[r]) die("%s was given twice", option);
         given[r] = equals ? equals + 1 : argv[++i];
         // Most likely an unset shell variable. Only a prompt may be empty.
         if (!*given[r] && option_rows[r].offset != offsetof(Options, prompt))
-            die("%s is given, but empty", option);
+            die("%s is empty; it needs a value", option);
     }
 }
 
@@ -163,13 +165,14 @@ static inline void parse_options(Options *o, int argc, char **argv) {
         find_checkpoint(o->load);
         find_checkpoint(o->resume);
         if (pass != 1) continue;
-        if (*o->load && *o->resume) die("--load and --resume exclude each other");
-        if (preset && (*o->load || *o->resume)) die("--preset: the checkpoint has its own sizes");
+        if (*o->load && *o->resume) die("--load and --resume cannot be used together");
+        if (preset && (*o->load || *o->resume)) 
+            die("--preset cannot be used with --load or --resume; the checkpoint has its sizes");
         if (*o->load) checkpoint_options(o->load, o, 0, given);
         if (*o->resume) checkpoint_options(o->resume, o, 1, given);
     }
     if (on_gpu && o->check_finite)
-        die("--check-finite is an option of ./train_gpas, which resumes from the same checkpoint");
+        die("--check-finite is an option of ./train_gpas, which can resume this run");
     if (!on_gpu && is_given(given, "dtype") && o->dtype != DTYPE_FP32)
         die("--dtype bf16 needs a GPU and train_gpas_cuda; the CPU computes in fp32");
     if (!on_gpu && is_given(given, "fused"))

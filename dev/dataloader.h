@@ -27,7 +27,7 @@ typedef struct {
 // Exits if the file with this header was made with another tokenizer than the network's.
 static inline void check_tokenizer(const char *path, const int32_t *header, uint32_t tokenizer) {
     if (header[4] && tokenizer && (uint32_t)header[4] != tokenizer)
-        die("%s was made with another tokenizer than the network's", path);
+        die("%s was made with a different tokenizer from the network's", path);
 }
 
 // Adds the windows of one token file, and returns its header.
@@ -80,20 +80,22 @@ static inline void dataloader_open(DataLoader *loader, const char *dir, const ch
     int whole = access(path, F_OK) == 0 || errno != ENOENT;  // for lack of permission, say
     if (!whole && !shards)
         die("%s has no %s.bin; prepro_tinystories.py --help says how to make it", dir, split);
-    if (whole && shards) die("%s has %s.bin and %s_*.bin: which is meant?", dir, split, split);
+    if (whole && shards) die("%s has both %s.bin and %s_*.bin; remove one", dir, split, split);
     for (int i = 0; i < imax(shards, 1); i++) {
         if (shards) snprintf(path, sizeof path, "%s/%s_%03d.bin", dir, split, i);
-        if (access(path, F_OK) != 0) die("%s is missing, one of %d or more files", path, shards);
+        if (shards && access(path, F_OK) != 0 && errno == ENOENT)
+            die("%s is missing; there should be at least %d files", path, shards);
         const int32_t *header = dataloader_add(loader, path);
         if (header[5] && header[6] != i)
             die("%s was made as file number %d; has it been renamed?", path, header[6]);
         made = imax(made, header[5]);
     }
     if (made && made != imax(shards, 1))
-        die("%s has %d files of %s, but %d were made", dir, imax(shards, 1), split, made);
+        die("%s has %d %s files, but %d were made; copy the missing ones", dir, imax(shards, 1),
+            split, made);
     if (!loader->num_windows)
-        die("%s/%s.bin is shorter than a sequence of %d tokens; lower --seq-len", dir, split,
-            T + 1);
+        die("%s: the %s data are shorter than a sequence of %d tokens; lower --seq-len", dir,
+            split, T + 1);
 }
 
 static inline void dataloader_close(DataLoader *loader) {
@@ -132,7 +134,7 @@ static inline void dataloader_batch(DataLoader *loader, int64_t position, int B,
     }
     for (int i = 0; i < B * T; i++)
         if (imax(tokens[i], targets[i]) >= loader->V)
-            die("%s holds token %d, but the vocabulary has only %d", loader->split,
+            die("%s holds token %d, but the vocabulary has only %d tokens", loader->split,
                 imax(tokens[i], targets[i]), loader->V);
 }
 #endif

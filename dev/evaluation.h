@@ -50,7 +50,7 @@ static inline const uint16_t *read_list(const Options *o, const uint16_t **p, co
     if (*n < 1 || *n > end - list) die("%s is damaged: a text ends too early", o->eval_choice);
     for (int i = 0; i < *n; i++)
         if (list[i] >= o->vocab_size)
-            die("%s holds token %d, but the vocabulary has only %d", o->eval_choice, list[i],
+            die("%s holds token %d, but the vocabulary has only %d tokens", o->eval_choice, list[i],
                 o->vocab_size);
     *p = list + *n;
     return list;
@@ -117,7 +117,7 @@ static inline void evaluate_choices(Run *run) {
     check_tokenizer(path, header, run->progress.tokenizer);
     int questions = header[2], right[2] = {0, 0}, cut = 0;
     for (int q = 0; q < questions; q++) cut += answer(run, &p, end, q, right);
-    if (questions < 1 || p != end || bytes % 2) die("%s is damaged: it has another length", path);
+    if (questions < 1 || p != end || bytes % 2) die("%s is damaged: its length is wrong", path);
     printf("%s, %d questions: accuracy %.4f, with losses per %s %.4f\n", path, questions,
            (double)right[0] / questions, run->tokenizer.V ? "character" : "token",
            (double)right[1] / questions);

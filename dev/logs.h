@@ -208,7 +208,7 @@ static inline void stop_not_finite(Run *run, double loss) {
         for (l = o->layers; l > 0 && isfinite(run->layer_norms[l - 1]);) l--;
         snprintf(where, sizeof where, l ? "the gradient of layer %d" : "the gradient", l);
     }
-    die("step %d: NaN or infinity, first in %s; not saved. Try a lower --lr or "
+    die("step %d: NaN or infinity, first in %s; nothing was saved. Try a lower --lr or "
         "--grad-clip 1; --check-finite on says more", current_step, where);
 }
 

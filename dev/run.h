@@ -53,8 +53,8 @@ static inline void open_data(Run *run, const Options *o) {
     dataloader_open(&run->train, o->data, "train", o->seq_len, o->vocab_size, tokenizer, rng_state);
     dataloader_open(&run->val, o->data, "val", o->seq_len, o->vocab_size, tokenizer, 0);
     if (o->total_batch / 16 > (int64_t)run->train.num_windows)
-        die("--total-batch %d would use each of the %zu sequences in %s over 16 times a step",
-            o->total_batch, run->train.num_windows, o->data);
+        die("--total-batch %d would use each of the %zu sequences in %s more than 16 times per "
+            "step", o->total_batch, run->train.num_windows, o->data);
     int64_t windows = run->val.num_windows, limit = (int64_t)o->val_batches * o->batch;
     run->val_windows = limit && windows > limit ? limit : windows;
 }
@@ -102,7 +102,7 @@ static inline void open_run(Run *run, Model *model, Options *o) {
         model_restore(model);
     }
     if (training && run->progress.step >= o->steps)
-        die("%s is at step %d; give more --steps to continue", o->resume, run->progress.step);
+        die("%s is at step %d; give a larger --steps to continue", o->resume, run->progress.step);
     run->start_step = run->progress.step;
     run->tokens = (int *)allocate(N + 1, sizeof(int));
     run->targets = (int *)allocate(N, sizeof(int));

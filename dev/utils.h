@@ -117,7 +117,7 @@ static inline FILE *open_file(const char *path, size_t *bytes) {
     struct stat info;
     int file = open(path, O_RDONLY | O_NONBLOCK);
     if (file < 0 || fstat(file, &info) != 0) die("cannot open %s: %s", path, strerror(errno));
-    if (!S_ISREG(info.st_mode)) die("cannot open %s: it is not a file", path);
+    if (!S_ISREG(info.st_mode)) die("cannot open %s: it is not a regular file", path);
     *bytes = (size_t)info.st_size;
     FILE *stream = fdopen(file, "rb");
     if (!stream) die("cannot open %s: %s", path, strerror(errno));
@@ -182,7 +182,7 @@ static inline void check_target(const char *path) {
     struct stat info;
     if (lstat(path, &info) != 0) return;
     if (stat(path, &info) != 0) die("cannot write %s: %s", path, strerror(errno));
-    if (!S_ISREG(info.st_mode)) die("cannot write %s: it is not a file", path);
+    if (!S_ISREG(info.st_mode)) die("cannot write %s: it is not a regular file", path);
 }
 
 // Opens /dev/null in place of standard files that are closed. Otherwise the next file that we open
@@ -218,11 +218,15 @@ static inline void handle_signal(int number) {
     if (number == SIGPIPE && stop_signal) return;
     stop_signal = number;
     if (again) {
-        print_in_handler("\nstopped at once; what came after the last checkpoint is lost\n");
+        print_in_handler("\nstopped at once; progress since the last checkpoint is lost\n");
         _exit(128 + number);
     }
-    if (number != SIGPIPE)
+    if (number == SIGINT)
         print_in_handler("\nfinishing this step, then saving; a second Ctrl-C stops at once\n");
+    else if (number == SIGTERM)
+        print_in_handler("\nfinishing this step, then saving; a second SIGTERM stops at once\n");
+    else if (number == SIGHUP)
+        print_in_handler("\nfinishing this step, then saving\n");
     errno = error;
 }
 

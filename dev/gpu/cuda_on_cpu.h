@@ -232,7 +232,7 @@ RUNTIME const char *place(const char *p) {
         auto gap = [p](auto &r) { return std::max(r.start - p, p - r.start - (long)r.size); };
         return gap(a) < gap(b);
     });
-    if (r == end) snprintf(text, sizeof text, "address %p, which is no device memory", p);
+    if (r == end) snprintf(text, sizeof text, "address %p, which is not device memory", p);
     else snprintf(text, sizeof text, "byte %td of %s%s of %zu bytes", p - r->start,
                   r->name ? "shared memory " : r->live ? "a " : "a freed ",
                   r->name ? r->name : "cudaMalloc", r->size);

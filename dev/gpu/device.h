@@ -36,7 +36,7 @@ static inline void open_device(void) {
     cudaDeviceProp device;
     CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
     if (device.major < 8)
-        die("%s has compute capability %d.%d; 8.0 or newer is needed", device.name, device.major,
+        die("%s has compute capability %d.%d; 8.0 or higher is needed", device.name, device.major,
             device.minor);
     CUDA_CHECK(cudaSetDevice(0));
 }

@@ -5,7 +5,8 @@
 #
 #     build      everything, and how long that takes
 #     test       make test-cuda: all checks in fp32 and bf16
-#     train      300 steps of the toy preset: the losses beside the CPU's, and the bits of two runs
+#     train      300 steps of the toy preset: compares the losses with the CPU's, and the bits of
+#                two runs
 #     kernels    the time of each kernel beside its floor (roofline.py); for each matrix product
 #                the time of the kernel that cuBLASLt ranks first, and of the fastest of eight
 #     speed256   tokens/s and memory of the presets with sequences of 256, beside the peer's
@@ -15,8 +16,8 @@
 # Without a PART it runs all of them, in this order. FILE is a PyTorch program that takes the
 # options --config --B --T --device cuda --dtype bf16 --compile, and prints a line of JSON with
 # tokens_per_s and peak_GiB. Each of its runs comes right after ours. It compiles for about a minute
-# each time, so with a peer call this script once for each of the two speeds. FOLDER holds llm.c's
-# source: its GPT-2 of 124M is built and timed after speed1024.
+# each time, so with --peer run speed256 and speed1024 in two calls. FOLDER holds llm.c's source:
+# its GPT-2 of 124M is built and timed after speed1024.
 #
 # The logs go to out/gpu. The last lines are the summary. The exit status is 0 if nothing failed.
 set -u
@@ -42,12 +43,12 @@ for part in "$@"; do
         *) fail "no part is called '$part'; the first lines of dev/gpu/gpu.sh name them" ;;
     esac
 done
-[ ! -e $out ] || [ -f $summary ] || fail "$out is there, but not written by gpu.sh; rename it"
+[ ! -e $out ] || [ -f $summary ] || fail "$out exists but was not written by gpu.sh; rename it"
 mkdir -p $out || exit 1
 : > $summary
 : > $times
 if [ $# -eq 0 ]; then
-    rm -f $out/speed.log $out/peer.err  # the only ones that are continued
+    rm -f $out/speed.log $out/peer.err  # all other logs are overwritten
     set -- build test train kernels speed256 speed1024 sanitize
 fi
 
@@ -70,8 +71,8 @@ sys.exit(len(a) != len(b) or not worst <= 1e-3)
 END
 }
 
-# Prints what to link with. If cuBLASLt is installed as a Python package only, its file does not
-# have the name that -lcublasLt looks for.
+# Prints the flags that link with cuBLASLt. If it is installed as a Python package only, its file
+# does not have the name that -lcublasLt looks for.
 cublaslt() {
     printf '#include <cublasLt.h>\nint main() { cublasLtHandle_t h; return cublasLtCreate(&h); }' \
         > $out/probe.cu
@@ -106,7 +107,7 @@ part_test() {
 
 # cuBLASLt's kernels use Hopper's bulk copies and barriers. Before version 2026.1 two of the tools
 # do not fully understand these: racecheck may report races inside such a kernel, and initcheck
-# reads of what it wrote.
+# uninitialized reads of what it wrote.
 sanitize() { # TOOL TYPE
     log=$out/$1.$2.log
     timeout 200 compute-sanitizer --tool "$1" --error-exitcode 1 "./test_gpas_cuda_$2" \
@@ -143,13 +144,13 @@ part_train() {
     for fused in on off; do
         toy train_gpas_cuda fp32_$fused --dtype fp32 --fused $fused
         losses_within $out/cpu/log.csv $out/fp32_$fused/log.csv > $out/losses.log 2>&1
-        verdict "toy in fp32 with --fused $fused, beside the CPU" $? $out/losses.log
+        verdict "toy in fp32 with --fused $fused, compared with the CPU" $? $out/losses.log
     done
-    for turn in 1 2; do
+    for run in 1 2; do
         toy train_gpas_cuda bf16
-        mv $out/bf16/ckpt_000300.safetensors $out/turn$turn.safetensors
+        mv $out/bf16/ckpt_000300.safetensors $out/run$run.safetensors
     done
-    cmp $out/turn1.safetensors $out/turn2.safetensors > $out/same.log 2>&1
+    cmp $out/run1.safetensors $out/run2.safetensors > $out/same.log 2>&1
     status=$?
     [ -s $out/same.log ] || echo "the same bits" > $out/same.log
     verdict "toy in bf16, twice" $status $out/same.log
@@ -189,7 +190,7 @@ speed() { # PRESET B T: adds a line of ours, and a line of the peer's, to speed.
         --T "$3" --device cuda --dtype bf16 --compile > $out/peer.log 2>> $out/peer.err
     status=$?
     [ -s $out/peer.log ] || echo "it printed nothing; see $out/peer.err" > $out/peer.log
-    verdict "the peer's" $status $out/peer.log
+    verdict "speed of the peer" $status $out/peer.log
     echo "peer $* $(tail -n 1 $out/peer.log)" >> $out/speed.log
 }
 

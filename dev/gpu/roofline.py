@@ -35,7 +35,7 @@ def matmul(N, C, OC):
 
 
 def matmul_backward(N, C, OC, parts=1):
-    """The same of dinp = dout weight and dweight += dout^T inp, called for 1/parts of N at a time.
+    """The same for dinp = dout weight and dweight += dout^T inp, called for 1/parts of N at a time.
     dweight is in fp32, and each part reads and writes it."""
     return 4 * N * C * OC, 2 * (2 * N * OC + OC * C + 2 * N * C) + 8 * OC * C * parts
 
@@ -62,7 +62,7 @@ def kernels(C, H, L, NH, B, T):
              ("scale_array: two gradients", 1, 0, 2 * x + 12 * V * C),
              ("residual_gpas_rmsnorm_backward", 2 * L, 0, 4 * x)]
     rows += [("matmul_backward " + p[0], L, *matmul_backward(*p[1:])) for p in products]
-    # Two kernels, and both compute S and dP. The first loads q, k, v, dout and out, and stores dq.
+    # Two kernels that both compute S and dP. The first loads q, k, v, dout and out, and stores dq.
     # The second loads q, k, v and dout, and stores dk and dv.
     rows += [("attention_backward", L, 7 * N * T * C, 12 * x),
              ("rope_backward", L, 0, 4 * x),
@@ -74,22 +74,22 @@ def kernels(C, H, L, NH, B, T):
 
 
 def unfused(C, L, B, T):
-    """The same rows of what --fused off runs in place of the two fused kernels."""
+    """The same rows for what --fused off runs instead of the two fused kernels."""
     x = 2 * B * T * C
     return [("residual_forward, gpas_forward, rmsnorm_forward", 2 * L, 0, 7 * x),
             ("rmsnorm_backward, residual_forward, gpas_backward", 2 * L, 0, 9 * x)]
 
 
 def add_floor(o, row):
-    """The row (name, calls, GFLOP, GB, ms), for all calls together."""
+    """The row (name, calls, GFLOP, GB, ms) for all calls together."""
     name, calls, flops, moved = row
     ms = 1e3 * max(flops / (o.tflops * 1e12), moved / (o.tbytes * 1e12))
     return name, calls, calls * flops / 1e9, calls * moved / 1e9, calls * ms
 
 
 def floors(o, shape):
-    """The rows (name, calls, GFLOP, GB, ms) of a step, and the floating-point operations that are
-    counted for the model."""
+    """The rows (name, calls, GFLOP, GB, ms) of a step, and the floating-point operations that count
+    as the model's."""
     preset, B, T = shape
     C, H, L, NH = PRESETS[preset]
     rows = []
@@ -125,7 +125,7 @@ def print_beside(rows, instead, measured):
 
 
 def rate(text):
-    """A number above 0; argparse tells where it is none."""
+    """A number above 0. argparse reports the ValueError."""
     if not 0 < float(text) < 1e9:
         raise ValueError
     return float(text)
@@ -134,10 +134,10 @@ def rate(text):
 def run():
     parser = Parser(description="Floors of a training step's kernels.")
     parser.add_argument("shape", nargs="*", help="PRESET B T")
-    parser.add_argument("--tflops", type=rate, default=790)
-    parser.add_argument("--tbytes", type=rate, default=4.3)
-    parser.add_argument("--recompute", action="store_true")
-    parser.add_argument("--measured", metavar="FILE", help="name;calls;milliseconds of each kernel")
+    parser.add_argument("--tflops", type=rate, default=790, help="matrix rate in TFLOP/s (790)")
+    parser.add_argument("--tbytes", type=rate, default=4.3, help="memory rate in TB/s (4.3)")
+    parser.add_argument("--recompute", action="store_true", help="a step with --recompute on")
+    parser.add_argument("--measured", metavar="FILE", help="lines name;calls;milliseconds")
     o = parser.parse_args()
     if o.recompute and o.measured:
         raise Error("./bench_cuda kernels measures a step without --recompute")

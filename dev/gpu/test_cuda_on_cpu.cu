@@ -520,7 +520,7 @@ static void faults_of_both() {
     FAULT("crossed", "waits in __sync", crossed<<<1, 64>>>());
     FAULT("write_at", "byte 90000 of a cudaMalloc", write_at<<<1, 1>>>((char *)zeros(64), 90000));
     FAULT("write_at", "byte -70000 of a cudaMalloc", write_at<<<1, 1>>>((char *)zeros(64), -70000));
-    FAULT("double_all", "no device memory", double_all<<<1, 32>>>(nullptr, 1));
+    FAULT("double_all", "not device memory", double_all<<<1, 32>>>(nullptr, 1));
     FAULT("double_all", "argument 1 is a host pointer", double_all<<<1, 32>>>(host, 1));
     FAULT("double_all", "byte 0 of a freed cudaMalloc of 256 bytes",
           float *p = zeros(64); cudaFree(p); double_all<<<1, 32>>>(p, 1));

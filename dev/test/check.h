@@ -1,5 +1,5 @@
-// check.h: defines check, summary: a test program prints one line for each check, and at the end
-// `N passed, N failed`.
+// check.h: defines check, summary. A test program prints one line for each check, and
+// `N passed, N failed` at the end.
 #ifndef CHECK_H
 #define CHECK_H
 #include <stdarg.h>
@@ -7,7 +7,7 @@
 
 static int passed, failed;
 
-// Counts one check and prints its line; if it failed, the line also says what was seen.
+// Counts one check and prints its line. If it failed, the line also says what was seen.
 __attribute__((format(printf, 3, 4)))
 static void check(int good, const char *name, const char *format, ...) {
     printf("%s %s", good ? "ok  " : "FAIL", name);

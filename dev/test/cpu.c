@@ -1,5 +1,5 @@
-// cpu.c: train_gpas.c as the table of cpu.h. Compiled as C to build/cpu.so.
-#pragma GCC diagnostic ignored "-Wunused-function"  // the table does not hold all of the program
+// cpu.c: defines the table of cpu.h, from train_gpas.c. Compiled as C to build/cpu.so.
+#pragma GCC diagnostic ignored "-Wunused-function"  // the table does not use every function
 #define TRAIN_GPAS_NO_MAIN
 #include "../../train_gpas.c"
 #include "cpu.h"

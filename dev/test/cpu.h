@@ -1,5 +1,5 @@
-// cpu.h: defines Cpu, the layers and networks of train_gpas.c as a table of functions, with which
-// the kernels' tests compare.
+// cpu.h: defines Cpu, the layers and networks of train_gpas.c as a table of functions, to which the
+// kernels' tests compare the kernels.
 //
 // build/cpu.so holds the table `cpu`. It is loaded when a test starts, not linked, because
 // train_gpas.c and train_gpas.cu define the same names.
@@ -33,14 +33,14 @@ typedef struct {
     void (*crossentropy_backward)(float *logits, const float *lse, const int *targets, float scale,
                                   int N, int V);
 
-    // A network in training. The arrays are its own: parameters and gradients, laid out as its
-    // TensorList says, and the logits (B,T,V) of the last forward pass.
+    // A network in training, and its arrays: parameters and gradients, laid out as its TensorList
+    // says, and the logits (B,T,V) of the last forward pass.
     CpuModel *(*create)(const Options *o, int B);
     void (*destroy)(CpuModel *c);
     float *(*parameters)(CpuModel *c);
     const float *(*gradients)(CpuModel *c);
     const float *(*logits)(CpuModel *c);
-    // Sets the gradients to zero, then computes those of the mean loss, which it returns.
+    // Computes the gradients of the mean loss, from zero, and returns this loss.
     double (*differentiate)(CpuModel *c, const int *tokens, const int *targets, int B, int T);
     void (*update)(CpuModel *c, int t);
     void (*layer_state)(CpuModel *c, int l, int B, int T, double variances[2], double *gate);

@@ -1,5 +1,5 @@
-// double.h: makes every float of the code that follows a double, for finite differences. The
-// system's headers, which must keep their floats, are included first.
+// double.h: makes every float in the code that follows a double, for finite differences. The system
+// headers must keep their floats, so they are included first.
 #ifndef DOUBLE_H
 #define DOUBLE_H
 #ifndef _GNU_SOURCE

@@ -1,11 +1,11 @@
 /*
-on_gpu.h: the layers of train_gpas.cu, called like those of train_gpas.c: each takes its arrays to
-the GPU, rounded to `real` where the kernels want that, launches, and brings back what may have
-changed. Included inside a namespace, after train_gpas.cu and <algorithm>, with `real` defined.
+on_gpu.h: the layers of train_gpas.cu, called like those of train_gpas.c. Each copies its arrays to
+the GPU, rounded to `real` where the kernels need that, launches the kernel, and copies back what
+may have changed. Included inside a namespace, after train_gpas.cu and <algorithm>, with `real`
+defined.
 */
 
-// n numbers of the host on the GPU, for as long as this lives. What is not const comes back at the
-// end.
+// A copy of n numbers on the GPU. The destructor copies them back, unless they are const.
 template <class number> struct OnGpu {
     number *p;
     float *host;
@@ -29,7 +29,7 @@ template <class number> struct OnGpu {
     }
 };
 
-// Integers, or chunks, on the GPU.
+// A copy of integers or chunks on the GPU.
 template <class item> struct Constants {
     item *p;
     Constants(const item *from, size_t n) {
@@ -40,7 +40,7 @@ template <class item> struct Constants {
     ~Constants() { CUDA_CHECK(cudaFree(p)); }
 };
 
-// Room on the GPU that nothing has written yet.
+// Uninitialized memory on the GPU.
 template <class number> struct Scratch {
     number *p;
     Scratch(size_t n) { CUDA_CHECK(cudaMalloc((void **)&p, n * sizeof(number))); }
@@ -185,7 +185,7 @@ static void crossentropy_backward(float *logits, const float *, const int *targe
     crossentropy<real>(e.p, x.p, t.p, scale, N, V, V);
 }
 
-// The copy of p that it writes too must be p, rounded.
+// The kernel also writes a copy of p, which must be p, rounded.
 static void adamw_update(float *p, const float *grad, float *m, float *v, size_t n, float lr,
                          float beta1, float beta2, float eps, float weight_decay, float clip,
                          int t) {
@@ -199,6 +199,6 @@ static void adamw_update(float *p, const float *grad, float *m, float *v, size_t
         ::adamw_update<real>(weights.p, x.p, g.p, m1.p, v1.p, chunk.p, 1, a, t);
     }
     for (size_t i = 0; i < n; i++)
-        if (fabsf(copy[i] - (float)(real)p[i]) > 0) die("weights must hold the new p too, as real");
+        if (fabsf(copy[i] - (float)(real)p[i]) > 0) die("weights must be p, rounded");
     free(copy);
 }

@@ -1,26 +1,26 @@
 """
-The right answers for test_gpas.c, computed without knowing any of them beforehand.
+Computes the expected results for test_gpas.c, without knowing the derivative of any layer.
 
-train_gpas.c writes every backward pass by hand. This file checks them from the other side: it
-knows the derivatives of a dozen elementary operations (add, multiply, matrix product, exp, ...)
-and the chain rule, and nothing else. Every layer below is only its forward definition, in
-float64, and its gradients follow mechanically. GPAS too is its definition, word for word:
+The backward passes in train_gpas.c are written by hand. This file checks them from the other side:
+it knows the derivatives of a dozen elementary operations (add, multiply, matrix product, exp, ...)
+and the chain rule, and nothing else. Every layer below is only its forward definition, in float64,
+and its gradients follow mechanically. GPAS too is defined as in the paper:
 
     y = x - a(g) * stop_gradient(x)
 
     python3 dev/test/reference.py             writes reference.safetensors beside this file
     python3 dev/test/reference.py --check     computes it again and compares the bytes
 
-The dump holds, for each layer alone, inputs, output `out`, a random `dout`, and d<input>, the
-gradient of sum(out * dout); then for each network (net.<scheme>.<base|gpas>, and a few with
-GPAS's stop-gradient off or with a tanh gate) the logits, the loss, all gradients and the losses
-of ten Adam steps. The networks share the weights.* and the batch.
+For each layer alone, the dump has the inputs, the output `out`, a random `dout`, and d<input>, the
+gradient of sum(out * dout). For each network (net.<scheme>.<base|gpas>, and a few with GPAS's
+stop-gradient off or with a tanh gate) it has the logits, the loss, all gradients and the losses of
+ten Adam steps. The networks share the weights.* and the batch.
 
-The bytes must come out the same on every machine, so nothing here depends on the mathematics
-library of the system, the compiler or the version of Python: sums are math.fsum (exactly
-rounded, in any order), sqrt is exact by IEEE 754, exp, log, cos and sin are series written with
-+ - * /. Inputs are rounded to float32 before they are used: a float32 program starts from
-exactly the same numbers.
+The bytes must be the same on every machine, so nothing here depends on the system's mathematics
+library, on the compiler or on the version of Python: sums are math.fsum (exactly rounded, in any
+order), sqrt is exact by IEEE 754, and exp, log, cos and sin are series written with + - * /. Inputs
+are rounded to float32 before they are used, so a float32 program starts from exactly the same
+numbers.
 """
 import argparse
 import itertools
@@ -86,8 +86,8 @@ def norm(a):
     return math.sqrt(math.fsum(x * x for row in a for x in row))
 
 # ---------------------------------------------------------------------------------------------
-# The tape. A tensor remembers which tensors it was made from and, for each of them, the rule
-# that turns the gradient of its value into the gradient of theirs.
+# The tape. A tensor remembers the tensors that it was computed from and, for each of them, the rule
+# that converts the gradient of this tensor to the gradient of that one.
 
 clock = itertools.count()
 
@@ -130,7 +130,7 @@ def lift(x):
     return x if isinstance(x, Tensor) else Tensor([[x]])
 
 def fit(d, tensor):
-    """What was repeated in the forward pass is summed in the backward pass."""
+    """Sums the gradient over what the forward pass repeated."""
     if len(tensor.rows) < len(d):
         d = [[math.fsum(column) for column in zip(*d)]]
     if len(tensor.rows[0]) < len(d[0]):
@@ -173,16 +173,16 @@ def stack(parts):
     return Tensor([row for part in parts for row in part.rows], *inputs)
 
 def stop_gradient(a):
-    """The same value, made from nothing: backward does not look further."""
+    """The same value as a constant, at which backward() stops."""
     return Tensor(a.rows)
 
 def row_max(a):
-    """(R,C) -> (R,1), as a constant: subtracted inside a softmax it keeps exp from overflowing
-    and cancels out of the result, so it needs no gradient."""
+    """(R,C) -> (R,1), as a constant: subtracting it inside a softmax keeps exp from overflowing and
+    does not change the result, so it needs no gradient."""
     return stop_gradient(Tensor([[max(row)] for row in a.rows]))
 
 def backward(out, dout):
-    """Fills in .grad, the gradient of sum(out * dout), for all that out was made from."""
+    """Sets .grad, the gradient of sum(out * dout), of all tensors that out was computed from."""
     seen, todo = {out}, [out]
     while todo:
         for tensor, _ in todo.pop().inputs:
@@ -218,20 +218,20 @@ def rmsnorm(x, weight):
     return x / sqrt(mean_square + 1e-6) * weight
 
 def rope(qkv, T, NH):
-    """qkv (B*T,3C): turns pair j of every head of q and k at position t by t * 10000^(-2j/hs)."""
+    """qkv (B*T,3C): rotates pair j of each head of q and k at position t by t 10000^(-2j/hs)."""
     R, C = qkv.shape[0], qkv.shape[1] // 3
     hs = C // NH
     channels = qkv.T                                                # (3C,R), row-wise from here
     even, odd = take(channels, range(0, 2 * C, 2)), take(channels, range(1, 2 * C, 2))   # (C,R)
     speed = [exp_of(-2.0 * (i % (hs // 2)) / hs * log_of(10000.0)) for i in range(C)]
-    turns = [[cos_sin(row % T * s) for row in range(R)] for s in speed]
-    cos, sin = (Tensor([[turn[i] for turn in row] for row in turns]) for i in (0, 1))
+    angles = [[cos_sin(row % T * s) for row in range(R)] for s in speed]
+    cos, sin = (Tensor([[pair[i] for pair in row] for row in angles]) for i in (0, 1))
     parts = [even * cos - odd * sin, even * sin + odd * cos, take(channels, range(2 * C, 3 * C))]
     order = [i for pair in range(C) for i in (pair, C + pair)] + list(range(2 * C, 3 * C))
     return take(stack(parts), order).T
 
 def softmax(x):
-    """Of each row"""
+    """Softmax of each row"""
     e = exp(x - row_max(x))
     return e / row_sum(e)
 
@@ -275,7 +275,7 @@ def mean(x):
     return row_sum(x.T) * (1.0 / x.shape[0])
 
 def adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
-    """One step on matrices; the first step is 1. Returns the new p, m, v."""
+    """One step on matrices. Steps count from 1. Returns the new p, m, v."""
     correct1 = 1.0 - math.prod([beta1] * step)
     correct2 = 1.0 - math.prod([beta2] * step)
 
@@ -296,7 +296,7 @@ SCHEMES = ("pre", "lns", "sandwich", "post", "deepnorm", "mix")
 LR, BETA1, BETA2, EPS = map(f32, (0.01, 0.9, 0.999, 1e-8))
 
 def parameters(scheme, gated):
-    """name -> shape. Sandwich with GPAS has every parameter there is."""
+    """{name: shape}. Sandwich with GPAS has all kinds of parameters."""
     norms = ["attention_norm", "ffn_norm"]
     if scheme == "sandwich":
         norms = ["attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm"]
@@ -321,7 +321,7 @@ def feed_forward(x, w, p):
     return matmul(swiglu(matmul(x, w13)), w[p + "feed_forward.w2.weight"])
 
 def network(w, tokens, scheme, site):
-    """Logits (B*T,V). site(i, x) is [G] in layer i: GPAS, or x itself where GPAS is off."""
+    """Logits (B*T,V). site(i, x) is GPAS in layer i, or x itself if GPAS is off."""
     alpha = math.sqrt(math.sqrt(2.0 * L)) if scheme == "deepnorm" else 1.0
     x = take(w["tok_embeddings.weight"], tokens)
     for i in range(L):
@@ -339,7 +339,7 @@ def network(w, tokens, scheme, site):
     return matmul(rmsnorm(x, w["norm.weight"]), w["output.weight"])
 
 def train(dump, prefix, weights, tokens, targets, scheme, activation=None, stop=True):
-    """Ten Adam steps on one batch. What the first step computed goes into the dump in full."""
+    """Takes ten Adam steps on one batch. The dump gets all results of the first step."""
     shapes = parameters(scheme, gated=activation is not None)
     values = {name: weights[name].rows for name in shapes}
     zeros = {name: elementwise(operator.mul, values[name], [[0.0]]) for name in shapes}
@@ -372,8 +372,8 @@ def train(dump, prefix, weights, tokens, targets, scheme, activation=None, stop=
     dump.add(prefix + "losses", [losses], (len(losses),))
 
 def gate_scale(w, sites, activation):
-    """|a'(g)| ||x|| ||dy|| over the sites of each layer: dg is a sum of x * dy that cancels, so
-    this, and not dg itself, is what an error of dg is measured against."""
+    """|a'(g)| ||x|| ||dy|| over the sites of each layer. The terms of dg, a sum of x * dy, may
+    cancel, so an error of dg is measured against this and not against dg itself."""
     scale = []
     for i in range(L):
         gate = Tensor(w["layers.%d.gate" % i].rows)
@@ -390,7 +390,7 @@ class Dump:
         self.header, self.data = {"__metadata__": {"format": "pt"}}, bytearray()
 
     def add(self, name, rows, shape=None):
-        """Whole numbers are written as I32, all others as F32."""
+        """Whole numbers are stored as I32, all others as F32."""
         numbers, start = [x for row in rows for x in row], len(self.data)
         shape = shape or (len(rows), len(rows[0]))
         assert len(numbers) == math.prod(shape) and all(map(math.isfinite, numbers)), name
@@ -405,12 +405,12 @@ class Dump:
         return struct.pack("<Q", len(text)) + text + bytes(self.data)
 
 # ---------------------------------------------------------------------------------------------
-# The inputs. All of them are drawn from this one generator.
+# The inputs. They are all drawn from this generator.
 
 generator = random.Random(2506)
 
 def leaf(numbers, *shape):
-    """An input, rounded to float32: rows of the last axis, and the whole shape for the dump."""
+    """An input, rounded to float32, as rows of the last axis. The dump gets its whole shape."""
     numbers, width = [f32(x) for x in numbers], shape[-1]
     tensor = Tensor([numbers[i:i + width] for i in range(0, len(numbers), width)])
     tensor.dump_shape = shape
@@ -423,7 +423,7 @@ def integers(count, below):
     return [int(generator.random() * below) for _ in range(count)]
 
 def case(dump, prefix, f, inputs, out_shape, dout=None):
-    """One layer alone: inputs, out, dout and the gradient of sum(out * dout) by each input."""
+    """One layer alone: inputs, out, dout, and the gradient of sum(out * dout) for each input."""
     out = f(*inputs.values())
     dout = dout or uniform(-1, 1, *out_shape).rows
     backward(out, dout)
@@ -442,7 +442,7 @@ def gpas_cases(dump):
         for stop in (True, False):
             f = lambda inp, gate: gpas(inp, gate, activation, stop)
             inputs = {"inp": uniform(-2, 2, 5, 7), "gate": leaf([gate], 1)}
-            # dgate is a sum of inp * dout: dout leans towards inp, or the sum would be noise
+            # dgate is a sum of inp * dout; without inp in dout it would be noise
             dout = elementwise(lambda x, noise: f32(x + noise),
                                inputs["inp"].rows, uniform(-1, 1, 5, 7).rows)
             prefix = "gpas.%s.%s." % (name, "stop" if stop else "nostop")
@@ -454,7 +454,7 @@ def layer_cases(dump):
     case(dump, "embedding.", lambda weight: take(weight, tokens),
          {"weight": uniform(-1, 1, 11, 6)}, (2, 5, 6))
 
-    for name, R, C, bound in (("a", 6, 20, 2.0), ("b", 1, 5, 0.003)):   # b: eps counts
+    for name, R, C, bound in (("a", 6, 20, 2.0), ("b", 1, 5, 0.003)):   # b: eps matters
         inputs = {"inp": uniform(-bound, bound, R, C), "weight": uniform(0.5, 1.5, C)}
         case(dump, "rmsnorm.%s." % name, rmsnorm, inputs, (R, C))
 
@@ -499,7 +499,7 @@ def adamw_case(dump):
     dump.add("adamw.param", p, (9,))
     for step in (1, 2, 3):
         grad = uniform(-1, 1, 9).rows
-        grad[0][0] = f32(grad[0][0] * 1e-8)         # so small that eps counts
+        grad[0][0] = f32(grad[0][0] * 1e-8)         # so small that eps matters
         p, m, v = adamw(p, grad, m, v, step, **options)
         dump.add("adamw.grad%d" % step, grad, (9,))
         dump.add("adamw.param%d" % step, p, (9,))
@@ -507,8 +507,8 @@ def adamw_case(dump):
     dump.add("adamw.v3", v, (9,))
 
 def network_weights():
-    """Every layer's output shall be of order 1: matrices keep the size of what they multiply,
-    norm weights lie around 1, gates are of both signs and well away from 0."""
+    """Every layer's output should be of order 1. So matrices keep the size of what they multiply,
+    norm weights are around 1, and gates have both signs and are not close to 0."""
     weights = {}
     for name, shape in parameters("sandwich", gated=True).items():
         if name.endswith("gate"):
@@ -523,7 +523,7 @@ def network_weights():
     return weights
 
 def lns_weights(weights):
-    """LayerNorm scaling: the norms of layer 1, 2, 3, ... times 1/sqrt(layer)."""
+    """LayerNorm scaling: the norm weights of layer 1, 2, 3, ... times 1/sqrt(layer)."""
     own = {}
     for i in range(L):
         for norm_name in ("attention_norm", "ffn_norm"):
@@ -532,8 +532,8 @@ def lns_weights(weights):
     return own
 
 def networks(dump):
-    # This seed, out of 2000 tried: in no network does the gradient of a gate cancel to almost
-    # nothing, and ten steps of Adam do not magnify the rounding of float32.
+    # This seed, one of 2000 that were tried, makes no gate's gradient cancel to almost nothing, and
+    # ten steps of Adam do not magnify the rounding errors of float32.
     generator.seed(1495)
     weights, tokens, targets = network_weights(), integers(B * T, 9), integers(B * T, V)
     own = {"lns": lns_weights(weights)}
@@ -554,7 +554,7 @@ def networks(dump):
 def main():
     here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description="Writes the reference dump for test_gpas.c.")
-    parser.add_argument("--out", metavar="FILE", help="default: beside this script",
+    parser.add_argument("--out", metavar="FILE", help="(reference.safetensors beside this script)",
                         default=os.path.join(here, "reference.safetensors"))
     parser.add_argument("--check", action="store_true",
                         help="compare with FILE instead of writing it")

@@ -1,6 +1,7 @@
-# Runs the test commands given as arguments and adds up their closing lines `N passed, N failed`.
-# A command without such a line is one check: its exit status. One that ends badly counts as failed.
-# Threads that wait do not spin: the tests use more threads than some machines have cores.
+# Runs the test commands given as arguments and adds up their last lines `N passed, N failed`. A
+# command without such a line counts as one check, of its exit status; one that exits with another
+# status than 0 counts as at least one failure. Waiting threads must not spin, because the tests use
+# more threads than some machines have cores.
 OMP_WAIT_POLICY=passive
 export OMP_WAIT_POLICY
 total_passed=0

@@ -1,22 +1,21 @@
 #!/usr/bin/env python3
 """
-Kills training runs at random moments, lets them go on, and compares their files with those of a run
-that nobody disturbed.
+Kills training runs at random moments, resumes them, and compares their files with those of a run
+that was not disturbed.
 
     python3 dev/test/soak.py                     toy stories for an hour, killed about every minute
     python3 dev/test/soak.py --seconds 600       for ten minutes
     python3 dev/test/soak.py --kills 500         500 runs of a tiny network, each killed once
 
-A kill is SIGKILL: no program can prepare for it. What is killed goes on from the newest checkpoint
-in its folder, or from the beginning where there is none. In the end every file of the folder must
-have the same bytes as in the undisturbed run's; from log.csv the two columns of time are left out.
-Memory must not grow while a run goes on.
+Runs are killed by SIGKILL, for which no program can prepare. A killed run continues from the newest
+checkpoint in its folder, or from the beginning if there is none. In the end every file in the
+folder must have the same bytes as after the undisturbed run, except for the two columns of time in
+log.csv. Memory must not grow during a run.
 """
 import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -24,41 +23,28 @@ import time
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [os.path.join(HERE, ".."), os.path.join(HERE, "../tools")]
+import harness
 from command import Error, Parser, main
+from harness import BYTE_PIECES, check, read, token_file, tokenizer, write
 from runs import checkpoints
 
 TINY = ("--layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 --steps 12 "
         "--save-every 1 --keep 3 --val-every 4 --sample-every 5 --length 20").split()
-SLACK = 2048            # KiB by which a run's memory may differ from what it was
-passed = failed = 0
-
-
-def check(good, what, details=""):
-    global passed, failed
-    print(f"ok   soak: {what}" if good else f"FAIL soak: {what}: {details}", flush=True)
-    passed, failed = passed + bool(good), failed + (not good)
+SLACK = 2048            # KiB by which a run's memory may grow
+harness.prefix = "soak: "
 
 
 def write_data(folder):
     """Tokens and a tokenizer for the tiny network."""
     os.makedirs(folder)
     for name, count in (("train", 3000), ("val", 300)):
-        tokens = [(7 * i * i + i) % 259 for i in range(count)]
-        with open(f"{folder}/{name}.bin", "wb") as file:
-            file.write(struct.pack("<3i", 20240520, 1, count).ljust(1024, b"\0"))
-            file.write(struct.pack(f"<{count}H", *tokens))
-    with open(f"{folder}/tokenizer.bin", "wb") as file:
-        file.write(struct.pack("<i", 6))
-        for text in [b"<unk>", b"\n<s>\n", b"\n</s>\n"] + [bytes([b]) for b in range(256)]:
-            file.write(struct.pack("<fi", 0, len(text)) + text)
+        write(f"{folder}/{name}.bin", token_file([(7 * i * i + i) % 259 for i in range(count)]))
+    write(f"{folder}/tokenizer.bin", tokenizer(BYTE_PIECES))
 
 
 def files_of(folder):
-    """What a run left, by name. The columns ms and tokens_per_s of log.csv differ every time."""
-    files = {}
-    for name in sorted(os.listdir(folder)):
-        with open(f"{folder}/{name}", "rb") as file:
-            files[name] = file.read()
+    """{name: bytes} of a run's files, log.csv without ms and tokens_per_s, which always differ."""
+    files = {name: read(f"{folder}/{name}") for name in os.listdir(folder)}
     if "log.csv" in files:
         lines = files["log.csv"].split(b"\n")
         files["log.csv"] = b"\n".join(b",".join(line.split(b",")[:5]) for line in lines)
@@ -66,8 +52,8 @@ def files_of(folder):
 
 
 def difference(folder, expected, just_ended=False):
-    """The names of the files that differ. A run that was killed when all but its old checkpoints
-    were put away may have one of them more."""
+    """The names of the files that differ. A run that was killed at its very end may have one old
+    checkpoint more, which it did not have time to remove."""
     files = files_of(folder)
     names = sorted(name for name in set(files) | set(expected)
                    if files.get(name) != expected.get(name))
@@ -78,7 +64,7 @@ def difference(folder, expected, just_ended=False):
 
 class Training:
     """One process that trains in its folder, from the newest checkpoint there."""
-    process = None              # that of the latest of all
+    process = None              # of the latest training
 
     def __init__(self, options):
         self.options, self.out = options, options[options.index("--out") + 1]
@@ -101,7 +87,7 @@ class Training:
         return self.process.wait() == -signal.SIGKILL
 
     def finish(self):
-        """Waits; returns what went wrong, or nothing."""
+        """Waits for the process. Returns what went wrong, or ""."""
         status = self.process.wait()
         self.errors.seek(0)
         return f"status {status}, {self.errors.read().decode(errors='replace')}" if status else ""
@@ -112,7 +98,7 @@ class Training:
             raise Error(f"the undisturbed run failed: {problem}")
 
     def memory(self):
-        """KiB in use now, or 0 where that cannot be known."""
+        """KiB in use now, or 0 if that is unknown."""
         try:
             with open(f"/proc/{self.process.pid}/statm", encoding="ascii") as file:
                 return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024
@@ -128,7 +114,7 @@ def whole_run(options):
 
 
 def kill_runs(program, folder, kills, seed):
-    """Each run is killed once, at a random moment of its life, and then goes on to its end."""
+    """Kills each run once, at a random moment, and resumes it to its end."""
     draw = random.Random(seed)
     counts = {"before the first checkpoint": 0, "later": 0, "while a checkpoint was written": 0,
               "after the last checkpoint": 0}
@@ -166,8 +152,8 @@ def kill_runs(program, folder, kills, seed):
 
 
 def growth(training, until):
-    """Watches a run until this time or its end. Returns by how many KiB its memory grew, after it
-    had ten seconds and a fifth of the time to settle."""
+    """Watches a run until this time or its end. Returns by how many KiB its memory grew after the
+    first ten seconds or, if that is longer, the first fifth of the time."""
     begin, first, last = time.monotonic(), 0, 0
     while time.monotonic() < until and training.process.poll() is None:
         time.sleep(0.2)
@@ -179,7 +165,7 @@ def growth(training, until):
 
 
 def soak(program, folder, data, seconds, seed):
-    """Half of the time for a run that nobody disturbs, half for one that is killed and goes on."""
+    """Half of the time goes to an undisturbed run, half to one that is killed and resumed."""
     draw = random.Random(seed)
     options = [program, "--data", data, "--out", f"{folder}/out", "--val-batches", "4",
                "--overwrite", "on", "--sample-every", "500", "--length", "100", "--steps"]
@@ -196,7 +182,7 @@ def soak(program, folder, data, seconds, seed):
     training.finish_undisturbed()
     length = time.monotonic() - begin
     check(grown <= SLACK, f"the undisturbed run, {steps} steps in {length:.0f} s: its memory "
-          f"grew by {grown} KiB, at most {SLACK} are allowed", grown)
+          f"grew by {grown} KiB, of {SLACK} allowed", grown)
     expected, kills, worst = files_of(training.out), 0, 0
     shutil.rmtree(training.out)
     while True:
@@ -218,10 +204,10 @@ def soak(program, folder, data, seconds, seed):
 def run():
     parser = Parser(description="Kills training runs and compares their results.")
     parser.add_argument("--program", default="./train_gpas")
-    parser.add_argument("--data", default="data/toy", help="for the soak, not for --kills")
-    parser.add_argument("--kills", type=int, help="short runs to be killed, instead of a soak")
-    parser.add_argument("--seconds", type=float, default=3600, help="of the soak, about")
-    parser.add_argument("--seed", type=int, default=1, help="of the moments")
+    parser.add_argument("--data", default="data/toy", help="for the long run, not for --kills")
+    parser.add_argument("--kills", type=int, help="kill this many short runs instead of a long one")
+    parser.add_argument("--seconds", type=float, default=3600, help="of the long run, roughly")
+    parser.add_argument("--seed", type=int, default=1, help="of the random moments")
     o = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not 0 < o.seconds < 1e9 or o.kills is not None and o.kills < 1:
@@ -236,8 +222,7 @@ def run():
             if Training.process and Training.process.poll() is None:
                 Training.process.kill()
                 Training.process.wait()
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
+    return harness.summary()
 
 
 if __name__ == "__main__":

@@ -20,18 +20,14 @@ import subprocess
 import sys
 import tempfile
 
+from harness import check, summary
+
 ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../.."))
 NOT_HERE = ["make test", "make sanitize", "make fuzz", "make soak", "make figures", "make bench",
             "tools/bench", "cuda",                  # take long, measure, or need a GPU
             "--download", "hellaswag", "./run ", "convert_hf", "safetensors.torch"]  # not our files
 SLOW = r"--seq-len \$T|--steps 150"  # over a minute
 SHORT = "--steps 8 --val-batches 1"
-counts = {True: 0, False: 0}
-
-
-def check(good, name, seen=""):
-    counts[bool(good)] += 1
-    print(f"{'ok  ' if good else 'FAIL'} {name}" + ("" if good else f": {seen}"))
 
 
 def read(path):
@@ -169,8 +165,7 @@ def main():
         copy_project(folder)
         for page in pages:
             run_page(page, folder, everything)
-    print(f"{counts[True]} passed, {counts[False]} failed")
-    return counts[False] > 0
+    return summary()
 
 
 if __name__ == "__main__":

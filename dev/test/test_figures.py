@@ -19,6 +19,7 @@ import time
 ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../.."))
 sys.path.insert(0, os.path.join(ROOT, "dev/tools"))
 import figures  # noqa: E402
+from harness import check, summary  # noqa: E402
 
 SIZES = "--layers 2 --channels 8 --hidden 16 --heads 2 --seq-len 8 --batch 2"
 TABLE = f"""# pre without, with, and with GPAS but no stop-gradient
@@ -29,12 +30,6 @@ pre.gpas.toy.1e-3\t--norm pre --gpas on
 pre.plain.toy.1e-3\t--norm pre --gpas on --stop-grad off
 pre.base.real.1e-3\t--norm pre --gpas off
 """
-counts = {True: 0, False: 0}
-
-
-def check(good, name, seen=""):
-    counts[bool(good)] += 1
-    print("%s %s%s" % ("ok  " if good else "FAIL", name, "" if good else ": " + str(seen)))
 
 
 def check_error(what, done, words):
@@ -144,12 +139,12 @@ def test_pair(folder):
             f"OPTIONS={SIZES} --steps 4 --val-batches 1 --save-every 2"]
     done = run(*make)
     before = log_without_time(f"{pair}/pre_gpas")
-    check(done.returncode == 0 and before[-2][0] == "4" and "report.html shows 2 runs" in done.stdout,
-          "make run PRESET=toy trains a pair and compares it", done)
+    check(done.returncode == 0 and before[-2][0] == "4"
+          and "report.html shows 2 runs" in done.stdout, "make run PRESET=toy trains a pair", done)
     os.unlink(f"{pair}/pre_gpas/ckpt_000004.safetensors")
     done = run(*make)
     check("pair/pre is complete" in done.stdout and f"--resume {pair}/pre_gpas" in done.stderr
-          and log_without_time(f"{pair}/pre_gpas") == before, "and resumes an interrupted one", done)
+          and log_without_time(f"{pair}/pre_gpas") == before, "an interrupted pair resumes", done)
 
 
 def write_run(folder, gate, losses):
@@ -231,8 +226,7 @@ def main():
         test_pages(folder)
         test_wrong_calls(folder)
         test_tables(folder)
-    print(f"{counts[True]} passed, {counts[False]} failed")
-    return counts[False] > 0
+    return summary()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 /*
-test_headers.c: tests the headers in dev/ that need no network: the data loader, the tokenizer, the
-sampler, the evaluation, the schedule, the limit of memory. Where they call a network, a stub
-answers that records how it is called.
+test_headers.c: tests headers in dev/ without a network: the data loader, the tokenizer, the
+sampler, the evaluation, the logs, the schedule, the memory limit. A stub takes the place of the
+network and records how it is called.
 
     build/test_headers    one line for each check, then `N passed, N failed`
 */
@@ -30,15 +30,15 @@ struct Model {
     int tokens[MOST], computed;  // the positions that have been computed, and their tokens
     Call calls[MOST];
     int num_calls;
-    int broken;                  // a call continued a text that had not been computed, or asked for
+    int broken;                  // a call continued a text that had not been computed, or requested
                                  // other logits than those of the last position
-    int end_after, end_token;    // the likeliest token after so many calls, if it is not 0
-    int undecided;               // the likeliest are a and b; all others are unlikely
+    int end_after, end_token;    // unless 0, after so many calls this token is the likeliest
+    int undecided;               // a and b are the likeliest; all others are unlikely
     int batches[MOST], num_batches;  // of model_forward() and layer_state()
     float logits[BYTES];
 };
 
-// The loss of each position is the hundredth part of its target.
+// The loss of each position is a hundredth of its target.
 double model_extend(Model *m, const int *tokens, const int *targets, int first, int T) {
     double loss = 0;
     Call call = {first, T, targets != NULL};
@@ -82,7 +82,7 @@ void layer_state(Model *m, int l, int B, int T, double variances[2], double *gat
     *gate = l ? 0.125 : NAN;
 }
 
-// Were these the calls of model_extend()?
+// Were these the calls to model_extend()?
 static int calls_were(const Model *m, const Call *expected, int n) {
     int same = m->num_calls == n && !m->broken;
     for (int i = 0; i < n; i++) {
@@ -176,7 +176,7 @@ static void test_windows(void) {
     dataloader_batch(&loader, 19, 2, tokens, targets);
     check(loader.num_windows == 20 && tokens[0] == 95 && targets[3] == 99 && tokens[4] == 0 &&
               targets[7] == 4,
-          "dataloader: windows do not overlap, come in order, and begin again", "%d %d %d",
+          "dataloader: windows do not overlap, come in order, and start over", "%d %d %d",
           tokens[0], targets[3], tokens[4]);
     check(tokens[1] == 96 && targets[0] == 96 && targets[1] == 97,
           "dataloader: the target of a token is the next token", "%d %d", tokens[1], targets[0]);
@@ -201,12 +201,12 @@ static void test_shuffle(void) {
     for (int i = 0; i < 60; i++) seen[i / 20][first[i] / 5]++;
     for (int i = 0; i < 60; i++) good = good && seen[i / 20][i % 20] == 1;
     for (int i = 0; i < 20; i++) in_order[i] = 5 * i;
-    check(good, "dataloader: each epoch has every window once", "it has not");
+    check(good, "dataloader: each epoch has every window once", "it does not");
     check(moved(first, in_order, 20) > 10, "dataloader: an epoch is shuffled", "%d moved",
           moved(first, in_order, 20));
     check(moved(first, first + 20, 20) > 10 && moved(first + 20, first + 40, 20) > 10 &&
               moved(first, first + 40, 20) > 10,
-          "dataloader: every epoch has an order of its own", "%d %d moved",
+          "dataloader: every epoch has its own order", "%d %d moved",
           moved(first, first + 20, 20), moved(first + 20, first + 40, 20));
     open_count(&other, 3);
     first_tokens(&other, 47, 33, again + 47);
@@ -216,14 +216,14 @@ static void test_shuffle(void) {
     int64_t far = (int64_t)1000000 * 1000000000 + 7;
     first_tokens(&other, far, 1, again);
     first_tokens(&other, far - 20, 1, again + 1);
-    check(again[0] % 5 == 0 && other.epoch == far / 20 - 1, "dataloader: any epoch at once", "%d",
+    check(again[0] % 5 == 0 && other.epoch == far / 20 - 1, "dataloader: jumps to any epoch", "%d",
           again[0]);
     for (int epoch = 0; epoch < 300; epoch++) {
         first_tokens(&other, 20 * epoch, 20, again);
         in_place += 20 - moved(again, in_order, 20);
     }
     check(in_place > 230 && in_place < 370,
-          "dataloader: on average one window of an epoch stays in its place", "%d in 300 epochs",
+          "dataloader: on average an epoch leaves one window in its place", "%d in 300 epochs",
           in_place);
     dataloader_close(&other);
     open_count(&other, 4);
@@ -256,7 +256,7 @@ static void test_round_trips(const Tokenizer *tokenizer, const char *kind) {
         int tokens[100], n = tokenizer_encode(tokenizer, texts[i], tokens), bytes = 0, length;
         decode(tokenizer, tokens, n, text, sizeof text);
         snprintf(name, sizeof name, "tokenizer: %s, round trip of text %zu", kind, i);
-        check(strcmp(text, texts[i]) == 0 && tokens[0] == TOKEN_BOS, name, "it came back as %s",
+        check(strcmp(text, texts[i]) == 0 && tokens[0] == TOKEN_BOS, name, "it comes back as %s",
               text);
         for (int k = 1; k < n; k++, bytes += length)
             tokenizer_text(tokenizer, tokens[k - 1], tokens[k], &byte, &length);
@@ -280,8 +280,8 @@ static void test_tokenizer(void) {
     check(found && tokenizer.V == 269, "tokenizer: pieces", "V is %d", tokenizer.V);
     test_round_trips(&tokenizer, "pieces");
     int n = tokenizer_encode(&tokenizer, "the the", tokens);
-    check(n == 3 && tokens[1] == 263 && tokens[2] == 263, "tokenizer: joins pieces to longer ones",
-          "%d tokens, %d %d", n, tokens[1], tokens[2]);
+    check(n == 3 && tokens[1] == 263 && tokens[2] == 263,
+          "tokenizer: joins pieces into longer ones", "%d tokens, %d %d", n, tokens[1], tokens[2]);
     n = tokenizer_encode(&tokenizer, "th", tokens);  // th has a better score than the piece " t"
     check(n == 3 && tokens[1] == 264 && tokens[2] == 259,
           "tokenizer: joins the pair with the best score first", "%d tokens, %d %d", n, tokens[1],
@@ -292,7 +292,7 @@ static void test_tokenizer(void) {
           "tokenizer: a character without a piece becomes its bytes", "%d tokens", n);
     tokenizer_close(&tokenizer);
     found = tokenizer_open(&tokenizer, "/nonexistent");
-    check(!found && tokenizer.V == 0, "tokenizer: a folder may have none", "V is %d", tokenizer.V);
+    check(!found && tokenizer.V == 0, "tokenizer: a folder may lack one", "V is %d", tokenizer.V);
     write_tokenizer(pieces, 0);
 }
 
@@ -357,7 +357,7 @@ static void test_windows_of_story(void) {
     check(strlen(story) == 15 && strncmp(story, "ab", 2) == 0 && story[14] == '\n',
           "tell_story: the prompt, --length tokens, the end of the line", "%s", story);
     check(calls_were(&m, calls, 12),
-          "tell_story: computes each position once, and begins again with the second half of T",
+          "tell_story: computes each position once, and the last half again when T is full",
           "%d calls, the first is %d to %d", m.num_calls, m.calls[0].first, m.calls[0].T);
     for (int i = 0; i < 5; i++) window[i] = (char)(m.tokens[i] - TOKEN_BYTE);
     check(strncmp(window, story + 8, 5) == 0, "tell_story: the window holds the latest tokens",
@@ -437,7 +437,7 @@ static void test_answer(void) {
           "%d calls, the first is %d to %d", narrow.num_calls, narrow.calls[0].first,
           narrow.calls[0].T);
     check(narrow.tokens[0] == 30 && narrow.tokens[1] == 40 && narrow.tokens[2] == 50,
-          "answer: its end stays", "%d %d %d", narrow.tokens[0], narrow.tokens[1],
+          "answer: it keeps its end", "%d %d %d", narrow.tokens[0], narrow.tokens[1],
           narrow.tokens[2]);
 }
 
@@ -469,14 +469,14 @@ static void test_validate(void) {
     log_layers(&run);
     fclose(run.layers);
     check(m.num_batches == 5 && m.batches[3] == 1 && m.batches[4] == 1,
-          "log_layers: variances of the sequences of the last batch", "batch %d", m.batches[3]);
+          "log_layers: the variances are those of the last batch", "batch %d", m.batches[3]);
     check(strcmp(line, "1,1,0.25,0.5,,3\n1,2,1.25,1.5,0.125,4\n") == 0,
           "log_layers: step, layer, both variances, gate, gradient norm", "%s", line);
     dataloader_close(&run.val);
 }
 
-// The length of an ending is that of its text in characters: not its first space, and a character
-// of several bytes once.
+// The length of an ending is the number of characters in its text, without its first space. A
+// character of several bytes counts once.
 static void test_ending_length(void) {
     static const char *const pieces[] = {" t", "he", "\xc3\xa9"};
     const uint16_t ending[] = {259, 260, 261, TOKEN_BYTE + 0xc3, TOKEN_BYTE + 0xa9};
@@ -486,15 +486,15 @@ static void test_ending_length(void) {
     check(ending_length(&tokenizer, ending, 5) == 5, "ending_length: characters", "%d",
           ending_length(&tokenizer, ending, 5));
     check(ending_length(&none, ending, 4) == 4,
-          "ending_length: tokens, where there is no tokenizer", "%d",
+          "ending_length: tokens, if there is no tokenizer", "%d",
           ending_length(&none, ending, 4));
     tokenizer_close(&tokenizer);
-    check(crc32("123456789", 9) == 0xCBF43926, "crc32: the value that every CRC-32 gives", "%x",
+    check(crc32("123456789", 9) == 0xCBF43926, "crc32: the check value of CRC-32", "%x",
           (unsigned)crc32("123456789", 9));
 }
 
 /* ------------------------------------------------------------------------------------------------
-Limits of memory
+The memory limit
 */
 
 static void write_line(const char *name, const char *line) {
@@ -505,24 +505,24 @@ static void write_line(const char *name, const char *line) {
     write_file(name, line, strlen(line));
 }
 
-// Containers limit the memory by files of the kernel, which a folder stands for here.
+// Containers limit memory through files of the kernel. A folder imitates them here.
 static void test_memory_limit(void) {
     const char *list = "proc/self/cgroup", *whole = "9223372036854771712\n";
     double all = memory_limit("/nowhere");
-    check(all > 1 << 24, "memory_limit: that of the machine", "%g", all);
+    check(all > 1 << 24, "memory_limit: the memory of the machine", "%g", all);
     write_line(list, "0::/a/b\n");
     write_line("sys/fs/cgroup/a/b/memory.max", "max\n");
     check(memory_limit(folder) == all, "memory_limit: a group without a limit", "%g",
           memory_limit(folder));
     write_line("sys/fs/cgroup/a/memory.max", "3000000\n");
-    check(memory_limit(folder) == 3000000, "memory_limit: version 2, the group around it", "%g",
+    check(memory_limit(folder) == 3000000, "memory_limit: version 2, the parent group", "%g",
           memory_limit(folder));
     write_line("sys/fs/cgroup/a/b/memory.max", "2000000\n");
-    check(memory_limit(folder) == 2000000, "memory_limit: version 2, the smaller one", "%g",
+    check(memory_limit(folder) == 2000000, "memory_limit: version 2, the smaller limit", "%g",
           memory_limit(folder));
     write_line(list, "0::/host/path\n");
     write_line("sys/fs/cgroup/memory.max", "1000000\n");
-    check(memory_limit(folder) == 1000000, "memory_limit: version 2, inside of a container", "%g",
+    check(memory_limit(folder) == 1000000, "memory_limit: version 2, inside a container", "%g",
           memory_limit(folder));
     write_line(list, "12:cpuset:/x\n4:cpu,memory:/docker/1f\n0::/none\n");
     write_line("sys/fs/cgroup/memory.max", "max\n");
@@ -574,8 +574,8 @@ static void test_clip_factors(void) {
         {1, 0, 10, 5, 0.1, 0.1, "a limit for the whole gradient"},
         {1, 0, 0.5, 0.2, 1, 1, "a gradient within its limit"},
         {0, 0.01, 10, 0.5, 1, 0.02, "a limit for the gates alone"},
-        {1, 0.01, 10, 0.05, 0.1, 0.1, "gates that the first limit brings within the second"},
-        {1, 0.01, 10, 0.5, 0.1, 0.02, "gates that are over both limits"},
+        {1, 0.01, 10, 0.05, 0.1, 0.1, "gates that the first limit brings below the second"},
+        {1, 0.01, 10, 0.5, 0.1, 0.02, "gates above both limits"},
     };
     Options o;
     memset(&o, 0, sizeof o);

@@ -1,12 +1,12 @@
 """
-Damaged files: train_gpas must read them, or end with status 1 and one line. One line a check.
+Damages files. train_gpas must either read them or exit with status 1 and one line on stderr.
 
     python3 dev/test/test_mutations.py           from the project's folder, after make
-    python3 dev/test/test_mutations.py 10000 7   more of them, others with another seed
+    python3 dev/test/test_mutations.py 10000 7   10000 files, with seed 7
 
-Checkpoints, token files and tokenizers are changed in every way that is cheap to think of: bits,
-lengths, numbers of the header, fields swapped or given twice, deep nesting, NaN. The program must
-not end by a signal, nor take longer than 20 seconds or more than 1 GiB of memory.
+Checkpoints, token files and tokenizers are changed in every way that is easy to think of: bits,
+lengths, numbers in the header, fields swapped or given twice, deep nesting, NaN. The program must
+not be ended by a signal, take longer than 20 seconds or use more than 1 GiB of memory.
 """
 import os
 import random
@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 
+from harness import BYTE_PIECES, check, read, summary, token_file, tokenizer, write
+
 PROGRAM = os.path.abspath("train_gpas")
 NETWORK = ("--layers 2 --channels 16 --hidden 24 --heads 2 --seq-len 16 --batch 2 --length 5 "
            "--val-batches 1").split()
@@ -24,32 +26,11 @@ NUMBERS = [0, 1, 2, -1, 3, 7, 8, 255, 256, 65535, 65536, 1 << 24, (1 << 31) - 1,
            (1 << 32) - 1, 1 << 32, (1 << 63) - 1, -(1 << 63), (1 << 64) - 1, 10 ** 18, 10 ** 30]
 WORDS = ["nan", "inf", "-inf", "1e308", "0x10", "1e9", "", "-", "+5", " 5", "1.5", "on", "null",
          "[]", "post", "relu", "\\u0000", "\x01", "a" * 2000, "9" * 400, "262144", "4096"]
-PIECES = ([b"<unk>", b"\n<s>\n", b"\n</s>\n"] + [bytes([b]) for b in range(256)]
-          + [b"t", b"h", b"e", b"th", b"the", b" the", b" ", b"\xc3\xa9"])
-
-
-def tokens(count, modulus):
-    return (struct.pack("<3i", 20240520, 1, count).ljust(1024, b"\0")
-            + struct.pack(f"<{count}H", *[i % modulus for i in range(count)]))
-
-
-def tokenizer(pieces):
-    return struct.pack("<i", 6) + b"".join(struct.pack("<fi", -i, len(piece)) + piece
-                                           for i, piece in enumerate(pieces))
-
-
-def write(path, data):
-    with open(path, "wb") as file:
-        file.write(data)
-
-
-def read(path):
-    with open(path, "rb") as file:
-        return file.read()
+PIECES = BYTE_PIECES + [b"t", b"h", b"e", b"th", b"the", b" the", b" ", b"\xc3\xa9"]
 
 
 def change_bytes(draw, data, first=None):
-    """Any file: some bits, its length, or a piece of it. first: only this many bytes' bits."""
+    """Changes bits, the length, or a piece of any file. first: only bits in the first bytes."""
     way = draw.randrange(1 if first else 5)
     at, size = draw.randrange(len(data)), draw.randrange(1, 200)
     if way == 0:
@@ -110,7 +91,7 @@ def change_tokenizer(draw, data):
 
 
 def run(arguments):
-    """Status (or minus the signal), stderr, KiB of memory at most, seconds."""
+    """Status (or minus the signal), stderr, peak of memory in KiB, seconds."""
     with open("errors", "w+b") as errors:
         begin = time.monotonic()
         process = subprocess.Popen([PROGRAM, *arguments], stdin=subprocess.DEVNULL,
@@ -128,7 +109,7 @@ def run(arguments):
 
 
 def mutate(draw, good):
-    """Changes one file; returns the arguments that read it and the file's name."""
+    """Changes one file. Returns the arguments that read it, and its name."""
     kind = draw.choice(["checkpoint", "checkpoint", "tokens", "tokenizer"])
     load = ["--load", "good.safetensors"]
     if kind == "checkpoint":
@@ -157,9 +138,11 @@ def main():
     home = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        os.mkdir("data"), os.mkdir("data2")
-        good = {"train.bin": tokens(3000, 101), "val.bin": tokens(300, 103),
-                "tokenizer.bin": tokenizer(PIECES[:259])}
+        os.mkdir("data")
+        os.mkdir("data2")
+        good = {"train.bin": token_file([i % 101 for i in range(3000)]),
+                "val.bin": token_file([i % 103 for i in range(300)]),
+                "tokenizer.bin": tokenizer(BYTE_PIECES)}
         for name, data in good.items():
             write(f"data/{name}", data)
         status, errors, _, _ = run(["--data", "data", "--out", "out", *NETWORK, "--steps", "3"])
@@ -178,11 +161,12 @@ def main():
                                 f"{seconds:.1f} s, {' '.join(arguments)}: {errors[:200]}")
                 write(f"{home}/mutation_{seed}_{number}", read(path))
         os.chdir(home)
-    right = not problems and statuses.get(1, 0) > count / 4 and statuses.get(0, 0) > count / 20
-    print(f"{'ok  ' if right else 'FAIL'} mutations: {count} damaged files, by status {statuses}, "
-          f"at most {most >> 10} MiB and {longest:.1f} s" + "".join("\n  " + p for p in problems))
-    print(f"{int(right)} passed, {int(not right)} failed")
-    return not right
+    check(not problems and statuses.get(1, 0) > count / 4 and statuses.get(0, 0) > count / 20,
+          f"mutations: {count} damaged files, by status {statuses}, at most {most >> 10} MiB and "
+          f"{longest:.1f} s", f"{len(problems)} problems")
+    for problem in problems:
+        print(f"  {problem}")
+    return summary()
 
 
 if __name__ == "__main__":

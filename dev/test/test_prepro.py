@@ -1,11 +1,10 @@
 """
-Checks prepro_tinystories.py, dev/tools/compare.py and dev/tools/report.py, one line a check, as
-test_gpas.c does.
+Checks prepro_tinystories.py and the scripts compare.py, report.py and figures.py in dev/tools.
 
-    python3 dev/test/test_prepro.py     from the project's folder; needs the standard library only
+    python3 dev/test/test_prepro.py     from the project's folder; needs only the standard library
 
-The downloads come from a small server on this machine, which breaks them in every way it can. What
-needs sentencepiece is left out where that is not installed.
+Downloads come from a small server on this machine, which breaks them in every way it can. Without
+sentencepiece, what needs it is not tested.
 """
 import hashlib
 import html.parser
@@ -22,27 +21,20 @@ import time
 import zlib
 from array import array
 
+import harness
+from harness import check, read, write
+
 PREPRO = os.path.abspath("prepro_tinystories.py")
 COMPARE, REPORT, FIGURES = [os.path.abspath(f"dev/tools/{name}.py")
                             for name in ("compare", "report", "figures")]
-# The tokens of the toy stories of --seed 1. Where the grammar changes on purpose, so do these.
+# Of the tokens of the toy stories with --seed 1. If the grammar changes on purpose, so do these.
 TOY_SHA256 = {"train.bin": "a2dc2adab7719cc8fc25f8f06ef2ed96cb955e79daaa1a3d1a11d24402822999",
               "val.bin": "bdb2d09d706865049ca60ef0bd303cb95f9af09119ff1a66f7393ec4da9f8a3a"}
-passed = failed = 0
-
-
-def check(good, what, details=""):
-    global passed, failed
-    print(f"ok   prepro: {what}" if good else f"FAIL prepro: {what}: {details}", flush=True)
-    passed, failed = passed + bool(good), failed + (not good)
+harness.prefix = "prepro: "
 
 
 def run(script, *arguments, **environment):
-    """Exit status, stdout and stderr of a script run in the current folder."""
-    done = subprocess.run([sys.executable, script, *arguments], stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env={**os.environ, **environment}, timeout=120)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    return harness.run(sys.executable, script, *arguments, **environment)
 
 
 def prepro(*arguments, **environment):
@@ -50,8 +42,8 @@ def prepro(*arguments, **environment):
 
 
 def check_error(what, result, words):
-    """One line on stderr, of two lines of a terminal at most, that holds the words; status 1.
-    Progress may stand before it."""
+    """Status 1 and one line on stderr, perhaps after lines of progress, which contains the words
+    and fits on two lines of a terminal."""
     status, _, errors = result
     scripts = "prepro_tiny", "compare", "report", "figures"
     lines = [line for line in errors.splitlines() if line.startswith(scripts)]
@@ -60,18 +52,8 @@ def check_error(what, result, words):
     check(good, f"error: {what}", f"status {status}: {errors}")
 
 
-def write(path, data):
-    with open(path, "wb") as file:
-        file.write(data)
-
-
-def read(path):
-    with open(path, "rb") as file:
-        return file.read()
-
-
 def tokens_of(path):
-    """The tokens of a token file, whose header must be right."""
+    """The tokens of a token file. Raises an error if the header is wrong."""
     data = read(path)
     header = struct.unpack("<256i", data[:1024])
     tokens = array("H", data[1024:])
@@ -107,7 +89,7 @@ def test_toy_stories():
     train, val = stories_of("toy/train.bin"), stories_of("toy/val.bin")
     check(3e6 < sum(map(len, train)) < 7e6, "toy stories: several MB", sum(map(len, train)))
     check(not set(train) & set(val) and len(set(train)) == len(train),
-          "toy stories: all different, none both in training and validation")
+          "toy stories: all different, none in both training and validation")
     check(max(tokens_of("toy/train.bin")) < 259, "toy stories: tokens are bytes")
     for name, expected in TOY_SHA256.items():
         digests = [hashlib.sha256(read(f"{folder}/{name}")[1024:]).hexdigest()
@@ -127,7 +109,7 @@ def test_tokenizer():
     check(len(pieces) == 259 and pieces[3:] == [bytes([i]) for i in range(256)],
           "tokenizer.bin: 259 pieces, ids 3 to 258 the bytes themselves", len(pieces))
     check(struct.unpack_from("<i", data)[0] == max(map(len, pieces)),
-          "tokenizer.bin: begins with the longest piece's length", data[:4])
+          "tokenizer.bin: begins with the length of the longest piece", data[:4])
 
 
 def test_input():
@@ -137,7 +119,7 @@ def test_input():
     check(status == 0, "--input", errors)
     train, val = stories_of("mine/train.bin"), stories_of("mine/val.bin")
     check(sorted(train + val) == sorted(stories),
-          "--input: every story comes back, stripped, with bytes that are not UTF-8", val)
+          "--input: every story comes back, stripped, even with bytes that are not UTF-8", val)
     check(len(val) == 2, "--input: every 20th story is held out", len(val))
     write("other.txt", b"The one story to validate on.")
     prepro("--input", "mine.txt", "mine.txt", "--val-input", "other.txt", "--out", "mine",
@@ -151,7 +133,7 @@ def test_input():
     shards = sorted(name for name in os.listdir("mine") if name.startswith("train"))
     joined = sum((tokens_of(f"mine/{name}") for name in shards), array("H"))
     check(len(shards) > 2 and "train.bin" not in shards and joined == whole,
-          "--shard-tokens: shards that together are the whole, train.bin gone", shards)
+          "--shard-tokens: the shards together are the whole, and train.bin is gone", shards)
     prepro("--input", "mine.txt", "--out", "mine", "--overwrite")
     left = sorted(name for name in os.listdir("mine") if name.startswith("train"))
     check(left == ["train.bin"], "one file again: the old shards are gone", left)
@@ -159,7 +141,7 @@ def test_input():
     check_error("a missing file",
                 prepro("--input", "mine.txt", "none.txt", "--out", "mine", "--overwrite"),
                 "none.txt")
-    check(read("mine/train.bin") == before, "after an error the old files are still there")
+    check(read("mine/train.bin") == before, "an error leaves the old files as they were")
     write("big.txt", b"many words " * 10000)
     status, _, errors = prepro("--input", "big.txt", "mine.txt", "--val-input", "other.txt",
                                "--out", "big")
@@ -173,25 +155,25 @@ def test_input():
 
 
 def test_encodings():
-    """UTF-8 may begin with a mark, which is no text; UTF-16 and UTF-32 are refused."""
+    """UTF-8 may begin with a byte-order mark, which is not text. UTF-16 and UTF-32 are refused."""
     text = "\n<|endoftext|>\n".join(f"Zo\u00eb has {i} \u732b." for i in range(40))
     write("bom.txt", text.encode("utf-8-sig"))
     write("plain.txt", text.encode())
     for name in ("bom", "plain"):
         prepro("--input", f"{name}.txt", "plain.txt", f"{name}.txt", "--out", name)
-    check(read("bom/train.bin") == read("plain/train.bin"), "encodings: UTF-8's mark is no text")
+    check(read("bom/train.bin") == read("plain/train.bin"), "encodings: UTF-8 with a mark")
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"):
         write("wide.txt", text.encode(encoding))
         name = encoding[:6].upper()
         check_error(f"encodings: {encoding}", prepro("--input", "wide.txt", "--out", "wide"), name)
         result = prepro("--input", "plain.txt", "--val-input", "wide.txt", "--out", "wide")
         check_error(f"encodings: {encoding}, the second file", result, name)
-    write("wide.txt", ("\u732b" * 9).encode("utf-16"))      # has no byte of 0, but a mark
+    write("wide.txt", ("\u732b" * 9).encode("utf-16"))      # only its byte-order mark shows it
     check_error("encodings: utf-16 without a space",
                 prepro("--input", "plain.txt", "wide.txt", "--out", "wide"), "iconv")
     write("wide.txt", text.encode() * 999 + b"\0")
-    check_error("encodings: no text at the end",
-                prepro("--input", "wide.txt", "--out", "end"), "or no text")
+    check_error("encodings: a zero byte at the end",
+                prepro("--input", "wide.txt", "--out", "end"), "or not text")
     check(not os.path.exists("wide") and os.listdir("end") == [],
           "encodings: nothing is left behind")
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -212,7 +194,7 @@ def wait_for(path, child):
 
 
 def test_ownership():
-    """Nothing is deleted or replaced that this run did not write, unless --overwrite says so."""
+    """Without --overwrite, a run deletes and replaces only what it wrote itself."""
     text = b"\n<|endoftext|>\n".join(b"A cat sat on mat %d." % i for i in range(50))
     for folder in ("own/unfinished", "own/prepro.unfinished"):
         os.makedirs(folder)
@@ -221,9 +203,9 @@ def test_ownership():
     write("own/tokenizer.model", b"not yours")
     before = content("own")
     for source in ("own/unfinished/a.txt", "own/prepro.unfinished/a.txt", "mine.txt"):
-        check_error(f"ownership: another's tokenizer.model, --input {source}",
+        check_error(f"ownership: a tokenizer.model of another program, --input {source}",
                     prepro("--input", source, "--out", "own"), "tokenizer.model already")
-        check_error(f"ownership: another's prepro.unfinished, --input {source}",
+        check_error(f"ownership: a prepro.unfinished of another program, --input {source}",
                     prepro("--input", source, "--out", "own", "--overwrite"), "did not write")
     os.mkdir("link")
     os.symlink("../own/unfinished", "link/prepro.unfinished")
@@ -238,7 +220,8 @@ def test_ownership():
                 prepro("--input", "a.txt", "--out", "kill"), "in use")
     child.kill()
     child.wait()
-    check(os.listdir("kill") == ["prepro.unfinished"], "ownership: kill -9", os.listdir("kill"))
+    check(os.listdir("kill") == ["prepro.unfinished"], "ownership: kill -9 leaves one folder",
+          os.listdir("kill"))
     write("kill/prepro.unfinished/train_001.bin", b"half")
     status, _, errors = prepro("--input", "a.txt", "--out", "kill")
     files = ["prepro.json", "tokenizer.bin", "train.bin", "val.bin"]
@@ -247,7 +230,7 @@ def test_ownership():
     before = content("kill")
     status, said, errors = prepro("--input", "a.txt", "--out", "kill")
     check(status == 0 and "--overwrite makes it again" in said and content("kill") == before,
-          "ownership: the same command again has nothing to do", said + errors)
+          "ownership: the same command again does nothing", said + errors)
     for arguments in ([], ["--input", "mine.txt"], ["--seed", "2"], ["--download"],
                       ["--input", "a.txt", "--val-fraction", "0.1"],
                       ["--input", "a.txt", "--shard-tokens", "99"]):
@@ -259,7 +242,7 @@ def test_ownership():
         os.remove(f"kill/{name}")
         if data:
             write(f"kill/{name}", data)
-        check_error(f"ownership: {name} is not as it was made",
+        check_error(f"ownership: {name} is not as it was written",
                     prepro("--input", "a.txt", "--out", "kill"), "--overwrite")
         write(f"kill/{name}", before[f"kill/{name}"])
     check(content("kill") == before, "ownership: nothing is replaced")
@@ -270,7 +253,7 @@ def test_ownership():
     check(status == 0 and content("kill") != before, "ownership: --overwrite", errors)
 
 
-# prepro_tinystories.py, stopped by a signal before it removes or moves a file for the n-th time.
+# Runs prepro_tinystories.py, and sends it a signal before it removes or moves a file the n-th time.
 STOPPED = """
 import os, sys
 script, number, n = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
@@ -290,7 +273,7 @@ prepro.main(prepro.run)
 
 
 def test_stopped():
-    """Old and new files never pass for a set; only kill -9 stops a run that replaces files."""
+    """Old and new files are never used together. Only kill -9 stops a run that replaces files."""
     for number, n in [(signal.SIGKILL, n) for n in range(1, 9)] + [(signal.SIGTERM, 2),
                                                                    (signal.SIGTERM, 7)]:
         folder = f"set{number}.{n}"
@@ -306,7 +289,8 @@ def test_stopped():
         else:
             check(status == -number and ("tokenizer.bin" not in files or not changed
                                          or {"train.bin", "val.bin"} <= changed),
-                  f"ownership: kill -9 at file {n}", f"{status}: {files}, {changed}: {errors}")
+                  f"ownership: kill -9 at file {n} leaves no mixture",
+                  f"{status}: {files}, {changed}: {errors}")
 
 
 def test_special_files():
@@ -365,7 +349,8 @@ def test_endings():
     done = subprocess.run(["sh", "-c", 'ulimit -f 100; "$0" "$1" --out disk', sys.executable,
                            PREPRO], stderr=subprocess.PIPE)
     check_error("endings: a full disk", (done.returncode, "", done.stderr.decode()), "disk: ")
-    check(os.listdir("disk") == [], "endings: nothing half-written", os.listdir("disk"))
+    check(os.listdir("disk") == [], "endings: a full disk leaves nothing half-written",
+          os.listdir("disk"))
     for option in ("--out", "--input", "--val-input", "--url", "--multiple-choice", "--vocab-size",
                    "--val-fraction", "--shard-tokens", "--seed", "--show"):
         check(prepro(option, "")[0] == 1 and not os.path.exists("data"), f"empty: {option}")
@@ -374,7 +359,7 @@ def test_endings():
 
 
 def test_questions():
-    """HellaSwag is prepared as lm-evaluation-harness does."""
+    """HellaSwag is prepared as in lm-evaluation-harness."""
     def context_and_ending(line):
         write("q.jsonl", b"\xef\xbb\xbf" + line.encode() + b"\n")
         result = prepro("--multiple-choice", "q.jsonl", "--out", "plain", "--overwrite")
@@ -405,7 +390,7 @@ def test_questions():
     before = read("plain/q.bin")
     check_error("--multiple-choice: other questions of that name",
                 prepro("--multiple-choice", "q.jsonl", "--out", "plain"), "--overwrite replaces")
-    check(read("plain/q.bin") == before, "--multiple-choice: they stay")
+    check(read("plain/q.bin") == before, "--multiple-choice: the other questions stay")
     for _ in range(2):
         check(prepro("--multiple-choice", "q.jsonl", "--out", "bom")[0] == 0,
               "--multiple-choice: the same questions again")
@@ -413,9 +398,9 @@ def test_questions():
     write("bom/own.bin", good.encode())
     check_error("--multiple-choice: the questions themselves would be replaced",
                 prepro("--multiple-choice", "bom/own.bin", "--out", "bom", "--overwrite"), "rename")
-    check(read("bom/own.bin") == good.encode(), "--multiple-choice: they stay, too")
+    check(read("bom/own.bin") == good.encode(), "--multiple-choice: the input stays")
     for old, new, words in (
-            ('"ctx"', '"label": 1, "ctx"', "'label' is there twice"), ("a", "\xe9", "line 2"),
+            ('"ctx"', '"label": 1, "ctx"', "'label' occurs twice"), ("a", "\xe9", "line 2"),
             ("a", "a\0", "UTF-16"), ("0", "1.5", "1.5"), ("0", "true", "True"), ("0", "2", "label"),
             ('"b"', '""', "empty"), ('"b"', "7", "texts"), ('"a"', "null", "not a text"),
             ('"a"', '"", "activity_label": "", "ctx_a": "", "ctx_b": null', "not a text"),
@@ -427,8 +412,8 @@ def test_questions():
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves FILES in the way that the first part of the path says. tag: of their version. breaks:
-    do answers end halfway?"""
+    """Serves `files` in the way that the first part of the path names. tag: their version. breaks:
+    does each answer end halfway?"""
     files = {}
     asked = []
     tag = '"one"'
@@ -457,7 +442,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         if place and way != "norange" or way == "always206":
             start = int(place[1]) if place else 0
             self.send_response(206)
-            start -= way == "repeats"       # sends a byte again that was there already
+            start -= way == "repeats"       # sends one byte a second time
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         else:
             self.send_response(200)
@@ -498,7 +483,7 @@ def test_download():
     check(status == 0 and arrived("a"), "--download", errors)
     for way, tag in (("plain", Server.tag), ("dated", "Sun, 29 Nov 2026 06:00:00 GMT")):
         check_error(f"a download that breaks off, {way}", fetch(way, f"b{way}", breaks=True),
-                    "resumes")
+                    "again to resume")
         check(sorted(os.listdir(f"b{way}")) == [names[0] + ".part", names[0] + ".part.version"],
               "a broken download gets no final name", os.listdir(f"b{way}"))
         status, _, errors = fetch(way, f"b{way}")
@@ -508,26 +493,26 @@ def test_download():
               f"--download again resumes where it broke off, {way}", errors)
     fetch("plain", "c", breaks=True)
     status, _, errors = fetch("norange", "c")
-    check(status == 0 and arrived("c"), "a server that ignores Range: it starts over", errors)
+    check(status == 0 and arrived("c"), "a server that ignores Range: starts over", errors)
     check_error("a file that is not there", fetch("missing", "d"), "404")
     fetch("plain", "g", breaks=True)
     status, _, errors = fetch("repeats", "g")
-    check(status == 0 and arrived("g"), "a server that repeats a byte: it starts over", errors)
+    check(status == 0 and arrived("g"), "a server that repeats a byte: starts over", errors)
     check_error("a web page instead of the file", fetch("page", "h"), "web page")
     check_error("a file without a length", fetch("nolength", "h"), "without a length")
     check_error("a part instead of the file", fetch("always206", "h"), "web page")
     status, _, errors = fetch("longer", "i")
-    check(status == 0 and arrived("i"), "bytes beyond the length are left alone", errors)
+    check(status == 0 and arrived("i"), "bytes beyond the length are ignored", errors)
     for size, what in ((len(text), "a whole"), (len(text) + 5, "too long a")):
         folder = f"j{size}"
         os.mkdir(folder)
         write(f"{folder}/{names[0]}.part", (text + b"other")[:size])
         write(f"{folder}/{names[0]}.part.version", f"{len(text)} {Server.tag}".encode())
         status, _, errors = fetch("plain", folder)
-        check(status == 0 and arrived(folder), f"--download after {what} .part", errors)
-    # The file changes after half of it has come. "dated" and "weak" call both versions the same:
-    # only the length tells where a file is "dated", and a weak tag is no version. "careless" and
-    # "silent" ignore If-Range; "silent" and "untagged" name no version.
+        check(status == 0 and arrived(folder), f"--download when there is {what} .part", errors)
+    # The file changes after half of it was received. "dated" and "weak" give both versions the same
+    # name: "dated" files differ only in length, and a weak tag does not count as a version.
+    # "careless" and "silent" ignore If-Range; "silent" and "untagged" do not name a version.
     for way in ("plain", "careless", "silent", "untagged", "weak", "dated"):
         for change in (b"", b"One more story. " * 20):
             folder = f"v{way}{len(change)}"
@@ -538,11 +523,11 @@ def test_download():
             Server.files[names[0]], Server.tag = text, '"one"'
             status, _, errors = fetch(way, folder)
             check(status == 0 and arrived(folder), f"a file that has changed, {way}, {len(change)} "
-                  "bytes shorter: it starts over", errors)
+                  "bytes shorter: starts over", errors)
     os.mkdir("w")
     write(f"w/{names[0]}.part", b"mine")
-    check_error("another's .part", fetch("plain", "w"), "--overwrite")
-    check(read(f"w/{names[0]}.part") == b"mine", "another's .part is still there")
+    check_error("a .part of another program", fetch("plain", "w"), "--overwrite")
+    check(read(f"w/{names[0]}.part") == b"mine", "a .part of another program is still there")
     check(fetch("plain", "w", "--overwrite")[0] == 0 and arrived("w"), "--overwrite replaces it")
     status, said, _ = fetch("plain", "a")
     check(status == 0 and "--overwrite makes it again" in said, "--download twice", said)
@@ -611,9 +596,9 @@ def test_compare():
     status, page, errors = run(COMPARE, "base", "gpas")
     saved = re.search(r"after\s+about\s+2\s+of\s+3\s+steps", page)
     check(status == 0 and saved and "A story." in page,
-          "compare.py: the steps that GPAS saved", page + errors)
+          "compare.py: how many steps GPAS saved", page + errors)
     status, page, errors = run(COMPARE, "base", "worse")
-    check(status == 0 and "did not reach" in page, "compare.py: says when GPAS lost", page + errors)
+    check(status == 0 and "did not reach" in page, "compare.py: says that GPAS lost", page + errors)
     status, page, errors = run(COMPARE, "base", "gpas", PYTHONIOENCODING="ascii")
     check(status == 0 and page.isascii(), "compare.py: a page in ASCII", errors)
     check_error("compare.py: no folder", run(COMPARE, "base", "none"), "none")
@@ -652,14 +637,14 @@ def test_compare():
           and not re.search("https?:|src=|href=|nan|inf", page)
           and {"pre + GPAS", "pre + plain scale", "no GPAS", "step 3 of 9", "a b \u00e9",
                "2 of 3 (-33%)", "not reached", "+0.5000 at step 3", "A story."} <= set(words),
-          "report.py: four runs in one file that needs no other", errors + str(set(words)))
+          "report.py: four runs in one file that needs no others", errors + str(set(words)))
     write("mine.html", b"my own")
-    check_error("report.py: another's file", run(REPORT, "base", "--out", "mine.html"),
+    check_error("report.py: a file of another program", run(REPORT, "base", "--out", "mine.html"),
                 "is not a report")
     write("gpas/log.csv", read("gpas/log.csv") + b"4,what\n")
     check_error("compare.py: a malformed line", run(COMPARE, "base", "gpas"), "log.csv, line 6")
     write("worse/layers.csv", read("worse/layers.csv") + b"9,999999999999,1,1,0.1,1\n")
-    check_error("compare.py: a layer far away", run(COMPARE, "base", "worse"), "lacks some")
+    check_error("compare.py: a layer too many", run(COMPARE, "base", "worse"), "lacks some")
 
 
 def test_figures():
@@ -683,8 +668,8 @@ def test_figures():
             ("a name with a slash", table + "../b.c.d.e\t", "SCHEME.KIND")):
         check_error(f"figures.py: {what}", figures(text), words)
     for what, text, words in (
-            ("a step that is no number", good + b"x,,1,,,,\n", "line 6: step"),
-            ("a loss that is no number", good + b"4,,x,,,,\n", "line 6: val_loss"),
+            ("a step that is not a number", good + b"x,,1,,,,\n", "line 6: step"),
+            ("a loss that is not a number", good + b"4,,x,,,,\n", "line 6: val_loss"),
             ("a log that was cut off", good[:-3], "1 runs are missing"),
             ("no header", b"1,2\n3,4\n", "line 2")):
         check_error(f"figures.py: {what}", figures(table, text), words)
@@ -711,8 +696,7 @@ def main():
         test_compare()
         test_figures()
         os.chdir(home)
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
+    return harness.summary()
 
 
 if __name__ == "__main__":

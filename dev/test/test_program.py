@@ -1,13 +1,13 @@
 """
-Runs train_gpas as its users do and checks what it writes, prints and rejects. One line a check.
+Runs train_gpas as its users do and checks what it writes, prints and rejects.
 
     python3 dev/test/test_program.py                          from the project's folder, after make
-    python3 dev/test/test_program.py ./train_gpas_cuda bf16   compares it with ./train_gpas
+    python3 dev/test/test_program.py ./train_gpas_cuda bf16   compares this one with ./train_gpas
 
 Tiny networks are trained on made-up tokens in a temporary folder. Their logs and checkpoints must
-show the rules of training: how the gradient is scaled, that each epoch is shuffled anew, the
-learning rate of each step, which parameters decay. In the second form the given program, in fp32 or
-bf16, must have the losses of ./train_gpas, and each must be able to resume the other's run.
+show the rules of training: the scale of the gradient, a new order in each epoch, the learning rate
+of each step, which parameters decay. In the second form the given program, in fp32 or bf16, must
+have the losses of ./train_gpas, and each must be able to resume the other's run.
 """
 import csv
 import json
@@ -25,8 +25,9 @@ import time
 import zlib
 from array import array
 
-from test_export import read_safetensors, write_tokens
-from test_mutations import PIECES, read, tokenizer, tokens, write
+import harness
+from harness import (BYTE_PIECES, changed, check, check_error, header_of, read, read_safetensors,
+                     summary, token_file, tokenizer, write)
 
 PROJECT = os.getcwd()
 TRAIN = os.path.abspath("train_gpas")
@@ -37,29 +38,13 @@ STOPPED = (f"--data data --out stop {NETWORK} --batch 2 --val-every 5 --steps 30
            "--sample-every 300 --length 30 ")
 LOG = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s"
 LAYERS = "step,layer,attention_variance,mlp_variance,gate,grad_norm"
-passed = failed = 0
-
-
-def check(good, name, seen=""):
-    global passed, failed
-    seen = " ".join(str(seen).split())[:500]
-    print(f"ok   {name}" if good else f"FAIL {name}: {seen}", flush=True)
-    passed, failed = passed + bool(good), failed + (not good)
 
 
 def run(arguments, program=TRAIN, limit="", threads=None):
-    """Exit status (minus the signal), stdout and stderr. limit: a command of the shell, ulimit."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
-    command = [program, *shlex.split(arguments)]
-    if limit:
-        command = ["sh", "-c", f'{limit}; exec "$0" "$@"', *command]
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=300,
-                              env=environment)
-    except subprocess.TimeoutExpired:
-        return None, "", "it has not ended after 300 seconds"
-    return done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
+    """Exit status (or minus the signal), stdout and stderr. limit: a shell command, like ulimit."""
+    shell = ["sh", "-c", f'{limit}; exec "$0" "$@"'] if limit else []
+    environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    return harness.run(*shell, program, *shlex.split(arguments), **environment)
 
 
 def check_success(name, result, also=True, seen=""):
@@ -68,17 +53,8 @@ def check_success(name, result, also=True, seen=""):
     check(status == 0 and not errors and also, name, f"status {status}, {errors}{seen}")
 
 
-def check_error(name, result, words):
-    """Status 1 and exactly one line on stderr, which contains the words and fits on two lines of a
-    terminal."""
-    status, _, errors = result
-    lines = errors.count("\n")
-    check(status == 1 and lines == 1 and errors.endswith("\n") and words in errors
-          and len(errors) < 160, name, f"status {status}, {lines} lines: {errors}")
-
-
 def content(path):
-    """The bytes of a file, or none if there is no such file."""
+    """The bytes of a file, or no bytes if it does not exist."""
     return read(path) if os.path.isfile(path) else b""
 
 
@@ -98,7 +74,7 @@ def column(rows, name):
 
 
 def without_time(path):
-    """The fields of log.csv but for ms and tokens_per_s, which differ from run to run."""
+    """The fields of log.csv except ms and tokens_per_s, which differ from run to run."""
     return [line.split(b",")[:5] for line in read(path).split(b"\n")]
 
 
@@ -135,11 +111,15 @@ def same_bits(one, other):
     return array("f", one).tobytes() == array("f", other).tobytes()
 
 
+def tokens(count, modulus):
+    return token_file([i % modulus for i in range(count)])
+
+
 def write_data():
     os.mkdir("data")
     write("data/train.bin", tokens(3000, 101))
     write("data/val.bin", tokens(300, 103))
-    write("data/tokenizer.bin", tokenizer(PIECES[:259]))
+    write("data/tokenizer.bin", tokenizer(BYTE_PIECES))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -157,21 +137,21 @@ def test_training():
     write(last, b"old")
     check_success("program: resumes at step 10, with one thread instead of two",
                   run("--resume run/ckpt_000010.safetensors", threads=1))
-    check(read(last) == checkpoint, "program: 10 steps, resumed, are 20 steps bit for bit",
+    check(read(last) == checkpoint, "program: resumed at step 10, it ends with the same bits",
           f"{len(read(last))} and {len(checkpoint)} bytes")
     check(read("run/layers.csv") == layers,
-          "program: a resumed run continues layers.csv where it was", read("run/layers.csv"))
+          "program: a resumed run continues layers.csv", read("run/layers.csv"))
     check(without_time("run/log.csv") == log,
-          "program: a resumed run continues log.csv where it was", read("run/log.csv"))
+          "program: a resumed run continues log.csv", read("run/log.csv"))
     check(read("run/samples.txt") == stories,
-          "program: a resumed run continues samples.txt where it was", read("run/samples.txt"))
+          "program: a resumed run continues samples.txt", read("run/samples.txt"))
     write(last, b"old")
     result = run("--resume run/ckpt_000010.safetensors --recompute on --check-finite on",
                  threads=3)
     check_success("program: with three threads, --recompute, --check-finite: the same checkpoint",
                   result, read(last) == checkpoint, "another checkpoint")
     steps = column(table("run/log.csv"), "step")
-    check(steps == list(range(21)), "program: log.csv has a line for each step, once", steps)
+    check(steps == list(range(21)), "program: log.csv has one line for each step", steps)
 
 
 def test_telling():
@@ -182,7 +162,7 @@ def test_telling():
           "program: --steps 0 --load only tells a story", f"status {status}, {errors}{story}")
     remove("run")
     status, _, errors = run(SMALL + "--steps 0 --length 5")
-    check(status == 0 and "an untrained network tells the story" in errors,
+    check(status == 0 and "the story is an untrained network's" in errors,
           "program: says so when an untrained network tells a story", f"status {status}, {errors}")
     check(not os.path.exists("run"), "program: --steps 0 leaves no files")
     status, text, errors = run("--help")
@@ -192,12 +172,12 @@ def test_telling():
 
 
 def test_story_by_heart():
-    """Learns a story by heart in which the next letter depends on many before it. The tokens of the
-    prompt are computed at once, the others one by one: where the prompt ends must not matter."""
+    """A network memorizes a story in which each letter depends on many before it. The tokens of the
+    prompt are computed at once, the others one by one. Where the prompt ends must not matter."""
     story = "ABACABADABACABA"
     os.mkdir("letters")
     for name in ("train", "val"):
-        write_tokens(f"letters/{name}.bin", [1, *[3 + ord(c) for c in " " + story]] * 20)
+        write(f"letters/{name}.bin", token_file([1, *[3 + ord(c) for c in " " + story]] * 20))
     shutil.copy("data/tokenizer.bin", "letters")
     for scheme in ("pre", "post"):
         train(f"--norm {scheme} --gate-init 0.3 --batch 4 --steps 150 --lr 0.02", "told", "letters")
@@ -205,7 +185,7 @@ def test_story_by_heart():
                     f"--prompt '{story[:known]}' --length {15 - known if known else 16}")
                 for known in (0, 1, 4, 8, 14)]  # without a prompt the space is a token too
         check(all(result == (0, story + "\n", "") for result in told),
-              f"program: a {scheme} network knows a story by heart, given any part of it",
+              f"program: a {scheme} network tells a memorized story from any beginning",
               told)
 
 
@@ -228,13 +208,13 @@ def test_checkpoints_kept():
     write(f"run/{names[1]}", b"old")
     write(f"run/{names[0]}.tmp", b"half")
     write("run/ckpt_1.safetensors", b"mine")
-    check_success("program: and those that a killed run left behind",
+    check_success("program: and checkpoints that a killed run left behind",
                   run(SMALL + "--steps 3 --keep 2 --save-every 1"),
                   kept() == names[2:] + ["ckpt_1.safetensors"], kept())
 
 
 def run_and_stop(*numbers, stderr=subprocess.PIPE, **settings):
-    """Trains and sends signals after about 20 steps; 0 closes the pipe that the output goes to.
+    """Trains, and sends signals after about 20 steps; 0 closes the pipe that receives the output.
     Returns the exit status, stdout and stderr."""
     remove("stop")
     process = subprocess.Popen([TRAIN, *STOPPED.split()], stdin=subprocess.DEVNULL,
@@ -265,9 +245,11 @@ def test_stop():
     check_success("stop: a run that is not stopped", result)
     last = "stop/ckpt_003000.safetensors"
     checkpoint, stories = read(last), read("stop/samples.txt")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number, words in ((signal.SIGTERM, "saving; a second SIGTERM stops at once\n"),
+                          (signal.SIGINT, "saving; a second Ctrl-C stops at once\n"),
+                          (signal.SIGHUP, "finishing this step, then saving\n")):
         status, output, errors = run_and_stop(number)
-        check(status == 128 + number and "a second Ctrl-C stops at once" in errors,
+        check(status == 128 + number and words in errors,
               f"stop: {number.name} ends the run with status {128 + number} and says what it does",
               f"status {status}, {errors}")
         saved = stopped_checkpoints()
@@ -278,23 +260,23 @@ def test_stop():
         check_success(f"stop: {number.name}: resumed, it ends with the same bits", result,
                       read(last) == checkpoint, "another checkpoint")
         check(read("stop/samples.txt") == stories,
-              f"stop: {number.name}: and has told the same stories", read("stop/samples.txt"))
+              f"stop: {number.name}: resumed, it tells the same stories", read("stop/samples.txt"))
 
 
 def test_stop_without_a_reader():
-    """`| head` stops a run like a signal. `| tee` gets the Ctrl-C too, and is gone first."""
+    """`| head` stops a run like a signal. `| tee` gets the Ctrl-C too, and ends first."""
     status, _, _ = run_and_stop(0)
     check(status == 128 + signal.SIGPIPE and stopped_checkpoints(),
           "stop: a run whose output nobody reads saves and stops", f"status {status}")
     status, _, _ = run_and_stop(0, signal.SIGINT)
     check(status == 130 and stopped_checkpoints(),
-          "stop: Ctrl-C after the reader is gone saves, with status 130", f"status {status}")
+          "stop: Ctrl-C after the reader has ended saves, with status 130", f"status {status}")
     status, _, _ = run_and_stop(0, signal.SIGINT, stderr=subprocess.STDOUT)
     check(status == 130 and stopped_checkpoints(),
-          "stop: the same where the reader had the errors too: 2>&1 | tee", f"status {status}")
+          "stop: the same if the reader had stderr too: 2>&1 | tee", f"status {status}")
     status, _, errors = run_and_stop(signal.SIGHUP, signal.SIGHUP, signal.SIGTERM)
     check(status in (129, 143) and stopped_checkpoints(),
-          "stop: a terminal that closes sends several signals; the run saves all the same",
+          "stop: a closing terminal sends several signals; the run saves anyway",
           f"status {status}, {errors}")
     ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
     status, output, errors = run_and_stop(signal.SIGHUP, **ignore)
@@ -303,7 +285,7 @@ def test_stop_without_a_reader():
 
 
 def test_stop_at_once():
-    """A step of so many sequences takes seconds."""
+    """One step takes seconds here, so the second Ctrl-C comes before its end."""
     remove("slow")
     child = subprocess.Popen([TRAIN, *shlex.split(
         "--data data --out slow --channels 256 --hidden 1024 --heads 2 --seq-len 16 --batch 64 "
@@ -337,7 +319,7 @@ def test_standard_files():
     result = run(SMALL + "--steps 3", limit="exec <&- >&- 2>&-")
     logs = read("run/log.csv") + read("run/layers.csv") + read("run/samples.txt")
     check(result[0] == 0 and b"tok/s" not in logs and logs.startswith(LOG.encode()),
-          "closed: nothing that is printed lands in a log", f"{result}, {logs}")
+          "closed: nothing that is printed ends up in a log", f"{result}, {logs}")
     status, _, _ = run("--banana", limit="exec <&- >&- 2>&-")
     check(status == 1, "closed: an error has status 1", status)
 
@@ -348,35 +330,35 @@ def test_special_files():
         os.mkdir(folder)
         os.mkfifo(f"{folder}/{name}")
         check_error(f"special: a pipe as {name}",
-                    run(SMALL.replace("--out run", f"--out {folder}") + "--steps 3"), "not a file")
+                    run(SMALL.replace("--out run", f"--out {folder}") + "--steps 3"), "regular")
     os.mkfifo("fifo")
     os.symlink("nowhere", "dangling")
     os.symlink("target", "link")
     write("target", b"old")
     write("mine", b"old")
     write("mine.tmp", b"precious")
-    for name, words in (("fifo", "not a file"), ("/dev/null", "not a file"), ("data", "not a file"),
+    for name, words in (("fifo", "regular"), ("/dev/null", "regular"), ("data", "regular"),
                         ("dangling", "No such file"), ("mine", "mine.tmp: File exists")):
         check_error(f"special: --dump-grads {name}", run(SMALL + f"--dump-grads {name}"), words)
     check(read("mine") == b"old" and read("mine.tmp") == b"precious",
-          "special: neither the target nor another's .tmp file is touched")
+          "special: neither the target nor another program's .tmp file is touched")
     check_success("special: --dump-grads through a link", run(SMALL + "--dump-grads link"),
                   os.path.islink("link") and len(read("target")) > 100)
     os.chdir("told")
-    check_success("special: . is a folder", run("--resume . --out . --data ../data --steps 5"),
+    check_success("special: --resume . --out .", run("--resume . --out . --data ../data --steps 5"),
                   os.path.exists("ckpt_000005.safetensors"))
     os.chdir("..")
 
 
 def test_empty_values():
-    """What an unset variable of the shell leaves: --resume "$UNSET"."""
+    """An unset shell variable leaves an empty value: --resume "$UNSET"."""
     remove("out")
     names = re.findall(r"^  --(\S+)", run("--help")[1], re.MULTILINE)
     for name in names:
         if name != "prompt":
-            check_error(f"empty: --{name} ''", run(f"--{name} ''"), "given, but empty")
+            check_error(f"empty: --{name} ''", run(f"--{name} ''"), "is empty; it needs a value")
     check(len(names) > 40 and not os.path.exists("out"), "empty: nothing is written", names)
-    check_error("empty: --resume=", run("--resume="), "given, but empty")
+    check_error("empty: --resume=", run("--resume="), "is empty; it needs a value")
     train("--batch 2 --steps 1", "told")
     check_success("empty: a prompt may be empty", run("--load told --steps 0 --prompt ''"))
 
@@ -392,7 +374,7 @@ def test_folder_in_use():
     before = folder_content("first")
     for options in (network, "--load other ", "--resume other ", "--resume other/. "):
         check_error(f"in use: {options}", run(options + "--out first --steps 5"), "holds a run")
-    check(folder_content("first") == before, "in use: and nothing there changes")
+    check(folder_content("first") == before, "in use: nothing in it changes")
     for name in ("samples.txt", "options.txt", "log.csv", "layers.csv"):
         os.mkdir(f"my_{name}")
         write(f"my_{name}/{name}", b"my own\n")
@@ -403,21 +385,21 @@ def test_folder_in_use():
                   run(network + "--steps 5 --out first --overwrite on"),
                   sorted(os.listdir("first")) == ["ckpt_000005.safetensors", "layers.csv",
                                                   "log.csv", "options.txt", "samples.txt"])
-    check("steps 5\n" in read("first/options.txt").decode(), "in use: and its options")
+    check("steps 5\n" in read("first/options.txt").decode(), "in use: its options, too")
     check(column(table("first/log.csv"), "step") == [0, 1, 2, 3, 4, 5],
-          "in use: and its logs", read("first/log.csv"))
+          "in use: its logs, too", read("first/log.csv"))
     check_success("in use: a copied run continues in the copy",
                   run("--resume other --out copy --steps 6"),
                   column(table("copy/log.csv"), "step") == [5, 6])
     remove("failed")
-    check_error("in use: a run that ends before its first step",
+    check_error("in use: a run that fails before its first step",
                 run(network.replace("--data data", "--data big --vocab-size 300")
                     + "--out failed --steps 5"), "vocabulary")
-    check_success("in use: leaves the folder free", run(network + "--out failed --steps 5"))
+    check_success("in use: its folder stays free", run(network + "--out failed --steps 5"))
 
 
 def test_shortcuts():
-    """Ways to say it that users try."""
+    """Spellings that users try."""
     train("--batch 2 --steps 20 --save-every 5 --keep 9", "many")
     check_success("shortcut: --name=value", run(SMALL + "--steps=3 --lr=0.001"))
     check_success("shortcut: --resume FOLDER takes the newest", run("--resume many --steps 21"),
@@ -426,15 +408,15 @@ def test_shortcuts():
         status, story, errors = run(options)
         check(status == 0 and not errors and story.startswith("Lily") and "step" not in story,
               f"shortcut: {options} only tells a story", f"{status}, {story}{errors}")
-    check_success("shortcut: with --steps it trains",
+    check_success("shortcut: with --steps, --load trains",
                   run("--load many --prompt Lily --steps 2 --out run --overwrite on"),
                   b"Lily" in read("run/samples.txt"))
     status, story, _ = run("--load many --prompt 'a\tb' --length 1")
-    check(status == 0 and story.startswith("a\tb"), "shortcut: a tab is text", story)
+    check(status == 0 and story.startswith("a\tb"), "shortcut: a prompt may contain a tab", story)
 
 
 # ------------------------------------------------------------------------------------------------
-# Whose file is it: data of several files, tokenizers, checkpoints of other versions.
+# Files that belong together: data in several files, tokenizers, checkpoints of other versions.
 
 def with_header(data, number, value):
     return data[:4 * number] + struct.pack("<I", value) + data[4 * number + 4:]
@@ -450,22 +432,27 @@ def test_shards():
     check_success("shards: three of three", run(training))
     os.rename("shards/train_002.bin", "shards/kept")
     check_error("shards: the last is missing", run(training),
-                "has 2 files of train, but 3 were made")
+                "has 2 train files, but 3 were made")
     shutil.copy("shards/train_001.bin", "shards/train_002.bin")
     check_error("shards: one twice", run(training), "train_002.bin was made as file number 1")
     os.remove("shards/train_002.bin")
     os.rename("shards/kept", "shards/train_1002.bin")
-    check_error("shards: one in the middle is missing", run(training),
-                "train_002.bin is missing, one of 1003")
+    check_error("shards: one is missing in the middle", run(training),
+                "train_002.bin is missing; there should be at least 1003")
     os.remove("shards/train_1002.bin")
     write("shards/train.bin", whole)
-    check_error("shards: two sets in one folder", run(training), "which is meant")
+    check_error("shards: two sets in one folder", run(training), "has both train.bin and train_")
+    shutil.copytree("data", "loop")
+    os.remove("loop/train.bin")
+    os.symlink("train.bin", "loop/train.bin")
+    check_error("data: a link to itself", run(SMALL.replace("--data data", "--data loop") + "--steps 3"),
+                "Too many levels")
 
 
 def test_tokenizers():
     """A checkpoint remembers its tokenizer."""
     shutil.copytree("data", "bytes")
-    pieces = tokenizer(PIECES[:259])
+    pieces = tokenizer(BYTE_PIECES)
     write("bytes/train.bin", with_header(tokens(3000, 101), 4, zlib.crc32(pieces)))
     train("--batch 2 --steps 3", "known", "bytes")
     header = read_safetensors("known/ckpt_000003.safetensors")[0]["__metadata__"]
@@ -474,21 +461,19 @@ def test_tokenizers():
     shutil.copytree("bytes", "swapped")
     write("swapped/tokenizer.bin", pieces[:-1] + b"?")
     before = read("known/ckpt_000003.safetensors")
-    for options, words in (("--load known --steps 0", "another tokenizer"),
-                           ("--load known --eval data/val.bin", "another tokenizer"),
-                           ("--resume known --steps 5", "another tokenizer")):
-        check_error(f"tokenizer: {options} with another", run(options + " --data swapped"), words)
+    for options in ("--load known --steps 0", "--load known --eval data/val.bin",
+                    "--resume known --steps 5"):
+        check_error(f"tokenizer: {options} with another", run(options + " --data swapped"),
+                    "was not trained with swapped/tokenizer.bin")
     check_error("tokenizer: data of another", run(SMALL.replace("--data data", "--data swapped")
-                                                  + "--steps 3"), "another tokenizer")
+                                                  + "--steps 3"), "a different tokenizer")
     write("text.bin", with_header(tokens(300, 101), 4, 12345))
     write("questions.bin", struct.pack("<5i", 20240522, 1, 1, 0, 12345).ljust(1024, b"\0"))
     check_error("tokenizer: a text of another", run("--load known --eval text.bin"),
-                "another tokenizer")
+                "a different tokenizer")
     check_error("tokenizer: questions of another",
-                run("--load known --eval-choice questions.bin"), "another tokenizer")
-    old = before.replace(f',"tokenizer":"{zlib.crc32(pieces)}"'.encode(), b"", 1)
-    size = int.from_bytes(old[:8], "little") - (len(before) - len(old))
-    write("old", size.to_bytes(8, "little") + old[8:])
+                run("--load known --eval-choice questions.bin"), "a different tokenizer")
+    write("old", changed(before, f',"tokenizer":"{zlib.crc32(pieces)}"'.encode(), b""))
     check_success("tokenizer: a checkpoint of an older version", run("--load old --steps 0"))
     check_success("tokenizer: resumes, and remembers it from then on",
                   run("--resume old --steps 5 --out run --overwrite on"),
@@ -499,8 +484,7 @@ def test_rewritten():
     """Other programs write the header's parts in another order, or with spaces."""
     train("--batch 2 --steps 3", "told")
     data = read("told/ckpt_000003.safetensors")
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
+    header, end = header_of(data)
     for name, text in (("reversed", json.dumps(dict(reversed(header.items())))),
                        ("spaced", json.dumps(header)),
                        ("tensors", json.dumps({"__metadata__": header.pop("__metadata__"),
@@ -509,11 +493,11 @@ def test_rewritten():
         text = text.encode() + b" " * (-len(text) % 8)
         write("rewritten", len(text).to_bytes(8, "little") + text + data[end:])
         check_error(f"rewritten: {name}", run("--load rewritten --steps 0"),
-                    "rewritten by another program")
+                    "another program has changed it")
 
 
 def test_paths():
-    """Paths are stored in the checkpoint, which is JSON in UTF-8."""
+    """The checkpoint stores paths, in JSON in UTF-8."""
     for path, good in ((b"caf\xc3\xa9 \xe2\x82\xac \xf0\x9f\x99\x82", True), (b"caf\xe9", False),
                        (b"\xc3", False), (b"\xc0\xaf", False), (b"\xed\xa0\x80", False),
                        (b"\xf5\x80\x80\x80", False), (b"a\tb", False)):
@@ -526,7 +510,7 @@ def test_paths():
 
 
 def test_compiler_options():
-    """With -Ofast the losses are wrong in the second digit and NaN is not found."""
+    """With -Ofast the losses are wrong in the second digit, and NaN is not detected."""
     compiler = shlex.split(os.environ.get("CC") or "gcc")
     if not shutil.which(compiler[0]):
         return
@@ -541,7 +525,7 @@ def test_compiler_options():
 # What must end with status 1 and one line.
 
 def environment_of_a_run(given):
-    """The OpenMP settings of a run that was started with none but the given ones."""
+    """The OpenMP settings of a run that was started with only the given ones."""
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     start = {k: v for k, v in os.environ.items() if k not in names}
     remove("wait")
@@ -557,21 +541,21 @@ def environment_of_a_run(given):
 
 
 def test_waiting_threads():
-    """Threads that spin while they wait make a step take seconds on a busy machine."""
+    """If waiting threads spin, a step can take seconds on a busy machine."""
     if not os.path.exists("/proc/self/environ"):
         return
     seen = environment_of_a_run({})
     check(seen.get("GOMP_SPINCOUNT") == "1000", "waiting threads sleep soon", seen)
     seen = environment_of_a_run({"OMP_WAIT_POLICY": ""})
     check(seen == {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"},
-          "waiting threads sleep soon where the choice is empty", seen)
+          "waiting threads sleep soon if OMP_WAIT_POLICY is empty", seen)
     given = {"OMP_WAIT_POLICY": "passive"}
     seen = environment_of_a_run(given)
-    check(seen == given, "waiting threads do what the user has chosen", seen)
+    check(seen == given, "waiting threads do what the user chooses", seen)
 
 
 def test_no_room():
-    """A limit on the size of files stands for a full disk, one on addresses for missing memory."""
+    """A limit on file sizes imitates a full disk, one on addresses a lack of memory."""
     remove("stop")
     check_error("full disk: one line on stderr", run(STOPPED, limit="ulimit -f 8"),
                 "log.csv: File too large")
@@ -580,19 +564,19 @@ def test_no_room():
           "full disk: the log ends with a whole line", log[-100:])
     if b"libomp" not in read(TRAIN):    # clang's OpenMP needs to write a file itself
         remove("stop")
-        check_error("full disk: no room for the first line", run(STOPPED, limit="ulimit -f 0"),
+        check_error("full disk: no space for the first line", run(STOPPED, limit="ulimit -f 0"),
                     "File too large")
         check(not os.listdir("stop"), "full disk: no empty file is left behind")
     train("--batch 2 --steps 5", out="full")
     checkpoint = read("full/ckpt_000005.safetensors")
-    check_error("full disk: one line where a checkpoint has no room",
+    check_error("full disk: one line if there is no space for a checkpoint",
                 run("--steps 9 --resume full/ckpt_000005.safetensors", limit="ulimit -f 40"),
                 "000009.safetensors: File too large")
     names = sorted(os.listdir("full"))
     check(names == ["ckpt_000005.safetensors", "layers.csv", "log.csv", "options.txt",
                     "samples.txt"]
           and read("full/ckpt_000005.safetensors") == checkpoint,
-          "full disk: the last checkpoint is unchanged, and no half-written one is left", names)
+          "full disk: the last checkpoint is unchanged, and no half-written one remains", names)
     write("full/ckpt_000009.safetensors", checkpoint)
     run("--steps 9 --resume full/ckpt_000005.safetensors", limit="ulimit -f 40")
     check(read("full/ckpt_000009.safetensors") == checkpoint,
@@ -600,23 +584,13 @@ def test_no_room():
     write("deep", changed(checkpoint, b'"layers":"2","channels":"16"',
                           b'"layers":"400","channels":"1024"'))
     if b"__asan_init" not in read(TRAIN):   # AddressSanitizer takes all addresses there are
-        check_error("error: a checkpoint that claims 7 GB is refused before they are taken",
+        check_error("error: a checkpoint that claims 7 GB is refused before they are allocated",
                     run("--load deep --steps 0", limit="ulimit -v 4000000"),
-                    "damaged, or rewritten by another program: its tensors")
-
-
-def changed(checkpoint, old, new):
-    """A copy of a checkpoint whose header has `new` in place of `old`, and the right length."""
-    end = 8 + int.from_bytes(checkpoint[:8], "little")
-    header = checkpoint[8:end]
-    if old not in header:
-        raise ValueError(f"the checkpoint's header lacks {old}")
-    header = header.replace(old, new, 1)
-    return len(header).to_bytes(8, "little") + header + checkpoint[end:]
+                    "another program has changed it: its tensors")
 
 
 def write_broken_files():
-    """The files that WRONG_CALLS names."""
+    """Writes the files that WRONG_CALLS names."""
     train("--batch 2 --steps 3", out="good")
     good = read("good/ckpt_000003.safetensors")
     write("short", good[:7])
@@ -635,8 +609,7 @@ def write_broken_files():
             ("hungry", b'"batch":"2","total-batch":"2"',
              b'"batch":"65536","total-batch":"65536"')):
         write(name, changed(good, old, new))
-    header = read_safetensors("good/ckpt_000003.safetensors")[0]
-    at = 8 + int.from_bytes(good[:8], "little")
+    header, at = header_of(good)
     at += header["layers.1.feed_forward.w2.weight"]["data_offsets"][0]
     write("nan", good[:at] + struct.pack("<f", math.nan) + good[at + 4:])
     gradients_of("--batch 2")
@@ -651,8 +624,8 @@ def write_broken_files():
     write("header/train.bin", tokens(300, 101)[:1000])
     write("big/train.bin", tokens(3000, 400))
     write("big/val.bin", tokens(3000, 400))
-    write("torn/tokenizer.bin", tokenizer(PIECES[:259])[:-1])
-    write("few/tokenizer.bin", tokenizer(PIECES[:1]))
+    write("torn/tokenizer.bin", tokenizer(BYTE_PIECES)[:-1])
+    write("few/tokenizer.bin", tokenizer(BYTE_PIECES[:1]))
 
 
 GOOD = "good/ckpt_000003.safetensors"
@@ -684,8 +657,8 @@ WRONG_CALLS = [
     ("--gpas off --gate-init 1", "needs --gpas on"),
     ("--gpas off --stop-grad off", "needs --gpas on"),
     ("--gate-train off --gate-clip 1", "--gate-train on"),
-    ("--load a --resume b", "exclude"),
-    ("--load a --preset 71m", "own sizes"),
+    ("--load a --resume b", "cannot be used together"),
+    ("--load a --preset 71m", "the checkpoint has its sizes"),
     ("--batch 65536 --seq-len 65536", "tokens"),
     ("--out 'a\"b'", "quotation"),
     ("--dump-grads x --steps 0", "--dump-grads"),
@@ -699,16 +672,16 @@ WRONG_CALLS = [
     (SMALL + "--steps 1 --dump-grads none/x", "cannot write"),
     (f"--load {GOOD} --layers 3", "contradicts"),
     (f"--resume {GOOD} --norm post", "contradicts"),
-    (f"--resume {GOOD}", "give more --steps"),
+    (f"--resume {GOOD}", "give a larger --steps"),
     ("--resume data/train.bin", "not a checkpoint"),
     ("--load short", "safetensors header"),
-    ("--load foreign", "rewritten by another program"),
+    ("--load foreign", "another program has changed it"),
     ("--load cut", "damaged"),
     ("--load long", "damaged"),
     ("--load tensors", "damaged"),
     ("--load value", "damaged"),
-    ("--load step", "another kind of file"),
-    ("--load position", "another kind of file"),
+    ("--load step", "not a checkpoint written by this program"),
+    ("--load position", "not a checkpoint written by this program"),
     ("--load random", "damaged"),
     ("--load lines", "damaged"),
     ("--load twice", "lacks --channels"),
@@ -716,9 +689,9 @@ WRONG_CALLS = [
     (SMALL + "--total-batch 50000", "16 times"),
     ("--load large", "damaged"),
     ("--resume hungry --steps 9", "GiB"),
-    ("--load pipe", "not a file"),
-    ("--load .", "has no checkpoint"),
-    ("--data pipe_data --vocab-size 300", "not a file"),
+    ("--load pipe", "regular file"),
+    ("--load .", "contains no checkpoint"),
+    ("--data pipe_data --vocab-size 300", "regular file"),
     ("--preset 1b --batch 512 --total-batch 512 --layers 1000", "or try --recompute on"),
     ("--preset 1b --batch 512 --total-batch 512 --layers 1000 --recompute on", "GiB of memory"),
     ("--resume nan --steps 5 --out run --overwrite on --check-finite on",
@@ -726,7 +699,7 @@ WRONG_CALLS = [
     ("--dtype bf16", "needs a GPU"),
     ("--fused off", "an option of ./train_gpas_cuda"),
     ("--load key", "version"),
-    ("--load gradients", "another kind of file"),
+    ("--load gradients", "not a checkpoint written by this program"),
     ("--load nan --steps 0", "NaN or infinite logits"),
     ("--load nan --steps 0 --temperature 0", "NaN or infinite logits"),
     ("--resume nan --steps 5 --out run --overwrite on", "first in layer 2, feed-forward"),
@@ -747,7 +720,7 @@ def test_errors():
 
 
 # ------------------------------------------------------------------------------------------------
-# The rules of training, as far as they show in logs and checkpoints.
+# The rules of training that logs and checkpoints show.
 
 def test_gradient_scale():
     """The gradient is that of the mean loss over --total-batch sequences, whatever --batch is."""
@@ -790,7 +763,7 @@ def test_epochs():
     epochs = [order[at:at + sequences] for at in range(0, len(order), sequences)]
     check(len(set(order)) == sequences and all(sorted(epoch) == sorted(order[:sequences])
                                               for epoch in epochs),
-          "epochs: each contains every sequence once", epochs)
+          "epochs: each has every sequence once", epochs)
     check(epochs[0] != epochs[1] and epochs[1] != epochs[2] and epochs[0] != epochs[2],
           "epochs: each has another order", epochs)
     again, other = losses(1), losses(2)
@@ -800,7 +773,7 @@ def test_epochs():
     log = without_time("epochs/log.csv")
     run(f"--resume epochs/ckpt_{sequences + 5:06d}.safetensors")
     check(without_time("epochs/log.csv") == log,
-          "epochs: a run resumed in the second epoch keeps its order", read("epochs/log.csv"))
+          "epochs: a run resumed in the second epoch keeps the order", read("epochs/log.csv"))
 
 
 def expected_rate(peak, warmup, steps, t):
@@ -823,8 +796,8 @@ def test_learning_rate():
     after = read_safetensors("new/ckpt_000001.safetensors")[1]
     moved = max(abs(x - y) for name in after if name in before
                 for x, y in zip(after[name], before[name]))
-    check(close([moved], [0.02 / 4], 1e-3),     # for g / |g| is 1 in Adam's first step
-          "learning rate: the first step changes the weights by the rate in the log", moved)
+    check(close([moved], [0.02 / 4], 1e-3),     # g / |g| is 1 in Adam's first step
+          "learning rate: the first step moves the weights by the rate in the log", moved)
 
 
 def test_weight_decay():
@@ -872,12 +845,12 @@ def test_clips():
         check(close(got, [factor, factor, gate_factor], 1e-4)
               and close([rows[1]["grad_norm"]], [whole], 1e-5),
               f"clips: --grad-clip {grad_clip:.2g} --gate-clip {gate_clip:.2g}: gradient times "
-              f"{factor:.2g}, gates {gate_factor:.2g}; grad_norm is that before clipping",
+              f"{factor:.2g}, gates {gate_factor:.2g}; grad_norm is the norm before clipping",
               f"{got}, {rows[1]['grad_norm']}")
 
 
 def test_gates_of_zero():
-    """Gates that stay 0 scale by 1: the network is the same as without GPAS."""
+    """Gates that stay 0 scale by 1, so the network is the same as without GPAS."""
     for scheme in ("pre", "lns", "sandwich", "post", "deepnorm", "mix"):
         logs = []
         for gpas in ("--gpas off", "--gpas on --gate-train off --gate-init 0"):
@@ -900,17 +873,17 @@ def test_log():
           f"status {status}, {errors}{header}")
     validated = [row["step"] for row in rows if row["val_loss"] is not None]
     check(validated == [0, 5, 10, 12],
-          "log.csv: val_loss at step 0, every --val-every steps and at the last", validated)
+          "log.csv: val_loss at step 0, every --val-every steps and at the last step", validated)
     others = [name for name in LOG.split(",") if name not in ("step", "val_loss")]
     check(all(rows[0][name] is None for name in others)
           and all(row[name] is not None for row in rows[1:] for name in others),
-          "log.csv: step 0 has only val_loss, the other steps have all other columns", rows)
+          "log.csv: step 0 has only val_loss, all other steps have the other columns", rows)
     # tokens_per_s is rounded to whole numbers, ms to hundredths.
     wrong = [row for row in rows[1:] if not abs(row["tokens_per_s"] * row["ms"] - 6 * 16 * 1000)
              <= 0.51 * row["ms"] + 0.0051 * row["tokens_per_s"]]
-    check(not wrong, "log.csv: tokens_per_s is --total-batch times --seq-len over ms", wrong)
+    check(not wrong, "log.csv: tokens_per_s is --total-batch times --seq-len divided by ms", wrong)
     total = sum(column(rows[1:], "ms"))
-    check(0 < total < 1000 * seconds, "log.csv: all ms together are less than the run took",
+    check(0 < total < 1000 * seconds, "log.csv: the sum of all ms is less than the run took",
           f"{total}, not {1000 * seconds}")
     printed = [int(step) for step in re.findall(r"^step (\d+)/12 ", output, re.MULTILINE)]
     check(printed == [0, 4, 5, 8, 10, 12],
@@ -944,7 +917,7 @@ def test_layers():
                        if layer["step"] == row["step"] > 0]
             if squares and not 0 < sum(squares) <= row["grad_norm"] ** 2 * (1 + 1e-5):
                 wrong.append((row, squares))
-        check(not wrong, f"layers.csv: {gpas}, the layers' gradients are parts of the whole", wrong)
+        check(not wrong, f"layers.csv: {gpas}, the norms of the layers' gradients", wrong)
         gates = column(layers, "gate")
         if gpas == "--gpas off":
             check(gates == [None] * 8, f"layers.csv: {gpas}, the gate column is empty", gates)
@@ -952,7 +925,7 @@ def test_layers():
         tensors = read_safetensors("new/ckpt_000012.safetensors")[1]
         trained = [tensors[f"layers.{layer}.gate"][0] for layer in (0, 1)]
         check(gates[:2] == [0.3, 0.3] and close(gates[-2:], trained, 1e-5) and 0.3 not in gates[2:],
-              f"layers.csv: {gpas}, gates start at --gate-init, end as in the checkpoint",
+              f"layers.csv: {gpas}, gates start at --gate-init and end as in the checkpoint",
               f"{gates}, {trained}")
 
 
@@ -982,7 +955,7 @@ def test_other_program(program, dtype):
     checkpoint = read(last)
     write(last, b"old")
     result = run(f"--resume {middle}", program)
-    check_success("program: 10 steps, resumed, are 20 steps bit for bit", result,
+    check_success("program: resumed at step 10, it ends with the same bits", result,
                   read(last) == checkpoint, "another checkpoint")
     stories = read("run/samples.txt")
     check(b"--- step 10 ---\n" in stories and b"--- step 20 ---\n" in stories,
@@ -1013,10 +986,8 @@ TESTS = [test_training, test_telling, test_story_by_heart, test_gates_kept, test
          test_stop, test_stop_without_a_reader, test_stop_at_once, test_errors, test_standard_files,
          test_special_files, test_empty_values, test_folder_in_use, test_shortcuts, test_shards,
          test_tokenizers, test_rewritten, test_paths, test_compiler_options, test_waiting_threads,
-         test_no_room, test_gradient_scale,
-         test_epochs,
-         test_learning_rate, test_weight_decay, test_clips, test_gates_of_zero, test_log,
-         test_layers]
+         test_no_room, test_gradient_scale, test_epochs, test_learning_rate, test_weight_decay,
+         test_clips, test_gates_of_zero, test_log, test_layers]
 
 
 def main():
@@ -1025,7 +996,7 @@ def main():
         if len(arguments) != 2 or arguments[1] not in ("fp32", "bf16"):
             sys.exit("usage: python3 dev/test/test_program.py [PROGRAM fp32|bf16]")
         tests = [(test_other_program, (os.path.abspath(arguments[0]), arguments[1]))]
-    else:   # Two threads would be no faster for such networks, and far slower on a busy machine.
+    else:   # Two threads are no faster for such networks, and far slower on a busy machine.
         os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGHUP, signal.SIG_DFL)    # nohup may have started the tests
     with tempfile.TemporaryDirectory() as folder:
@@ -1034,12 +1005,11 @@ def main():
         for test, given in tests:
             try:
                 test(*given)
-            except Exception as error:      # a file that is missing or damaged, say
-                check(False, f"{test.__name__}() runs to its end",
+            except Exception as error:      # for example, a file is missing or damaged
+                check(False, f"{test.__name__}() does not raise",
                       f"{type(error).__name__}: {error}")
         os.chdir(PROJECT)
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
+    return summary()
 
 
 if __name__ == "__main__":

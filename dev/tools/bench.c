@@ -1,21 +1,21 @@
 /*
-bench.c: how fast is a training step, beside what the machine can do?
+bench.c: compares the speed of a training step with what the machine can do.
 
     make bench                                                      the three shapes below
-    dev/tools/bench --vocab-size 259 --seq-len 8192 --batch 1 ...   any other: options of train_gpas
+    dev/tools/bench --vocab-size 259 --seq-len 8192 --batch 1 ...   other options of train_gpas
     OMP_NUM_THREADS=1 dev/tools/bench ...                           any number of threads
 
-For each shape a table: the whole step (forward, backward, update), then each kind of layer by
-itself, as often as the step has it (what --recompute does again is left out), with its numbers
-coming from memory, not from a cache. Under the matrix products are the same products by the
-yardstick's library. At the end there is one line of JSON per shape. Flops are 6 for each parameter
-and token, without the embedding (a table is only read), and 6 L C T a token for causal attention:
-what the mathematics needs, not what is computed again.
+Prints a table for each shape: the whole step (forward, backward, update), then each kind of layer
+by itself, called as often as in a step (without what --recompute computes again), with its numbers
+coming from memory, not from a cache. The line below a matrix product is the same product by the
+yardstick's library. At the end there is one line of JSON for each shape. Flops are what the
+mathematics needs, without what is computed again: 6 for each parameter and token, except for the
+embedding (a table is only read), and 6 L C T a token for causal attention.
 The yardstick is sgemm at 4096 x 512 x 4096 by OpenBLAS (libopenblas.so.0) or MKL (libmkl_rt.so.3 or
-.2), whichever is faster, or by our own gemm() where neither is found. `pip install mkl` puts MKL
-into the folder lib of Python's prefix; LD_LIBRARY_PATH must name that folder. The yardstick and the
-step take turns, so that other programs disturb both alike. Times are medians, and the share is the
-median of each turn's share.
+.2), whichever is faster, or by our own gemm() if neither is found. `pip install mkl` puts MKL into
+the folder lib of Python's prefix; LD_LIBRARY_PATH must name that folder. The yardstick and the step
+alternate, so that other programs disturb both equally. Times are medians, and the share is the
+median of the rounds' shares.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -23,7 +23,7 @@ median of each turn's share.
 #include <dlfcn.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
-#pragma GCC diagnostic ignored "-Wunused-function"  // the bench does not call all of the program
+#pragma GCC diagnostic ignored "-Wunused-function"  // the bench does not call every function
 #define TRAIN_GPAS_NO_MAIN
 #include "../../train_gpas.c"
 
@@ -37,7 +37,7 @@ static const char *const shapes[][2] = {
     {"toy", "--preset toy --vocab-size 259"},
 };
 
-// Long enough for waiting threads to stop spinning, so that they do not slow down what comes next.
+// Waits until idle threads have stopped spinning, so that they do not slow down what comes next.
 static void rest(void) { usleep(50000); }
 
 static int compare_doubles(const void *a, const void *b) {
@@ -59,7 +59,7 @@ typedef void Sgemm(int, int, int, int, int, int, float, const float *, int, cons
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 
 typedef struct {
-    const char *file, *name, *set_threads, *core;  // core: returns which kernel it uses, or NULL
+    const char *file, *name, *set_threads, *core;  // core: returns its kernel's name, or NULL
 } Library;
 static const Library libraries[] = {
     {"libopenblas.so.0", "OpenBLAS", "openblas_set_num_threads", "openblas_get_corename"},
@@ -69,7 +69,7 @@ static const Library libraries[] = {
 
 typedef struct {
     Sgemm *sgemm;  // NULL: our gemm()
-    const char *name, *core;  // core: what its kernel is for, NULL if unknown
+    const char *name, *core;  // core: the processor that its kernel is for, or NULL
     float *a, *b, *c;
 } Yardstick;
 
@@ -100,9 +100,9 @@ static void yardstick_run(const Yardstick *y) {
              K_SIZE, 0);
 }
 
-// Finds the fastest library. Two settings, unless the environment has others: an OpenBLAS that is
-// older than the processor may choose its AVX2 kernel, which is half as fast, so we tell it that
-// AVX-512 is there; and MKL shares our OpenMP threads instead of starting its own.
+// Finds the fastest library. Unless the environment says otherwise, OpenBLAS is told that there is
+// AVX-512 (one older than the processor may choose its AVX2 kernel, which is half as fast), and MKL
+// to share our OpenMP threads instead of starting its own.
 static void yardstick_open(Yardstick *y) {
     double least = INFINITY;
     Yardstick candidate = {
@@ -174,10 +174,10 @@ static void linear_backward(const Bench *z, float *dinp, float *dweight, const f
     }
 }
 
-// The parts of a step: those that sublayers have, then those that occur once.
+// The parts of a step: first those of the sublayers, then those that occur once.
 enum { MATMUL, ATTENTION, ROPE, SWIGLU, RMSNORM, RESIDUAL, GPAS, LOGITS, CROSSENTROPY, OPTIMIZER };
 
-// The forward pass of one part: of layer l's attention (s 0) or feed-forward network (s 1), if
+// Runs the forward pass of one part: in layer l's attention (s 0) or feed-forward network (s 1), if
 // sublayers have it.
 static void part_forward(Bench *z, int part, int l, int s) {
     Model *m = &z->m;
@@ -207,7 +207,7 @@ static void part_forward(Bench *z, int part, int l, int s) {
     }
 }
 
-// Its backward pass. The optimizer has none; there the gradients are set to 0.
+// Runs its backward pass. The optimizer has none; instead, the gradients are set to 0.
 static void part_backward(Bench *z, int part, int l, int s) {
     Model *m = &z->m;
     const LayerParameters *w = &m->w.layers[l], *d = &m->d.layers[l];
@@ -311,13 +311,14 @@ static void open_bench(Bench *z, const Options *o) {
     for (int i = 0; i < z->N; i++) z->tokens[i] = (int)((uint64_t)i * i % z->V);
 }
 
-// Runs the step and the yardstick in turns, about as long each. Writes the seconds of a step and of
-// a product, and the share: the step's flops a second over the product's.
-static void take_turns(Bench *z, const Yardstick *y, double flops, double *step, double *product,
-                       double *share) {
+// Alternates between a step and as many products of the yardstick as take about as long. Writes the
+// seconds of a step and of a product, and the share: flops per second of the step over those of the
+// product.
+static void time_step(Bench *z, const Yardstick *y, double flops, double *step, double *product,
+                      double *share) {
     double s[ROUNDS], p[ROUNDS], ratio[ROUNDS];
     int products = 1;
-    for (int round = -1; round < ROUNDS; round++) {  // the first one finds how many products
+    for (int round = -1; round < ROUNDS; round++) {  // round -1 finds how many products
         double start = omp_get_wtime();
         run_step(z);
         double took = omp_get_wtime() - start;
@@ -353,7 +354,7 @@ static void measure(const char *name, const Options *o, FILE *json) {
     run_step(&z);
     getrusage(RUSAGE_SELF, &usage);  // before the yardstick takes memory
     yardstick_open(&y);
-    take_turns(&z, &y, flops, &step, &product, &share);
+    time_step(&z, &y, flops, &step, &product, &share);
     double gflops = 1e-9 * flops / step, sgemm = 1e-9 * GEMM_FLOPS / product;
 #ifdef __APPLE__
     double mib = usage.ru_maxrss / 1048576.0;  // there in bytes, elsewhere in KiB
@@ -373,8 +374,8 @@ static void measure(const char *name, const Options *o, FILE *json) {
             z.N / step, gflops, sgemm, share, mib);
 }
 
-// A process of its own for each shape: the system keeps the peak of memory by process. A shape
-// without a name gets its sizes as one.
+// Measures a shape in a process of its own, because the system records the peak of memory for each
+// process. A shape without a name is named after its sizes.
 static void measure_apart(const char *name, int argc, char **argv, FILE *json) {
     int status;
     fflush(NULL);
@@ -392,7 +393,7 @@ static void measure_apart(const char *name, int argc, char **argv, FILE *json) {
     }
     if (child < 0 || waitpid(child, &status, 0) < 0) die("cannot start: %s", strerror(errno));
     if (WIFSIGNALED(status)) die("the measuring process ended by signal %d", WTERMSIG(status));
-    if (status) exit(1);  // it has said why
+    if (status) exit(1);  // the child has said why
 }
 
 int main(int argc, char **argv) {

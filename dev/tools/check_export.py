@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """
-Does an exported network say the same? Compares train_gpas, llama2.c, transformers and, if asked,
-llama.cpp on checkpoints of trained networks:
+Checks that exported networks compute the same. Compares train_gpas, llama2.c, transformers and,
+with --converter, llama.cpp on checkpoints of trained networks:
 
     pip install torch transformers                  # for --converter also: gguf llama-cpp-python
     python3 dev/tools/check_export.py --llama2c ../llama2.c out/*/ckpt_000800.safetensors
 
 Each of ten prompts is continued by the likeliest token, at most 64 times. The tokens must be equal,
-and the logits at every position differ by at most 1e-3. What llama2.c's run, unchanged, and
-train_gpas print must be equal too. It is not part of `make test`, which needs no library; that is
-dev/test/test_export.py. Run it in the project's folder, with karpathy's llama2.c in another.
+and the logits at every position may differ by at most 1e-3. What train_gpas and an unmodified
+llama2.c print must be equal too. `make test` runs dev/test/test_export.py instead, which needs no
+libraries. Run this in the project's folder; --llama2c names the folder of karpathy's llama2.c.
 """
 import os
 import struct
@@ -17,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [os.path.join(HERE, ".."), os.path.join(HERE, "../test")]
 from command import Error, Parser, main
+from harness import check, summary
 
 LENGTH, TOLERANCE = 64, 1e-3
 PROMPTS = ["", "Once upon a time", "Lily", "The dog ran to", "\"Can I play", "One day, Tom saw a",
@@ -27,8 +29,8 @@ PROMPTS = ["", "Once upon a time", "Lily", "The dog ran to", "\"Can I play", "On
 ENCODED = ["", " two  spaces ", "tab\tand\nline", "\u00fc\u4e2d\U0001F600", "1234 567", "<0x41>",
            "~"]
 
-# Each driver prints two int32, the length of the prompt and of all, then the tokens, then their
-# logits. --length 0 only encodes.
+# Each driver prints two int32, the length of the prompt and of the whole text, then the tokens,
+# then their logits. LENGTH=0 only encodes.
 OURS = r"""
 #define TRAIN_GPAS_NO_MAIN
 #include "train_gpas.c"
@@ -75,18 +77,13 @@ int main(int argc, char **argv) {
         ended = tokens[n] == 1 || tokens[n] == 2;
         n++;
     }
-    fwrite(&prompt, 4, 1, stdout), fwrite(&n, 4, 1, stdout), fwrite(tokens, 4, n, stdout);
+    fwrite(&prompt, 4, 1, stdout);
+    fwrite(&n, 4, 1, stdout);
+    fwrite(tokens, 4, n, stdout);
     if (length) fwrite(logits, 4, n * V, stdout);
     return 0;
 }
 """
-passed = failed = 0
-
-
-def check(good, what, details=""):
-    global passed, failed
-    print(f"ok   {what}" if good else f"FAIL {what}: {details}", flush=True)
-    passed, failed = passed + bool(good), failed + (not good)
 
 
 def call(*command, **environment):
@@ -117,7 +114,7 @@ def difference(a, b):
 
 
 def ascii_only(text):
-    """llama2.c's run prints no byte tokens that are not ASCII."""
+    """llama2.c's run does not print byte tokens that are not ASCII."""
     return text.decode("ascii", "ignore").rstrip("\n")
 
 
@@ -153,7 +150,7 @@ def compare(checkpoint, folder):
         printed.append(ascii_only(story) == ascii_only(run))
     check(all(equal), f"{name}: {len(PROMPTS)} continuations, {tokens_seen} tokens equal in all "
           "three", equal)
-    check(all(printed), f"{name}: run, unchanged, prints what train_gpas prints", printed)
+    check(all(printed), f"{name}: an unmodified run prints what train_gpas prints", printed)
     check(worst[0] <= TOLERANCE, f"{name}: logits of llama2.c differ by at most {worst[0]:.1e}")
     check(worst[1] <= TOLERANCE, f"{name}: logits of transformers differ by at most {worst[1]:.1e}")
     encoded = [drive(0, *ours, text)[1] == drive(0, *theirs, text)[1]
@@ -161,12 +158,12 @@ def compare(checkpoint, folder):
     check(all(encoded), f"{name}: {len(encoded)} texts have the same tokens in all three", encoded)
     back = [tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
             for text in ENCODED + PROMPTS]
-    check(all(back), f"{name}: transformers decodes them to the same texts", back)
+    check(all(back), f"{name}: transformers decodes them into the same texts", back)
     return hf
 
 
 def compare_llamacpp(checkpoint, hf, converter, folder):
-    """llama.cpp, with a cache of fp32 (its default is fp16, and moves logits by 0.01)."""
+    """The same for llama.cpp, with an fp32 cache (the default, fp16, changes logits by 0.01)."""
     import torch
     from llama_cpp import GGML_TYPE_F32, Llama
     name, gguf = os.path.relpath(checkpoint), f"{folder}/model.gguf"
@@ -193,20 +190,19 @@ def compare_llamacpp(checkpoint, hf, converter, folder):
 def run():
     parser = Parser(description=__doc__)
     parser.add_argument("checkpoints", nargs="+")
-    parser.add_argument("--llama2c", metavar="DIR", required=True, help="the folder of its run.c")
+    parser.add_argument("--llama2c", metavar="DIR", required=True, help="folder with its run.c")
     parser.add_argument("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py")
     args = parser.parse_args()
     call("make", "train_gpas")
     for checkpoint in args.checkpoints:
-        with tempfile.TemporaryDirectory(dir="build") as folder:    # TMPDIR may allow no programs
+        with tempfile.TemporaryDirectory(dir="build") as folder:    # TMPDIR may forbid programs
             compile_driver(OURS, os.getcwd(), f"{folder}/ours")
             compile_driver(LLAMA2C, os.path.abspath(args.llama2c), f"{folder}/theirs")
             call("gcc", "-O3", f"{args.llama2c}/run.c", "-o", f"{folder}/run", "-lm")
             hf = compare(checkpoint, folder)
             if args.converter:
                 compare_llamacpp(checkpoint, hf, args.converter, folder)
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
+    return summary()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """
-A trained network for other programs. Its gates are folded into its weights; what is left is a plain
-LLaMA with the same logits. Python's standard library is all it takes.
+Exports a trained network for other programs. Its gates are folded into its weights, which leaves a
+plain LLaMA with the same logits. Needs only Python's standard library.
 
     python3 dev/tools/export.py out/gpas/ckpt_000800.safetensors --to llama2c --out out/llama2c
     python3 dev/tools/export.py out/gpas/ckpt_000800.safetensors --to hf --out out/hf
@@ -11,7 +11,7 @@ llama2c  model.bin and tokenizer.bin, for llama2.c's run:
 hf       config.json, model.safetensors and a tokenizer, for transformers' AutoModelForCausalLM and
          AutoTokenizer and for llama.cpp's convert_hf_to_gguf.py
 
-Only --norm pre and lns fold; docs/export.md derives how. The folder appears when it is complete.
+Works for --norm pre and lns only; docs/export.md says why. The folder appears when it is complete.
 """
 import errno
 import json
@@ -27,18 +27,18 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "..
 from command import Error, Parser, check_file, main, new_folder, read_json
 from runs import checkpoints, gate_value
 
-EPS = 1e-6                          # of train_gpas's RMSNorm
-LLAMA2C_EPS = 1e-5                  # of llama2.c's
+EPS = 1e-6                          # in train_gpas's RMSNorm
+LLAMA2C_EPS = 1e-5                  # in llama2.c's
 BYTES = range(3, 3 + 256)           # ids of the bytes, after <unk>, <s>, </s>; then come the pieces
-SPACE = "\u2581"                    # how sentencepiece and its heirs write a space
-CHUNK = 4096                        # numbers scaled at a time: their list stays in the cache
+SPACE = "\u2581"                    # what sentencepiece writes for a space
+CHUNK = 4096                        # numbers scaled at a time; their list stays in the cache
 
 
 # ------------------------------------------------------------------------------------------------
 # The checkpoint. Nothing is copied: tensors are views of the mapped file.
 
 class Checkpoint:
-    """options: text by name; C, H, ...: their sizes; tensors: little-endian fp32 by name."""
+    """options: {name: text}; C, H, ...: sizes among them; tensors: {name: little-endian fp32}."""
 
     def __init__(self, path):
         with open(check_file(path), "rb") as file:
@@ -56,14 +56,14 @@ class Checkpoint:
                 raise KeyError
             self.norm, self.gpas = self.options["norm"], self.options["gpas"] == "on"
         except ValueError as error:
-            raise Error(f"{path} is not a checkpoint of train_gpas, its metadata is wrong: {error}")
+            raise Error(f"{path} is not a checkpoint of train_gpas: wrong metadata ({error})")
         except (KeyError, TypeError, AttributeError, RecursionError):
-            raise Error(f"{path} is not a checkpoint of train_gpas: it lacks the metadata of one")
+            raise Error(f"{path} is not a checkpoint of train_gpas: it lacks its metadata")
         self.path = path
         self.C, self.H, self.L, self.NH, self.T, self.V = map(
             self.number, ("channels", "hidden", "layers", "heads", "seq-len", "vocab-size"))
         if self.C % (2 * self.NH):
-            raise Error(f"{path} is damaged: {self.C} channels over {self.NH} heads")
+            raise Error(f"{path} is damaged: {self.C} channels do not fit {self.NH} heads")
         refuse_what_does_not_fold(self)
         self.read_tensors(header, data)
 
@@ -74,7 +74,7 @@ class Checkpoint:
         return int(text)
 
     def folder_of_data(self):
-        """The --data of the training. A checkpoint is UTF-8, whatever the locale is."""
+        """The --data of the training. A checkpoint stores it in UTF-8, whatever the locale is."""
         data = self.options.get("data", ".")
         try:
             if "\0" not in data:
@@ -100,8 +100,8 @@ class Checkpoint:
         yield "output.weight", [V, C]
 
     def read_tensors(self, header, data):
-        """Tensors must be those of the options, perhaps with Adam's moments. They fill the file
-        without a gap, in any order: another program may have written them."""
+        """The tensors must match the options, with or without Adam's moments. They fill the file
+        without gaps, but in any order, because another program may have written them."""
         self.tensors, begin = {}, 0
         adam = ["adam_m.", "adam_v."] if any(name.startswith("adam_") for name in header) else []
         size = sum(4 * math.prod(shape) for _, shape in self.shapes()) * (1 + len(adam))
@@ -109,12 +109,12 @@ class Checkpoint:
             raise Error(f"{self.path} is damaged: {len(data)} bytes of numbers, not {size}")
         shapes = {kind + name: shape for kind in ["", *adam] for name, shape in self.shapes()}
         for name in sorted(set(header) ^ set(shapes), key=lambda name: (name in header, name)):
-            raise Error(f"{self.path} is damaged: {name} is not there, or should not be")
+            raise Error(f"{self.path} is damaged: {name} is missing, or should not be there")
         for name in sorted(shapes, key=lambda name: place(header[name])):
             end = begin + 4 * math.prod(shapes[name])
             if header[name] != {"dtype": "F32", "shape": shapes[name],
                                 "data_offsets": [begin, end]}:
-                raise Error(f"{self.path} is damaged: its {name} is not that of its options")
+                raise Error(f"{self.path} is damaged: its {name} does not match its options")
             if not name.startswith("adam_"):
                 self.tensors[name] = data[begin:end]
             begin = end
@@ -125,7 +125,7 @@ class Checkpoint:
 
 
 def place(entry):
-    """Where a tensor begins, by its entry in a header; 0 if it does not say."""
+    """Where a tensor begins, according to its entry in a header; 0 if the entry does not say."""
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     return offsets[0] if isinstance(offsets, list) and offsets and type(offsets[0]) is int else 0
 
@@ -133,11 +133,11 @@ def place(entry):
 def refuse_what_does_not_fold(checkpoint):
     norm, path = checkpoint.norm, checkpoint.path
     if norm == "sandwich":
-        raise Error(f"{path}: --norm sandwich has a norm behind each branch, x + N2 f(N1 x); "
+        raise Error(f"{path}: --norm sandwich has a norm after each branch, x + N2 f(N1 x); "
                     "a LLaMA has none there")
     if norm in ("post", "deepnorm") or (norm == "mix" and checkpoint.L >= 4):
-        raise Error(f"{path}: --norm {norm} normalizes the sum, N(x + f(x)); a LLaMA only f's "
-                    "input")
+        raise Error(f"{path}: --norm {norm} normalizes the sum, N(x + f(x)); a LLaMA normalizes "
+                    "only f's input")
     if norm not in ("pre", "lns", "mix"):
         raise Error(f"{path} is damaged: its --norm is {norm!r}")
 
@@ -152,10 +152,10 @@ def floats(view):
 
 # ------------------------------------------------------------------------------------------------
 # Folding. The stream x is c x', where x' is the stream of the plain LLaMA and c the product of the
-# factors 1 - a(g) of all sites before: docs/export.md derives it.
+# factors 1 - a(g) of all sites before it. docs/export.md derives this.
 
 def products(checkpoint):
-    """c before each of the 2L sublayers, then that before the final norm."""
+    """The values of c before each of the 2L sublayers and before the final norm."""
     c = [1.0]
     for layer in range(checkpoint.L):
         factor = 1.0
@@ -163,22 +163,22 @@ def products(checkpoint):
             gate = floats(checkpoint.tensors[f"layers.{layer}.gate"])[0]
             factor -= gate_value(gate, checkpoint.options.get("gate-act"))
         if factor == 0:
-            raise Error(f"{checkpoint.path}: the gate of layer {layer + 1} makes 1 - a(g) = 0; "
-                        "what cuts the stream off has no LLaMA")
+            raise Error(f"{checkpoint.path}: the gate of layer {layer + 1} makes 1 - a(g) = 0, "
+                        "which cuts off the stream; a LLaMA cannot")
         c += [c[-1] * factor, c[-1] * factor * factor]
     sizes = list(map(abs, c))
     if not all(map(math.isfinite, sizes)) or max(sizes) > 1e15 * min(sizes):
         raise Error(f"{checkpoint.path}: the gates scale the stream from {max(sizes):.3g} to "
-                    f"{min(sizes):.3g}, too far apart for fp32 without them")
+                    f"{min(sizes):.3g}, too far apart for fp32 without gates")
     return c
 
 
 class Folded:
-    """The plain LLaMA for a target with this eps: its weights, under the names of the checkpoint.
+    """The weights of the plain LLaMA for a target with this eps, under the checkpoint's names.
 
     A larger eps is undone by a larger stream: embedding, wo and w2 times `scale`. One thing does
     not fold: where the network adds EPS to the mean square of x, the LLaMA in effect adds EPS c^2.
-    Beside a stream of order 1 both are but a few roundings of fp32."""
+    Next to a stream of order 1 both are no more than a few rounding errors of fp32."""
 
     def __init__(self, checkpoint, eps):
         self.checkpoint, self.c, self.scale = checkpoint, products(checkpoint), math.sqrt(eps / EPS)
@@ -191,13 +191,13 @@ class Folded:
             return scaled(view, self.scale)
         if "wo" in parts or "w2" in parts:
             return scaled(view, self.scale / self.c[at + ("w2" in parts)])
-        if parts[-2].endswith("norm"):      # N(c x') is N(x'), but for c's sign
+        if parts[-2].endswith("norm"):      # N(c x') is N(x') with the sign of c
             return scaled(view, math.copysign(1, self.c[at + (parts[-2] == "ffn_norm")]))
         return view
 
 
 def scaled(view, factor):
-    """The numbers times the factor, in double and rounded once."""
+    """The numbers times the factor, computed in double and rounded once."""
     if factor == 1:
         return view
     parts = []
@@ -236,23 +236,23 @@ class Tokenizer:
         if len(self.pieces) != V:
             raise Error(f"{self.path} has {len(self.pieces)} pieces, but the network has {V}")
         if checksum not in (None, str(zlib.crc32(self.file))):
-            raise Error(f"{self.path} is another tokenizer than the network was trained with")
+            raise Error(f"{self.path}: the network was trained with another tokenizer")
         texts = [text for _, text in self.pieces]
         if V < BYTES.stop or struct.unpack("<i", self.file[:4])[0] != max(map(len, texts)):
-            raise Error(f"{self.path} is damaged: it is not llama2.c's format")
+            raise Error(f"{self.path} is damaged: it is not in llama2.c's format")
         found = texts[BYTES.start:BYTES.stop]
         self.raw = found == [bytes([b]) for b in range(256)]
         if not self.raw and found != [b"<0x%02X>" % b for b in range(256)]:
             raise Error(f"{self.path}: ids 3 to 258 are not the bytes")
         if len(set(texts)) < V:
-            raise Error(f"{self.path} has two pieces that are spelled alike, which tells no target "
-                        "which of them is meant")
+            raise Error(f"{self.path} has two pieces that are spelled alike; no target can tell "
+                        "them apart")
         if b" " not in texts:
-            raise Error(f"{self.path} has no piece that is a space, with which every text begins")
+            raise Error(f"{self.path} has no piece for the space with which every text begins")
 
     def spelled(self):
         """The text of each id for a Hugging Face tokenizer. There, as in llama.cpp, spaces become
-        SPACE before anything else, so the byte 32 has to be called that."""
+        SPACE before anything else, so byte 32 must have that name."""
         names = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
         try:
             names += [text.decode().replace(" ", SPACE)
@@ -267,9 +267,9 @@ class Tokenizer:
         return names
 
     def merges(self, names):
-        """Byte-pair encoding joins the pair whose joint piece has the best score. A tokenizer.json
-        lists pairs instead, best first. Where one piece can come of several pairs, the one with the
-        longer left part stands first, as in transformers' own conversion."""
+        """Byte-pair encoding joins the pair whose joined piece has the best score. A tokenizer.json
+        lists pairs instead, best first. If several pairs make the same piece, the one with the
+        longer left part comes first, as in transformers' own conversion."""
         ids = {name: i for i, name in enumerate(names) if i >= BYTES.stop}
         pairs = []
         for name, i in ids.items():
@@ -278,20 +278,20 @@ class Tokenizer:
                     pairs.append((-self.pieces[i][0], -cut, name))
         pairs.sort()
         if len({pair[0] for pair in pairs}) < len({pair[2] for pair in pairs}):
-            raise Error(f"{self.path} has pieces of equal score, and a tokenizer.json cannot say "
-                        "that the first pair in the text is joined")
+            raise Error(f"{self.path} has pieces of equal score; a tokenizer.json cannot say that "
+                        "the first pair in the text is joined")
         return [f"{name[:-cut]} {name[-cut:]}" for _, cut, name in pairs]
 
 
 def sentencepiece_model(tokenizer):
-    """tokenizer.model beside tokenizer.bin: llama.cpp takes the scores from it. It is a protobuf
-    message; the pieces are in its fields 1, whose own field 1 is the text."""
+    """The bytes of tokenizer.model beside tokenizer.bin; llama.cpp takes the scores from it. It is
+    a protobuf message: each of its fields 1 is a piece, whose own field 1 is the text."""
     path = f"{os.path.dirname(tokenizer.path)}/tokenizer.model"
     try:
         with open(check_file(path), "rb") as file:
             model = file.read()
     except FileNotFoundError:
-        raise Error(f"{path} is missing; without it llama.cpp could not join pieces")
+        raise Error(f"{path} is missing; without it llama.cpp cannot join pieces")
 
     def number(at):
         value = shift = 0
@@ -317,7 +317,7 @@ def sentencepiece_model(tokenizer):
     expected = [text for _, text in tokenizer.pieces]
     ours = [text.replace(SPACE.encode(), b" ") for text in texts]
     if at != len(model) or ours[3:] != expected[3:]:
-        raise Error(f"{path} is damaged or of another vocabulary than {tokenizer.path}")
+        raise Error(f"{path} is damaged, or another vocabulary than {tokenizer.path}")
     return model
 
 
@@ -333,7 +333,7 @@ def llama2c_files(checkpoint, tokenizer):
                          checkpoint.V)
 
     def model():
-        yield struct.pack("<7i", C, H, L, NH, NH, -V, T)    # -V: output is not the embedding
+        yield struct.pack("<7i", C, H, L, NH, NH, -V, T)    # -V: output is a matrix of its own
         yield folded["tok_embeddings.weight"]
         for name in ("attention_norm", "attention.wq", "attention.wk", "attention.wv",
                      "attention.wo", "ffn_norm", "feed_forward.w1", "feed_forward.w2",
@@ -342,7 +342,7 @@ def llama2c_files(checkpoint, tokenizer):
                 yield folded[f"layers.{layer}.{name}.weight"]
         yield folded["norm.weight"]
         pairs = C // NH // 2
-        for function in (math.cos, math.sin):       # RoPE's angles: run computes its own
+        for function in (math.cos, math.sin):       # RoPE's angles, which run computes itself
             for t in range(T):
                 yield struct.pack(f"<{pairs}f", *[function(t * 10000 ** (-j / pairs))
                                                   for j in range(pairs)])
@@ -352,8 +352,8 @@ def llama2c_files(checkpoint, tokenizer):
 
 
 def halves(view, C, NH):
-    """The rows of wq or wk for RoPE that turns channels j and j + hs/2 of a head together, where
-    ours turns 2j and 2j + 1."""
+    """The rows of wq or wk for a RoPE that rotates channels j and j + hs/2 of a head as a pair,
+    where ours rotates 2j and 2j + 1."""
     hs = C // NH
     rows = [head * hs + j for head in range(NH) for first in (0, 1) for j in range(first, hs, 2)]
     return b"".join(view[4 * C * row:4 * C * (row + 1)] for row in rows)
@@ -389,8 +389,8 @@ def hf_files(checkpoint, tokenizer):
         text += b" " * (-len(text) % 8)
         yield len(text).to_bytes(8, "little") + text
         for name in names:
-            turned = name.endswith(("wq.weight", "wk.weight"))
-            yield halves(folded[name], checkpoint.C, checkpoint.NH) if turned else folded[name]
+            rotated = name.endswith(("wq.weight", "wk.weight"))
+            yield halves(folded[name], checkpoint.C, checkpoint.NH) if rotated else folded[name]
 
     files = {"model.safetensors": model()}
     for name, value in (("config.json", hf_config(checkpoint)),
@@ -457,14 +457,14 @@ def sync(path):
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:                        # other errors: it cannot be told to wait
+    except OSError as error:                        # other errors: it cannot be synced
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
             raise
     os.close(handle)
 
 
 def write_folder(out, files):
-    """Write the files and wait until they are on the disk; then they get their place."""
+    """Write the files, wait until they are on the disk, then move them into place."""
     with new_folder(out) as folder:
         for name, parts in files.items():
             with open(f"{folder}/{name}", "wb") as file:
@@ -480,15 +480,15 @@ def run():
     parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", help="ckpt_*.safetensors of train_gpas, or a folder, whose "
                         "newest checkpoint is used")
-    parser.add_argument("--to", choices=["llama2c", "hf"], required=True, help="the target")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make")
+    parser.add_argument("--to", choices=["llama2c", "hf"], required=True, help="the format")
+    parser.add_argument("--out", metavar="DIR", required=True, help="a new or empty folder")
     parser.add_argument("--data", metavar="DIR",
-                        help="folder of the tokenizer (the checkpoint's own --data)")
+                        help="folder of the tokenizer (that of the training)")
     args = parser.parse_args()
     path = args.checkpoint
     if os.path.isdir(path):
         if not checkpoints(path):
-            raise Error(f"{path} has no checkpoint, ckpt_*.safetensors")
+            raise Error(f"{path} contains no checkpoint (ckpt_*.safetensors)")
         path = os.path.join(path, checkpoints(path)[-1])
     checkpoint = Checkpoint(path)
     data = args.data or checkpoint.folder_of_data()

@@ -1,16 +1,15 @@
 /*
-fuzz.c: gives the readers in dev/ files and options that nobody would write, by clang's libFuzzer.
-`make fuzz` builds it four times and runs each for ten minutes (SECONDS=60: for one).
+fuzz.c: feeds files and options that nobody would write to the readers in dev/, using clang's
+libFuzzer. `make fuzz` builds it four times and runs each for ten minutes (SECONDS=60: for one).
 
-    -DFUZZ_checkpoint   a checkpoint, for --load and --resume
-    -DFUZZ_tokens       a token file, or one of multiple-choice questions
+    -DFUZZ_checkpoint   a checkpoint, for --load or --resume
+    -DFUZZ_tokens       a token file, or a file of multiple-choice questions
     -DFUZZ_tokenizer    a tokenizer.bin
-    -DFUZZ_options      a command line, an argument in each line
+    -DFUZZ_options      a command line, one argument a line
 
-The first byte of the first two chooses which. A reader must either accept its input, or say what is
-wrong with it and exit with status 1. So exit() jumps back here, and what was allocated, opened or
-mapped is released. The folders beside this file hold the first inputs. Whatever is found becomes a
-test in test_gpas.c.
+In the first two, the first byte of the input chooses which. A reader must either accept its input,
+or say what is wrong with it and exit with status 1. Here exit() jumps back to the fuzzer, and what
+was allocated, opened or mapped is released. The folders beside this file hold the first inputs.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -40,12 +39,15 @@ static jmp_buf back;
 
 static void *hold(void *p, int kind, size_t size) {
     if (num_held == MOST) abort();
-    if (p && p != MAP_FAILED)
-        held[num_held].p = p, held[num_held].size = size, held[num_held++].kind = kind;
+    if (p && p != MAP_FAILED) {
+        held[num_held].p = p;
+        held[num_held].size = size;
+        held[num_held++].kind = kind;
+    }
     return p;
 }
 
-// The program itself has released p.
+// Called when the program itself releases p.
 static void forget(const void *p) {
     int i = num_held - 1;
     while (i >= 0 && held[i].p != p) i--;
@@ -67,7 +69,7 @@ static void *held_realloc(void *p, size_t size) {
     return hold(realloc(p, size), MEMORY, 0);
 }
 
-// A file that is open by its number has the number's place in this array as its pointer.
+// An open file descriptor is held under the address of its element in this array.
 static char numbers[1024];
 
 static int open_number(const char *path, int flags) {
@@ -202,7 +204,8 @@ static void read_input(const uint8_t *data, size_t size) {
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
-    (void)argc, (void)argv;
+    (void)argc;
+    (void)argv;
     omp_set_num_threads(1);
     snprintf(folder, sizeof folder, "build/fuzz_files_%d", (int)getpid());
     return mkdir(folder, 0700);
