@@ -671,7 +671,7 @@ def test_figures():
             ("a step that is not a number", good + b"x,,1,,,,\n", "line 6: step"),
             ("a loss that is not a number", good + b"4,,x,,,,\n", "line 6: val_loss"),
             ("a log that was cut off", good[:-3], "1 runs are missing"),
-            ("no header", b"1,2\n3,4\n", "line 2")):
+            ("no header", b"1,2\n3,4\n", "line 1: expected the header")):
         check_error(f"figures.py: {what}", figures(table, text), words)
 
 
