@@ -254,7 +254,7 @@ help:
 	@echo "make sanitize     the C programs' checks under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz         feeds damaged files and options to the readers, 40 minutes; needs clang"
 	@echo "make soak         trains for an hour, is killed now and then, and must end with the same bits"
-	@echo "make bench        times a training step beside the machine's matrix rate"
+	@echo "make bench        times a training step against the machine's matrix rate"
 	@echo "make reference    computes dev/test/reference.safetensors again, with the same bytes"
 	@echo "make clean        removes the programs; data/ and out/ stay"
 	@echo "make CC=clang     another compiler"

@@ -6,7 +6,7 @@ which add something to the residual stream x: x = x + f(norm(x)). In this usual 
 the input of f is normalized, but its output is not. As a result the variance of x grows with depth,
 until what the last layers add hardly changes it. GPAS (Gradient-Preserving Activation Scaling,
 arXiv 2506.22049) holds back this growth: in each sublayer it multiplies the stream by a learned
-factor, after the sum x + f(norm(x)):
+factor, after the sum x + f(norm(x)), or before the sum where the norm comes last:
 
     y = x - a(g) sg(x)
 
@@ -16,7 +16,8 @@ stop-gradient: it returns its argument, but is treated as a constant when we dif
 forward pass computes y = (1 - a(g)) x, while the backward pass gives dx = dy: the gradient passes
 GPAS unscaled. That is the whole idea, and gpas_forward() and gpas_backward() below implement it.
 
-Each sublayer applies GPAS once, and the two share the layer's gate. There are three arrangements:
+Each sublayer applies GPAS once, and the two sublayers of a layer share its gate. There are three
+arrangements:
 
     norm first    x ---+-----------------------------------> (+) ---> GPAS ---> y       pre, lns
                        |                                      ^
@@ -30,9 +31,8 @@ Each sublayer applies GPAS once, and the two share the layer's gate. There are t
                        |                                      ^                         deepnorm
                        +---> f -------------------------------+
 
-    GPAS itself   x =====> (1 - a(g)) x in the forward pass,  dx <===== dy in the backward pass
-
-In mix, the first L/4 layers are norm last and the others norm first.
+A is a constant of deepnorm, and 1 in post. In mix, the first L/4 layers are norm last and the
+others norm first.
 
 Contents: 1 GPAS. 2 The other operations. 3 The model. 4 AdamW. 5 Training. The headers of dev/ hold
 what supports them: file formats, options, logs, fast matrix products.
@@ -790,9 +790,9 @@ static void add(float *x, const float *y, size_t n) {
 }
 
 /*
-The same sublayer backwards. Given dy, compute dx. F^T v is the transposed Jacobian of an operation
-F times v, which is what F's backward function computes from v. x goes two ways, along the shortcut
-and into the branch, so dx is the sum of two gradients:
+The same sublayer backwards. Given dy, compute dx. For an operation F, F^T v denotes its transposed
+Jacobian applied to v, which is what F's backward function computes. x takes two paths, along the
+shortcut and into the branch, so dx is the sum of two gradients:
 
     norm first   s = x + b,  b = post_norm(f(norm(x))),  y = GPAS(s)
         ds = dy                                  GPAS lets it pass unscaled
@@ -817,7 +817,7 @@ static float *sublayer_backward(const Model *m, int l, int sub, float *dx, int B
     int C = c->C, N = B * T, activation = c->gate_activation;
     size_t n = (size_t)N * C;
     float *dgate = c->gate_train ? d->gate : NULL;
-    if (m->options->recompute && l < c->L - 1)  // the arrays of the last layer are still there
+    if (m->options->recompute && l < c->L - 1)  // no later layer overwrote the last one's
         branch_forward(m, l, sub, NULL, finp, 0, B, T);
     if (!norm_comes_last(c, l)) {
         if (c->gpas)                                                           // dg; ds = dy

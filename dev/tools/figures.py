@@ -433,8 +433,9 @@ def draw_all(matplotlib, results, folder):
                 continue  # the table has no experiments for it with this data
             text = io.StringIO()
             figure.savefig(text, format="svg", metadata={"Date": None})
-            # Two decimals of a point are enough, and make the files a third smaller.
-            short = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", text.getvalue())
+            # Two decimals of a coordinate are enough, and make the files a third smaller.
+            short = re.sub(r'="[^"]*"', lambda attribute: re.sub(
+                r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", attribute[0]), text.getvalue())
             with new_file(f"{folder}/{name}.svg") as path:
                 with open(path, "w", encoding="utf-8") as file:
                     file.write(short)

@@ -41,6 +41,7 @@ svg .grid { stroke: var(--line); } svg .zero { stroke: var(--faint); }
 svg .run { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .key { display: inline-block; width: 1.2em; height: .25em; margin-right: .5em;
   vertical-align: middle; }
+.run-name { white-space: nowrap; margin-right: .7em; }
 pre { white-space: pre-wrap; font: inherit; margin: .3rem 0 1rem; padding-left: 1rem;
   border-left: 3px solid; }
 """
@@ -131,13 +132,13 @@ def table(head, rows):
 
 
 def key(number, run):
-    return (f'<span class="key" style="background: {color(number)}"></span>'
-            + html.escape(run.folder))
+    return (f'<span class="run-name"><span class="key" style="background: {color(number)}"></span>'
+            + html.escape(run.folder) + "</span>")
 
 
 def overview(runs):
-    """A row for each run. What it needed for the loss of the first is compared with what that
-    needed itself."""
+    """A row for each run. The steps that it needed to reach the loss of the first run are compared
+    with those that the first run itself needed."""
     first, rows = runs[0], []
     goal_step = max(first.val, default=None)
     for number, run in enumerate(runs):
@@ -156,8 +157,8 @@ def overview(runs):
         rows.append([key(number, run), html.escape(run.kind()), run.state(),
                      f"{run.val[at]:.4f}" if at is not None else "", change, needed,
                      f"{median(speed):,.0f}" if speed else ""])
-    return table(["run", "network", "trained", "validation loss", "difference to the first",
-                  "steps to the first's loss", "tokens/s"], rows)
+    return table(["run", "network", "training", "validation loss", "difference from the first",
+                  "steps to reach the first's loss", "tokens/s"], rows)
 
 
 def configuration(runs):
@@ -211,17 +212,19 @@ def page(runs):
              '<meta name="viewport" content="width=device-width, initial-scale=1">',
              f"<style>{STYLE}</style>", "<h1>Runs compared</h1>", overview(runs),
              "<h2>Configuration</h2>", configuration(runs)]
+    legend = " ".join(key(number, run) for number, run in enumerate(runs))
     for head, text, charts in (
-            ("Losses", "", losses(runs)),
+            ("Losses", "In nats (natural logarithm) per token.", losses(runs)),
             ("Variance of the activation that leaves each layer",
-             "Without GPAS it grows with depth; the axis is logarithmic.",
+             "In Pre-LN without GPAS it grows with depth. The axis is logarithmic.",
              by_layer(runs, "mlp_variance", "Variance", True)),
             ("Gates", "At each of its two sites a layer scales the activation by 1 - a(g).",
              by_layer(runs, "gate", "Gate g", False)),
-            ("Gradient norm by layer", "Of the layer's parameters, before clipping.",
+            ("Gradient norm by layer", "Of the layer's parameters, before clipping. The axis is "
+             "logarithmic, and step 0 has no gradient yet.",
              by_layer(runs, "grad_norm", "Gradient norm", True))):
         if any(charts):
-            parts.append(f"<section><h2>{head}</h2><p>{text}</p>"
+            parts.append(f"<section><h2>{head}</h2><p>{text}</p><p>{legend}</p>"
                          f'<div class="charts">{"".join(charts)}</div></section>')
     return "\n".join(parts + ["<h2>Stories</h2>", stories(runs)]) + "\n"
 
