@@ -156,7 +156,7 @@ def run():
         for row in rows + [("all", "", sum(r[2] for r in rows), sum(r[3] for r in rows), total)]:
             print("| %s | %s | %.0f | %.2f | %.2f | %.0f%% |" % (*row, 100 * row[4] / total))
         return
-    print("| preset | B | T | floor, ms | of it products | tokens/s | model FLOPs in it |\n"
+    print("| preset | B | T | floor, ms | share of products | tokens/s | model FLOP/s |\n"
           "|---|---|---|---|---|---|---|")
     for shape in SHAPES:
         rows, flops = floors(o, shape)
