@@ -87,8 +87,8 @@ VARIANT = {
         ("row n of out is row tokens[n] of weight.",
          "row n of out is row tokens[n] of weight,\n// multiplied by sqrt(C)."),
         ("        memcpy(out + (size_t)n * C, weight + (size_t)tokens[n] * C, C * sizeof(float));",
-         "        for (int c = 0; c < C; c++)\n            out[(size_t)n * C + c] = sqrtf((float)C) * "
-         "weight[(size_t)tokens[n] * C + c];"),
+         "        for (int c = 0; c < C; c++)\n            out[(size_t)n * C + c] = "
+         "sqrtf((float)C) * weight[(size_t)tokens[n] * C + c];"),
         ("dw[c] += dy[c];", "dw[c] += sqrtf((float)C) * dy[c];"),
     ],
     "train_gpas.cu": [
@@ -110,15 +110,16 @@ VARIANT = {
         ("+ channel] += total;", "+ channel] += sqrtf((float)C) * total;"),
     ],
 }
-VARIANT_TOLD = """This is a variant of the project's network: RMSNorm's eps is 1e-5, SwiGLU has sigmoid(1.702 h1), the
-scores of attention are scaled by 1/hs, and the embedding is multiplied by sqrt(C). The comments say
-so. Code from elsewhere does not fit.
+VARIANT_TOLD = """This is a variant of the project's network: RMSNorm's eps is 1e-5, SwiGLU has
+sigmoid(1.702 h1), the scores of attention are scaled by 1/hs, and the embedding is multiplied by
+sqrt(C). The comments say so. Code from elsewhere does not fit.
 
 """
 
 # Copied as they are. So are all headers of dev/, and with --cuda those of dev/gpu/.
 COPIED = ["LICENSE", "dev/class/grade.py", "dev/class/grade.c", "dev/class/grade.h",
-          "dev/class/submission.c", "dev/class/compiler.py", "dev/class/ready.py", "dev/tools/compare.py", "dev/tools/report.py",
+          "dev/class/submission.c", "dev/class/compiler.py", "dev/class/feedback.py",
+          "dev/class/ready.py", "dev/tools/compare.py", "dev/tools/report.py",
           "dev/tools/runs.py", "dev/command.py", "prepro_tinystories.py"]
 COPIED_CUDA = ["dev/test/on_gpu.h"]
 CUDA_RULES = ["build/%.cu", "train_gpas_cuda", "train_gpas_cuda_on_cpu"]
@@ -410,8 +411,8 @@ functions of your own. Leave the names and the parameters of the given ones as t
 ## Threads
 
 `#pragma omp parallel for` before a loop shares its iterations among threads. Two threads must not
-write the same number: a sum in a variable needs `reduction(+ : sum)`, and rows that occur twice need
-another loop to be the parallel one. Such races are not graded, because they show only now and then.
+write the same number: a sum in a variable needs `reduction(+ : sum)`, and where rows occur twice,
+another loop must be the parallel one. Such races are not graded: they show only now and then.
 To find them: OMP_NUM_THREADS=1 make grade SEED=7 sets the threads aside (if it is right and `make
 grade SEED=7` is not, it is a race), and
 

@@ -17,22 +17,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
 from command import Error, Parser, main
 from compiler import command, compiler, first_error, limit_cpu, warnings_of
+from feedback import passes, print_table
 
 LAYERS = ("gpas residual embedding rmsnorm rope swiglu matmul attention crossentropy "
           "adamw").split()
 FUSED = "residual_gpas_rmsnorm"     # in train_gpas.cu three of the layers in one kernel, too
 POINTS = {"forward": 4, "backward": 6, "update": 10}
 PASS_SECONDS = 60   # of CPU time, of which the submission has a limit of its own: grade.c
-
-
-def passes(layer):
-    return ["update"] if layer == "adamw" else ["forward", "backward"]
 
 
 def compile_grader(options):
@@ -166,25 +162,6 @@ def grade_file(file, options, folder):
             for _, _, job in jobs:
                 job.cancel()
     return rows
-
-
-def print_table(rows, result):
-    print(f"{'':14} {'layer':22} {'points':9} result by result")
-    for row in rows:
-        checks = [f"{one['name']} {one['points']}/{one['max']}"
-                  for which in passes(row["layer"]) for one in row.get(which, {}).get("checks", [])]
-        print(f"{row['file']:14} {row['layer']:22} {row['points']:2} of {row['max']}  ",
-              "  ".join(checks))
-    for error in dict.fromkeys(row["error"] for row in rows if "error" in row):
-        print("\n" + textwrap.fill(error, 96, subsequent_indent="  "))
-    for row in rows:
-        for which in passes(row["layer"]):
-            for i, hint in enumerate(row.get(which, {}).get("hints", [])):
-                if i == 0:
-                    print(f"\n{row['file']}, {row['layer']}_{which}:")
-                print(textwrap.fill(hint, 96, initial_indent="    ", subsequent_indent="      "))
-    print(f"\n{result['points']} of {result['max']} points; make grade SEED={result['seed']} "
-          "repeats these numbers")
 
 
 def run():

@@ -26,7 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
 from command import CLEAR, Error, Parser, main, new_file
-from grade import LAYERS, print_table
+from feedback import first_error, print_table
+from grade import LAYERS
 
 ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../.."))
 MOST_SECONDS = 3600     # of wall time for one submission: far more than the limits inside of it
@@ -138,16 +139,6 @@ def grade_one(name, files, options, template, seed):
     write(os.path.join(options.out, name + ".json"), json.dumps(result, indent=1))
 
 
-def first_error(result):
-    for row in result["layers"]:
-        for part in [row] + [row[which] for which in ("forward", "backward", "update")
-                             if which in row]:
-            hint = part.get("error") or (part.get("hints") or [""])[0]
-            if hint:
-                return hint if "error" in part else f"{row['layer']}: {hint}"
-    return result.get("error", "")
-
-
 def write_csv(names, options):
     """grades.csv, from what has been graded so far."""
     layers = [f"{file[11:]} {layer}" for file in ["train_gpas.c"] + ["train_gpas.cu"] * options.cuda
@@ -162,7 +153,8 @@ def write_csv(names, options):
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="surrogateescape") as file:
                 result = json.load(file)
-            points = {f"{row['file'][11:]} {row['layer']}": row["points"] for row in result["layers"]}
+            points = {f"{row['file'][11:]} {row['layer']}": row["points"]
+                      for row in result["layers"]}
             table.writerow([name, result["points"], 10 * len(layers),
                             *[points.get(layer, 0) for layer in layers], first_error(result)])
     write(os.path.join(options.out, "grades.csv"), text.getvalue())

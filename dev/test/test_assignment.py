@@ -77,7 +77,7 @@ MORE_KERNELS = [
      "of a cudaMalloc"),
     ("swiglu", "(s + h1[k] * s * (1 - s))", "(s - h1[k] * s * (1 - s))", "sign"),
     ("matmul", "gemm(out, weight, 1, inp", "gemm(out, weight, 0, inp", "weight is read transposed"),
-    ("attention", "        l[half] *= correction;\n", "", "from one block to the next"),
+    ("attention", "        l[half] *= correction;\n", "", "between blocks"),
     ("crossentropy", "(p - (v + k == target))", "(p + (v + k == target))", "sign"),
     ("adamw", "(1 - adam.beta2) * dp * dp", "(1 - adam.beta2) * dp", "square"),
     ("residual_gpas_rmsnorm", "gate_sum += x[k] * dz", "gate_sum -= x[k] * dz", "sign")]
