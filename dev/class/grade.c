@@ -940,7 +940,7 @@ static void adjust_attention(Case *c, int k) {
 static number cross_lse(const number *x, long rest, const Case *c) {
     int begin = slip("the first logit is left out"), end = c->V;
     if (slip("the last logit is left out")) end--;
-    if (c->stride > c->V && slip("the padding, logits from V on, is in the sum")) end = (end + 3) / 4 * 4;
+    if (c->stride > c->V && slip("the padding, logits from V on, is in the sum")) end += -end & 3;
     double m = creal(x[0]);
     number sum = 0;
     for (int v = 0; v < c->V; v++) m = fmax(m, creal(x[v]));
