@@ -374,8 +374,9 @@ the derivative yourself.
 A C compiler with OpenMP, make and python3 (3.8 or newer; nothing to install with pip).%(cxx)s
 
 - Linux: gcc from your distribution (Debian, Ubuntu: apt install gcc%(gxx)s make python3).
-- Mac: Apple's clang has no OpenMP. `brew install gcc`, then add `CC=gcc-14`%(cxx14)s to each make
-  command. Or Homebrew's clang: `brew install llvm libomp`, `CC=$(brew --prefix llvm)/bin/clang`.
+- Mac: Apple's clang has no OpenMP. `brew install gcc`, then add `CC=gcc-14%(cxx14)s` to each
+  make command. Or take Homebrew's clang: `brew install llvm libomp`, and
+  `CC=$(brew --prefix llvm)/bin/clang`.
 - Windows: WSL (`wsl --install`), and in it as on Linux.
 
 ## Build, grade, run
@@ -405,21 +406,25 @@ functions of your own. Leave the names and the parameters of the given ones as t
   cannot read again; so read first.
 - stop_grad: 1, the usual case, treats sg(x) as a constant in the backward pass. 0 is a comparison:
   GPAS is then an ordinary learned scale, and has its ordinary derivative.
-- dgate NULL: the gate is not trained, and no gradient of it is wanted. dinp is.
+- dgate NULL: the gate is not trained, so nobody needs its gradient. dinp is needed all the same.
 - rows N = B T: the positions of all sequences, one after another. Index (n,c) is at n * C + c.
 
 ## Threads
 
 `#pragma omp parallel for` before a loop shares its iterations among threads. Two threads must not
 write the same number: a sum in a variable needs `reduction(+ : sum)`, and where rows occur twice,
-another loop must be the parallel one. Such races are not graded: they show only now and then.
-To find them: OMP_NUM_THREADS=1 make grade SEED=7 sets the threads aside (if it is right and `make
-grade SEED=7` is not, it is a race), and
+another loop must be the parallel one. Without any pragma all layers are right, and fast enough for
+this course.
 
-    gcc -std=c11 -g -O1 -fopenmp -fsanitize=thread train_gpas.c -o race -lm
+Such races between threads are not graded, because they show only now and then.%(races)s
+To find them, train with many threads several times, when all layers are right. What differs from
+run to run, in more than the last digits, comes from a race:
 
-names the lines, among messages about the barriers of OpenMP itself. Without any pragma all layers
-are right and fast enough for this course.%(races)s
+    for i in 1 2 3 4 5; do OMP_NUM_THREADS=16 ./train_gpas --steps 10 --val-batches 1 \\
+        --overwrite on --out out/race | grep "step 10"; done
+
+If a layer is wrong now and then, `OMP_NUM_THREADS=1 make grade SEED=7` tells you whether it is
+right with one thread.
 
 ## Where not to look
 
@@ -428,8 +433,8 @@ it saves you the hour in which you would have learned something. dev/class/grade
 mistakes by name; it spoils the search for them. dev/gemm.h is not forbidden: matmul and attention
 may call what it defines, and three plain loops are right as well.
 """
-CUDA_RACES = """ In train_gpas.cu races are graded: the kernels
-run on the CPU, where each access to memory is watched."""
+CUDA_RACES = """ In
+train_gpas.cu they are: the kernels run on the CPU, where each access to memory is watched."""
 
 
 def task_sheet(layers, files, variant):

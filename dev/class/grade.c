@@ -385,17 +385,18 @@ static int is_true(Definition f, int n, int k, int first, const Hypothesis *h) {
     return seen && sure;
 }
 
-// Is it multiplied by the same number in all cases? first: a case that is wrong.
+// Is it multiplied by the same number in all cases? first: a case that is wrong. Of a single number
+// any factor would be true.
 static int explain_factor(Definition f, int n, int k, int first, char *hint) {
     const Result *r = &cases[first].results[k];
-    int at = (int)((char *)memchr(r->wrong, 1, r->rows * r->columns) - r->wrong);
+    int at = (int)((char *)memchr(r->wrong, 1, r->rows * r->columns) - r->wrong), num_wrong = 0;
     Hypothesis h = nothing_wrong;
     h.factor = r->got[at] / r->expected[at];
-    if (!isfinite(h.factor) || (h.factor == 0 && r->adds)) return 0;
-    if (!is_true(f, n, k, first, &h)) return 0;
-    return fabs(h.factor + 1) < 1e-3 ? sprintf(hint, "it has the wrong sign")
-           : h.factor == 0 ? sprintf(hint, "it is all zeros")
-           : sprintf(hint, "it is multiplied by %.4g", h.factor);
+    for (int i = 0; i < n; i++) num_wrong += cases[i].results[k].num_wrong;
+    if (!isfinite(h.factor) || (h.factor == 0 && r->adds) || !is_true(f, n, k, first, &h)) return 0;
+    if (fabs(h.factor + 1) < 1e-3) return sprintf(hint, "it has the wrong sign");
+    if (h.factor == 0) return sprintf(hint, "it is all zeros");
+    return num_wrong > 2 ? sprintf(hint, "it is multiplied by %.4g", h.factor) : 0;
 }
 
 // Tries what is known to go wrong. Returns whether something explains result k in all cases.
@@ -406,6 +407,7 @@ static int explain(Definition f, int n, int k, int first, char *hint) {
     Hypothesis h = nothing_wrong;
     h.other_mode = 1;
     if (is_true(f, n, k, first, &h)) return sprintf(hint, "%s", mode);
+    if (explain_factor(f, n, k, first, hint)) return 1;
     for (h.other_mode = 0; h.other_mode < 2; h.other_mode++) {
         for (int i = 0; i < num_slips; i++) {
             h.slip = slips[i];
@@ -414,7 +416,6 @@ static int explain(Definition f, int n, int k, int first, char *hint) {
                                h.other_mode ? mode : "");
         }
     }
-    if (explain_factor(f, n, k, first, hint)) return 1;
     h = nothing_wrong;
     for (h.view = -1; h.view < cases[0].num_inputs; h.view++) {
         for (h.how = 0; h.how < READINGS + 1 + cases[0].num_inputs; h.how++) {
@@ -869,7 +870,6 @@ static number softmax_row(number *P, number *const *in, const Case *c, int b, in
     lse = m + clog(sum);
     if (forward_slip("lse = m + log(sum): m is missing")) lse -= m;
     if (forward_slip("lse = m + log(sum): the log is missing")) lse = m + sum;
-    if (forward_slip("m is added after the log, but was not subtracted before the exp")) lse += m;
     if (forward_slip("not divided by the row's sum: the softmax is not normalized")) sum = 1;
     for (int s = 0; s < c->T; s++) P[s] /= sum;
     return lse;
@@ -881,7 +881,6 @@ static void softmax_sloped(number *P, number *const *in, const Case *c, int b, i
     int no_lse = slip("P = e^(S - lse): lse is not subtracted");
     int no_P = slip("the factor P is missing in dS");
     int no_delta = slip("a term is missing in dS: a score acts on each P of its row");
-    int late = slip("delta is subtracted after the product with P; it must be before");
     const char *made = chosen;
     for (int s = 0; s < c->T; s++) S[s] = score(in, c, b, h, t, s);
     chosen = NULL;
@@ -890,7 +889,7 @@ static void softmax_sloped(number *P, number *const *in, const Case *c, int b, i
     chosen = made;
     for (int s = 0; s < c->T; s++) {
         number dS = I * cimag(S[s]), M = sees(c, t, s) * hold(cexp(S[s]) / (no_lse ? 1 : lse));
-        total += (no_P || late ? sees(c, t, s) : M) * dS;
+        total += (no_P ? sees(c, t, s) : M) * dS;
         S[s] = M + (no_P ? sees(c, t, s) : M) * dS;
     }
     for (int s = 0; s < c->T; s++) P[s] = S[s] - !no_delta * P[s] * total;

@@ -68,7 +68,7 @@ def compile_submission(file, options, folder):
 
 def run_program(words):
     """Runs the grader. Returns its status, what it printed, and the last line of errors."""
-    threads = "2" if ".cu." in words[0] else "4"
+    threads = "2" if ".cu." in words[0] else os.environ.get("OMP_NUM_THREADS", "4")
     environment = dict(os.environ, OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="passive")
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = subprocess.Popen(words, stdout=out, stderr=err, stdin=subprocess.DEVNULL,
