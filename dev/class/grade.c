@@ -705,7 +705,6 @@ static void rope_pair(number *out, long first, int j, int t, number *const *in, 
     if (slip("x0 is overwritten before the second line of the rotation reads it")) x0 = y0;
     number y1 = x0 * sine + x1 * cosine;
     if (slip("the sign of the sine in the second of the pair")) y1 = x1 * cosine - x0 * sine;
-    if (slip("the sign of the cosine in the second of the pair")) y1 = x0 * sine - x1 * cosine;
     out[first] = y0;
     if (second < (long)n) out[second] = y1;
 }
@@ -1146,6 +1145,7 @@ static void adjust_fused(Case *c, int k) {
             c->stop_grad ? "" : ", stop_grad 0", c->no_gate ? ", no gates" : "");
     for (int i = 0; i < 2; i++)
         c->in[3].x[i] = (float)(((i + k) % 2 ? 0.5 : -0.5) + 0.1 * uniform());
+    for (int i = 0; i < 2 * n && k / 2 == 1; i++) c->in[i / n].x[i % n] *= 0x1p-10;  // for eps
     if (!backward) return;
     double *sum = evaluate(fused, c, OUTPUT), *dx = numbers(n, 1), *dfinp = numbers(n, 1);
     c->out_weight = room(c->out_size, sizeof *dx);

@@ -75,7 +75,8 @@ def run_program(words):
                                  preexec_fn=limit_cpu(PASS_SECONDS if words[1:] else 5),
                                  env=environment, start_new_session=True)
         try:
-            child.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=10 * PASS_SECONDS)
         finally:
             with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)    # and whatever it has started
