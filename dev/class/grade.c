@@ -433,17 +433,16 @@ static int explain(Definition f, int n, int k, int first, char *hint) {
 // The first wrong element of a case, where the wrong ones are, and what they have in common.
 static void describe_elements(char *text, const Result *r, const Case *c) {
     int first = -1, nans = 0, n = r->rows * r->columns, last_row = 0;
-    int kept = 1, minus = 1, turned = 1;
-    double size = 1e-3 * r->scale;
+    int kept = 1, minus = 1, turned = r->rows > 1 && r->columns > 1;
     char index[60];
     for (int i = 0; i < n; i++) {
         int at = i % r->columns * r->rows + i / r->columns;
-        turned &= fabs(r->got[at] - r->expected[i]) < size;
+        turned &= fabs(r->got[at] - r->expected[i]) < 1e-3 * r->scale;
         if (!r->wrong[i]) continue;
         if (first < 0) first = i;
         nans += !isfinite(r->got[i]);
         kept &= r->got[i] == (r->adds ? 0 : r->old[i]);
-        minus &= fabs(r->got[i] + r->expected[i]) < size;
+        minus &= fabs(r->got[i] + r->expected[i]) < 1e-3 * fabs(r->expected[i]);
         last_row = i / r->columns;
     }
     int row = first / r->columns, column = first % r->columns;
@@ -455,7 +454,7 @@ static void describe_elements(char *text, const Result *r, const Case *c) {
                     r->got[first] + old, r->expected[first] + old, c->name, r->num_wrong, n);
     if (last_row - row + 1 < r->rows && !c->sampled)
         text += sprintf(text, ", rows %d to %d of %d", row, last_row, r->rows);
-    sprintf(text, ")%s", kept ? "; nothing is written to the wrong elements" : minus
+    sprintf(text, ")%s", kept ? "; the wrong elements hold what they held before" : minus
             ? "; the wrong elements have the wrong sign" : turned ? "; it is written transposed"
             : !nans ? "" : "; NaN or infinity comes from what is read outside of an input, from an "
             "exponential that overflows, a negative root or log, or 0 / 0");
@@ -705,6 +704,7 @@ static void rope_pair(number *out, long first, int j, int t, number *const *in, 
     if (slip("x0 is overwritten before the second line of the rotation reads it")) x0 = y0;
     number y1 = x0 * sine + x1 * cosine;
     if (slip("the sign of the sine in the second of the pair")) y1 = x1 * cosine - x0 * sine;
+    if (slip("the sign of the cosine in the second of the pair")) y1 = x0 * sine - x1 * cosine;
     out[first] = y0;
     if (second < (long)n) out[second] = y1;
 }
@@ -799,12 +799,11 @@ static void matmul(number *out, number *const *in, const Case *c) {
     for (int n = 0; n < c->T; n++) {
         number sum = 0;
         for (int o = 0; o < OC; o++) {
-            int row = o, end = C + slip("one channel too many in the sum: c < C");
-            if (slip("row n of the weight in place of row o")) row = n;
+            int end = C + slip("one channel too many in the sum: c < C");
             if (!slip("the sum is not set to 0 for each output")) sum = 0;
             for (int i = 0; i < end; i++)
                 sum += at_or_nan(in[0], n * C + i, input_size(&c->in[0])) *
-                       at_or_nan(in[1], row * C + i, input_size(&c->in[1]));
+                       at_or_nan(in[1], o * C + i, input_size(&c->in[1]));
             out[n * OC + o] = sum;
         }
     }
