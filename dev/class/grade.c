@@ -433,11 +433,12 @@ static int explain(Definition f, int n, int k, int first, char *hint) {
 // The first wrong element of a case, where the wrong ones are, and what they have in common.
 static void describe_elements(char *text, const Result *r, const Case *c) {
     int first = -1, nans = 0, n = r->rows * r->columns, last_row = 0;
-    int kept = 1, minus = 1, turned = r->rows > 1 && r->columns > 1;
+    int kept = 1, minus = 1, known = 0, turned = r->rows > 1 && r->columns > 1;
     char index[60];
     for (int i = 0; i < n; i++) {
         int at = i % r->columns * r->rows + i / r->columns;
         turned &= fabs(r->got[at] - r->expected[i]) < 1e-3 * r->scale;
+        known += !isnan(r->expected[i]);
         if (!r->wrong[i]) continue;
         if (first < 0) first = i;
         nans += !isfinite(r->got[i]);
@@ -451,7 +452,7 @@ static void describe_elements(char *text, const Result *r, const Case *c) {
     else sprintf(index, "[%d][%d]", row, column);
     double old = r->adds ? r->old[first] : 0;
     text += sprintf(text, "%s%s is %.6g, should be %.6g (%s; %d of %d wrong", r->name, index,
-                    r->got[first] + old, r->expected[first] + old, c->name, r->num_wrong, n);
+                    r->got[first] + old, r->expected[first] + old, c->name, r->num_wrong, known);
     if (last_row - row + 1 < r->rows && !c->sampled)
         text += sprintf(text, ", rows %d to %d of %d", row, last_row, r->rows);
     sprintf(text, ")%s", kept ? "; the wrong elements hold what they held before" : minus
