@@ -71,7 +71,8 @@ MORE_KERNELS = [
     ("gpas", "i += step) {\n        float dy", "i += blockDim.x) {\n        float dy", "race"),
     ("residual", "scale_array(dshortcut, dout, A, 0, n)",
      "scale_array(dshortcut, dout, A, 1, n)", r"\+="),
-    ("embedding", "c < C; i += 8)", "c < C; i += 16)", "only where a token occurs more than 8 times"),
+    ("embedding", "c < C; i += 8)", "c < C; i += 16)",
+     "only where a token occurs more than 8 times"),
     ("rmsnorm", "x, w, rstd[n], C)", "x, w, rstd[0], C)", "r of row 0"),
     ("rope", "table + (size_t)(blockIdx.x % T) * hs", "table + (size_t)blockIdx.x * hs",
      "of a cudaMalloc"),
@@ -81,6 +82,45 @@ MORE_KERNELS = [
     ("crossentropy", "(p - (v + k == target))", "(p + (v + k == target))", "sign"),
     ("adamw", "(1 - adam.beta2) * dp * dp", "(1 - adam.beta2) * dp", "square"),
     ("residual_gpas_rmsnorm", "gate_sum += x[k] * dz", "gate_sum -= x[k] * dz", "sign")]
+
+# Mistakes that show only in some cases: these have to be said first.
+SUBTLE = [
+    ("gpas", """        if (dinp != dout) memcpy(dinp, dout, n * sizeof(float));  // dx = dy
+        return;
+    }
+    float scale = 1 - gate_value(gate, activation);
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < n; i++) dinp[i] = scale * dout[i];
+""", """        if (dinp != dout) memcpy(dinp, dout, n * sizeof(float));
+        return;
+    }
+    float scale = 1 - gate_value(gate, activation);
+    for (size_t i = 0; i < n; i++) dinp[i] = scale * dout[i];
+    float s = gate_slope(gate, activation);
+    if (dgate) *dgate += s * (float)dot(inp, dout, n) * (dinp == dout ? 1 - scale : 0);
+""", "only where output and input are the same array|wrong only in the cases: .*dinp is dout"),
+    ("residual", "for (size_t i = 0; i < n; i++) out[i] = A * shortcut[i] + branch[i];",
+     "for (size_t i = 0; i < n; i++) out[i] = branch[i];\n"
+     "    for (size_t i = 0; i < n; i++) out[i] += A * shortcut[i];",
+     "only where output and input are the same array: out is written before shortcut is read"),
+    ("rmsnorm", "1 / sqrtf(sum / C + 1e-6f)", "1 / (sqrtf(sum / C) + 1e-6f)",
+     "only where the inputs are small: eps belongs under the root"),
+    ("rope", "float cosine = cos_sin[j], sine",
+     "static float kept[2];\n                if (kept[0] == 0) kept[0] = T;\n"
+     "                float cosine = kept[0] == T ? cos_sin[j] : 0, sine",
+     "right in the first call, not after another: is something static"),
+    ("attention", "seen = t0 + n, accumulate = t0 < last", "seen = t0 + n, accumulate = 0 * last",
+     "only where sizes are large"),
+    ("adamw", "pow(adam.beta1, adam.t)", "pow(adam.beta1, adam.t + (adam.t > 1))",
+     "right in the cases: .*C = 7, t = 1")]
+SUBTLE_KERNELS = [
+    ("gpas", "dinp[i] = scale * dy;", "dinp[i] = dy;", "only where stop_grad is 0"),
+    ("crossentropy", "            if (v + k >= V) x[k] = -INFINITY;\n", "",
+     "the padding, logits from V on, is in the sum"),
+    ("adamw", "chunk.decays ? adam.weight_decay : 0", "adam.weight_decay",
+     "norms and gates decay too"),
+    ("residual_gpas_rmsnorm", "gate_sum += s[k] * dy;", "gate_sum += y[k] * dy;",
+     "dgate is made of what GPAS returns")]
 
 # A source with all that assignment.py has rules for, and what it must become.
 SOURCE = """\
@@ -245,14 +285,10 @@ def test_some(folder):
     done = run("make", "-s", "grade", cwd=folder)
     check(done.stdout.count("does not compile") == 1, "grade: and said once", done.stdout)
     source = read(ROOT, "train_gpas.c")
-    for layer, old, new in (("gpas_forward", "float gate, int activation, size_t n) {",
-                             "double gate, int activation, size_t n) {"),
-                            ("swiglu_backward", "inp, int N, int H) {\n    #pragma omp parallel for\n"
-                             "    for (int n = 0; n < N; n++) {\n        const float *h1 = inp + "
-                             "(size_t)n * 2 * H, *h3 = h1 + H, *dy",
-                             "inp, long N, int H) {\n    #pragma omp parallel for\n"
-                             "    for (int n = 0; n < N; n++) {\n        const float *h1 = inp + "
-                             "(size_t)n * 2 * H, *h3 = h1 + H, *dy")):
+    gate, rows = "float gate, int activation", "int N,\n                            int C)"
+    for layer, old, new in (("gpas_forward", gate, gate.replace("float", "double")),
+                            ("rmsnorm_forward", rows, rows.replace("int C", "long C"))):
+        check(old in source, f"grade: the parameters of {layer} are there")
         write(source.replace(old, new, 1), folder, "train_gpas.c")
         said = str(grade(folder))
         check(f"the parameters of {layer} or their types" in said,
@@ -424,7 +460,8 @@ def test_variant(place):
     check(result["points"] == 210, "variant: its solution gets 210 of 210", wrong)
     for file in VARIANT:
         shutil.copy(os.path.join(ROOT, file), folder)
-    lost = {(row["file"][11:], row["layer"]) for row in grade(folder)["layers"] if row["points"] < 10}
+    lost = {(row["file"][11:], row["layer"]) for row in grade(folder)["layers"]
+            if row["points"] < 10}
     layers = {"embedding", "rmsnorm", "swiglu", "attention"}
     check(lost == {("c", layer) for layer in layers} | {("cu", layer) for layer in
                                                         layers | {"residual_gpas_rmsnorm"}},
@@ -433,8 +470,8 @@ def test_variant(place):
 
 def test_openmp(folder):
     """A compiler like Apple's."""
-    write("""case "$*" in *-fopenmp*) echo "clang: error: unsupported option '-fopenmp'"; exit 1; esac
-exec gcc "$@"
+    write("""case "$*" in *-fopenmp*) echo "clang: error: unsupported option '-fopenmp'"; exit 1
+esac; exec gcc "$@"
 """, folder, "cc.sh")
     for target in ("grade", "train_gpas", "run"):
         os.utime(os.path.join(folder, "train_gpas.c"))
@@ -527,12 +564,15 @@ def main():
         test_empty(os.path.join(place, "all"))
         test_mistakes(os.path.join(place, "all"), KERNELS, "kernels", "train_gpas.cu")
         test_mistakes(os.path.join(place, "all"), MORE_KERNELS, "more kernels", "train_gpas.cu")
+        test_mistakes(os.path.join(place, "all"), SUBTLE_KERNELS, "subtle kernels",
+                      "train_gpas.cu")
         test_some(os.path.join(place, "some"))
         in_c = os.path.join(place, "in_c")
         hand_out(in_c)
         test_mistakes(in_c, MISTAKES, "mistakes")
         test_mistakes(in_c, READINGS, "readings")
         test_mistakes(in_c, VIOLENT, "violence")
+        test_mistakes(in_c, SUBTLE, "subtle")
         test_openmp(in_c)
         test_errors(in_c)
         test_variant(place)
