@@ -183,16 +183,32 @@ test-cuda-on-cpu: train_gpas $(CUDA_ON_CPU)
 # ---- The classroom: docs/syllabus.md.
 
 # LAYERS="gpas attention" are left to write, by default all ten. CUDA=1 adds train_gpas.cu.
+# VARIANT=1 uses other formulas, so that the public solution does not fit.
 OUT = assignment
 CUDA =
+VARIANT =
+CLASS_FLAGS = $(if $(CUDA),--cuda) $(if $(VARIANT),--variant)
 assignment:
-	@$(PYTHON) dev/class/assignment.py $(if $(CUDA),--cuda) --out=$(call q,$(OUT)) $(LAYERS)
+	@$(PYTHON) dev/class/assignment.py $(CLASS_FLAGS) --out=$(call q,$(OUT)) $(LAYERS)
+
+# A folder of submissions, with the LAYERS, CUDA and VARIANT of their hand-out.
+SUBMISSIONS = submissions
+GRADES = grades
+grades:
+	@$(PYTHON) dev/class/grades.py --submissions=$(call q,$(SUBMISSIONS)) $(CLASS_FLAGS) \
+	    --out=$(call q,$(GRADES)) --cc=$(call q,$(CC)) --cxx=$(call q,$(CXX)) \
+	    $(if $(SEED),--seed=$(call q,$(SEED))) $(LAYERS)
+
+ZIP = autograder.zip
+gradescope:
+	@$(PYTHON) dev/class/gradescope.py $(CLASS_FLAGS) --out=$(call q,$(ZIP)) $(LAYERS)
 
 # Used in the hand-out; here it grades the solution. JSON=1 prints for a gradebook.
 grade: $(ON_CPU_SOURCES)
 	@$(PYTHON) dev/class/grade.py --cc $(call q,$(CC)) --cxx $(call q,$(CXX)) \
 	    $(if $(ON_CPU),--on-cpu $(call q,$(ON_CPU) $(filter-out -DTRAIN%,$(CHECKED)))) \
-	    $(if $(JSON),--json) $(if $(SEED),--seed=$(call q,$(SEED))) $(ASSIGNED)
+	    $(if $(JSON),--json) $(if $(SEED),--seed=$(call q,$(SEED))) $(if $(VARIANT),--variant=1) \
+	    $(ASSIGNED)
 
 # ----
 
@@ -251,6 +267,8 @@ help:
 	@echo "make test-cuda-on-cpu   the kernels' checks on the CPU, with every memory access checked"
 	@echo "make assignment   a hand-out, layers left to write: LAYERS=\"gpas rope\" CUDA=1 OUT=folder"
 	@echo "make grade        grades the layers, in a hand-out or here; JSON=1 for a gradebook"
+	@echo "make grades       grades a folder of submissions: SUBMISSIONS=folder LAYERS=\"gpas rope\""
+	@echo "make gradescope   writes autograder.zip, for Gradescope; LAYERS=\"gpas rope\""
 	@echo "make sanitize     the C programs' checks under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz         feeds damaged files and options to the readers, 40 minutes; needs clang"
 	@echo "make soak         trains for an hour, is killed now and then, and must end with the same bits"
@@ -261,11 +279,13 @@ help:
 	@echo "make PLAIN=1      train_gpas with the plain matrix multiplication in train_gpas.c itself"
 
 # An empty value most likely comes from an unset variable of the shell.
-$(foreach v,CC CXX NVCC PYTHON PRESET DATA PROGRAM OUT LAYERS RUNS SEED SECONDS,$(if $(filter command environment, \
-    $(origin $v)),$(if $(strip $($v)),,$(error $v is given, but empty))))
+NEVER_EMPTY = CC CXX NVCC PYTHON PRESET DATA PROGRAM OUT LAYERS RUNS SEED SECONDS SUBMISSIONS GRADES ZIP
+$(foreach v,$(NEVER_EMPTY),$(if $(filter command environment,$(origin $v)),$(if $(strip $($v)),, \
+    $(error $v is given, but empty))))
 
 # `make -j clean test` runs its targets one after the other.
 $(if $(filter clean,$(MAKECMDGOALS)),$(eval .NOTPARALLEL:))
 
-.PHONY: FORCE run report figures test assignment grade sanitize fuzz soak bench reference clean help
+.PHONY: FORCE run report figures test assignment grade grades gradescope sanitize fuzz soak bench
+.PHONY: reference clean help
 .PHONY: test-cuda bench-cuda test-cuda-on-cpu

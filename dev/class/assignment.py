@@ -2,7 +2,7 @@
 """
 assignment.py: cuts the hand-out from the one source.
 
-    python3 dev/class/assignment.py [--cuda] [--out FOLDER] [LAYER ...]
+    python3 dev/class/assignment.py [--cuda] [--variant] [--out FOLDER] [LAYER ...]
 
 writes a folder with train_gpas.c (with --cuda also train_gpas.cu) in which the chosen layers, by
 default all of them, are left to write, and with what is needed to build, to run and to grade it.
@@ -70,9 +70,56 @@ SPOILERS = {
     "crossentropy": r"  +dx_v = scale \(.*",
 }
 
+# The variant of --variant, in which other formulas are right: what is replaced in the solution. A
+# function that was written for the original fails. grade.c knows the same under `variant`.
+VARIANT = {
+    "train_gpas.c": [
+        ("1e-6", "1e-5"),
+        ("SwiGLU (arXiv 2002.05202): y = silu(h1) h3, where silu(x) = x sigmoid(x).",
+         "SwiGLU (arXiv 2002.05202), with an activation close to GELU: y = a(h1) h3, where\n"
+         "// a(x) = x sigmoid(1.702 x)."),
+        ("With s = sigmoid(h1):  dh1 = dy h3 silu'(h1) = dy h3 (s + h1 s (1 - s))",
+         "With s = sigmoid(1.702 h1):  dh1 = dy h3 a'(h1) = dy h3 (s + 1.702 h1 s (1 - s))"),
+        ("sigmoid(h1[i])", "sigmoid(1.702f * h1[i])"),
+        ("(s + h1[i] * s * (1 - s))", "(s + 1.702f * h1[i] * s * (1 - s))"),
+        ("scale = 1/sqrt(hs)", "scale = 1/hs"),
+        ("1 / sqrtf((float)hs)", "1 / (float)hs"),
+        ("row n of out is row tokens[n] of weight.",
+         "row n of out is row tokens[n] of weight,\n// multiplied by sqrt(C)."),
+        ("        memcpy(out + (size_t)n * C, weight + (size_t)tokens[n] * C, C * sizeof(float));",
+         "        for (int c = 0; c < C; c++)\n            out[(size_t)n * C + c] = "
+         "sqrtf((float)C) * weight[(size_t)tokens[n] * C + c];"),
+        ("dw[c] += dy[c];", "dw[c] += sqrtf((float)C) * dy[c];"),
+    ],
+    "train_gpas.cu": [
+        ("1e-6", "1e-5"),
+        ("Computes SwiGLU, y = silu(h1) h3,",
+         "Computes y = a(h1) h3, where a(x) = x sigmoid(1.702 x),"),
+        ("With s = sigmoid(h1):  dh1 = dy h3 (s + h1 s (1 - s))",
+         "With s = sigmoid(1.702 h1):  dh1 = dy h3 (s + 1.702 h1 s (1 - s))"),
+        ("sigmoid(h1[k])", "sigmoid(1.702f * h1[k])"),
+        ("(s + h1[k] * s * (1 - s))", "(s + 1.702f * h1[k] * s * (1 - s))"),
+        ("scale = 1/sqrt(hs)", "scale = 1/hs"),
+        ("1/sqrt(hs)", "1/hs"),
+        ("1 / sqrtf((float)hs)", "1 / (float)hs"),
+        ("Row n of out is row tokens[n] of weight.",
+         "Row n of out is row tokens[n] of weight times sqrt(C)."),
+        ("        load(x, row + c);\n        store(out + (size_t)blockIdx.x * C + c, x);",
+         "        load(x, row + c);\n        for (int k = 0; k < W; k++) x[k] *= sqrtf((float)C);\n"
+         "        store(out + (size_t)blockIdx.x * C + c, x);"),
+        ("+ channel] += total;", "+ channel] += sqrtf((float)C) * total;"),
+    ],
+}
+VARIANT_TOLD = """This is a variant of the project's network: RMSNorm's eps is 1e-5, SwiGLU has
+sigmoid(1.702 h1), the scores of attention are scaled by 1/hs, and the embedding is multiplied by
+sqrt(C). The comments say so. Code from elsewhere does not fit.
+
+"""
+
 # Copied as they are. So are all headers of dev/, and with --cuda those of dev/gpu/.
 COPIED = ["LICENSE", "dev/class/grade.py", "dev/class/grade.c", "dev/class/grade.h",
-          "dev/class/submission.c", "dev/tools/compare.py", "dev/tools/report.py",
+          "dev/class/submission.c", "dev/class/compiler.py", "dev/class/feedback.py",
+          "dev/class/ready.py", "dev/tools/compare.py", "dev/tools/report.py",
           "dev/tools/runs.py", "dev/command.py", "prepro_tinystories.py"]
 COPIED_CUDA = ["dev/test/on_gpu.h"]
 CUDA_RULES = ["build/%.cu", "train_gpas_cuda", "train_gpas_cuda_on_cpu"]
@@ -262,11 +309,28 @@ def cut_blocks(lines):
     return result
 
 
-def makefile(source, layers, cuda):
+def varied(file, source):
+    """The source of the variant."""
+    for old, new in VARIANT[file]:
+        if old not in source:
+            raise Error("%s has no %r; dev/class/assignment.py replaces it" % (file, old))
+        source = source.replace(old, new)
+    return source
+
+
+# Rules of the hand-out alone: before it compiles, it says what is missing.
+READY = """
+openmp written:
+	@$(PYTHON) dev/class/ready.py $@ $(call q,$(CC))
+.PHONY: openmp written
+"""
+
+
+def makefile(source, layers, cuda, variant=False):
     """The variables of the Makefile, and of its rules those that the hand-out needs."""
     title = "# make grade   compiles and grades what you have written; JSON=1 for a gradebook"
     result = [title, "# make run     trains the same network without and with GPAS", "",
-              "ASSIGNED = " + " ".join(layers)]
+              "ASSIGNED = " + " ".join(layers)] + ["VARIANT = 1"] * variant
     for block in re.split(r"\n\n+", source):
         lines = [x for x in block.split("\n") if not x.startswith(".PHONY")]
         targets = {target for x in lines for heads in re.findall(r"^([^\s#:=][^#:=]*):(?!=)", x)
@@ -278,8 +342,24 @@ def makefile(source, layers, cuda):
                 ("CUDA" in block or targets & set(CUDA_RULES))) or "KERNELS" in block:
             continue
         result += ["", "\n".join(lines)]
-    return "\n".join(result) + "\n\n.PHONY: run grade\n"
+    text = "\n".join(result) + "\n" + READY + "\n.PHONY: run grade\n"
+    text = re.sub(r"^(train_gpas: .*)", r"\1 | openmp", text, flags=re.M)
+    return re.sub(r"^run: ", "run: written ", text, flags=re.M)
 
+
+# Hours that a layer takes: in C, and as a kernel besides. And what is hard about it.
+HOURS = {
+    "gpas": (1, 2, "easy to write; the point is why it is right"),
+    "residual": (0.5, 0.5, "a warm-up"),
+    "embedding": (1, 2, "easy; a token may occur twice"),
+    "rmsnorm": (2, 3, "the first derivative with a sum in it"),
+    "rope": (1.5, 1.5, "indices"),
+    "swiglu": (1, 1, "the product rule"),
+    "matmul": (1.5, 1, "which product has which shape"),
+    "attention": (6, 10, "the hardest: mask, softmax, three gradients"),
+    "crossentropy": (1.5, 3, "a softmax that must not overflow"),
+    "adamw": (1, 1, "no derivative; care with the corrections"),
+}
 
 TASK = """# Your task
 
@@ -287,26 +367,91 @@ Write these functions, in any order. The comment above each one says what it get
 shapes, and what it must produce; the comment of the forward pass has the mathematics. You find
 the derivative yourself.
 
-%s
+%(layers)s
 
-    make grade
+%(variant)s## What you need
 
-compiles the file with warnings and checks every layer, on new random numbers each time. Where a
-result is wrong it says what it looks like: a sign, a factor, a sum that should add. You may add
-functions of your own. Leave the parameters of the given ones as they are.
+A C compiler with OpenMP, make and python3 (3.8 or newer; nothing to install with pip).%(cxx)s
 
-When all is right, `make run` trains the network that you have completed.
+- Linux: gcc from your distribution (Debian, Ubuntu: apt install gcc%(gxx)s make python3).
+- Mac: Apple's clang has no OpenMP. `brew install gcc`, then add `CC=gcc-14%(cxx14)s` to each
+  make command. Or take Homebrew's clang: `brew install llvm libomp`, and
+  `CC=$(brew --prefix llvm)/bin/clang`.
+- Windows: WSL (`wsl --install`), and in it as on Linux.
+
+## Build, grade, run
+
+    make                 compiles, with warnings; it works from the first day on
+    make grade           checks every layer of your list and says what is wrong
+    make grade SEED=7    the same, on the numbers of seed 7: without it they are new each time
+    make run             trains the network without and with GPAS, when all is written; before that
+                         it says which functions are still empty
+
+A layer has 10 points: 4 for the forward pass, 6 for the backward pass. Each result of a pass has
+points of its own, as the table shows: dinp may be right and dgate wrong. A result must be right in
+all cases. Most hints end with the first wrong number, what it should be, and the sizes of the case:
+
+    dinp: only where stop_grad is 0: ...; dinp[0][3] is 0.25, should be 0.5 (T = 5, C = 7; ...)
+
+A crash, an endless loop or a write outside of an array costs its own pass and no other. You may add
+functions of your own. Leave the names and the parameters of the given ones as they are.
+
+## Words
+
+- inp, out, dinp, dout: what a layer gets and returns, and the gradients of the loss with respect to
+  them. dweight: that of its parameters.
+- "Added to": a gradient of parameters is a sum over several calls. Add with +=; the array is not 0.
+  Every other result is written with =, whatever the array held before.
+- "May be the same array", in place: the caller may pass dinp == dout. What you have overwritten you
+  cannot read again; so read first.
+- stop_grad: 1, the usual case, treats sg(x) as a constant in the backward pass. 0 is a comparison:
+  GPAS is then an ordinary learned scale, and has its ordinary derivative.
+- dgate NULL: the gate is not trained, so nobody needs its gradient. dinp is needed all the same.
+- rows N = B T: the positions of all sequences, one after another. Index (n,c) is at n * C + c.
+
+## Threads
+
+`#pragma omp parallel for` before a loop shares its iterations among threads. Two threads must not
+write the same number: a sum in a variable needs `reduction(+ : sum)`, and where rows occur twice,
+another loop must be the parallel one. Without any pragma all layers are right, and fast enough for
+this course.
+
+Such races between threads are not graded, because they show only now and then.%(races)s
+To find them, train with many threads several times, when all layers are right. What differs from
+run to run, in more than the last digits, comes from a race:
+
+    for i in 1 2 3 4 5; do OMP_NUM_THREADS=16 ./train_gpas --steps 10 --val-batches 1 \\
+        --overwrite on --out out/race | grep "step 10"; done
+
+If a layer is wrong now and then, `OMP_NUM_THREADS=1 make grade SEED=7` tells you whether it is
+right with one thread.
+
+## Where not to look
+
+The project is public, and so is its solution: train_gpas.c of the project, and its history. Reading
+it saves you the hour in which you would have learned something. dev/class/grade.c knows the usual
+mistakes by name; it spoils the search for them. dev/gemm.h is not forbidden: matmul and attention
+may call what it defines, and three plain loops are right as well.
 """
+CUDA_RACES = """ In
+train_gpas.cu they are: the kernels run on the CPU, where each access to memory is watched."""
 
 
-def task_sheet(layers, files):
-    text = []
+def task_sheet(layers, files, variant):
+    rows = ["| file | layer | functions | hours | |", "|---|---|---|---|---|"]
+    cuda = len(files) > 1
     for file in files:
         for key, names in FUNCTIONS[file].items():
             if set(key.split()) & set(layers):
-                text.append("- %s, %s: %s" % (file, key.replace(" ", " + "),
-                                              ", ".join("`%s`" % n for n in names.split())))
-    return TASK % "\n".join(text)
+                hours, kernel_hours, why = HOURS.get(key, (0, 4, "three layers in one kernel"))
+                rows.append("| %s | %s | %s | %g | %s |" % (
+                    file, key.replace(" ", " + "), ", ".join("`%s`" % n for n in names.split()),
+                    kernel_hours if file.endswith(".cu") else hours, why))
+    return TASK % {
+        "layers": "\n".join(rows), "variant": VARIANT_TOLD if variant else "",
+        "cxx": " For the kernels also a C++\ncompiler, g++, on Linux: no GPU." if cuda else "",
+        "gxx": " g++" if cuda else "", "cxx14": " CXX=g++-14" if cuda else "",
+        "races": CUDA_RACES if cuda else ""}
 
 
 def write(folder, name, text):
@@ -319,6 +464,8 @@ def write(folder, name, text):
 def run():
     parser = Parser(description="Cuts a hand-out from the source.")
     parser.add_argument("--cuda", action="store_true", help="train_gpas.cu too")
+    parser.add_argument("--variant", action="store_true",
+                        help="change some formulas, so that the public solution does not fit")
     parser.add_argument("--out", default="assignment", help="the folder to write")
     parser.add_argument("layers", nargs="*", help="of: " + " ".join(LAYERS))
     options = parser.parse_args()
@@ -337,9 +484,10 @@ def run():
 
     headers = [folder + name for folder in ["dev/"] + ["dev/gpu/"] * options.cuda
                for name in sorted(os.listdir(os.path.join(root, folder))) if name.endswith(".h")]
-    texts = {file: cut(file, read(file), layers) for file in files}
-    texts["Makefile"] = makefile(read("Makefile"), layers, options.cuda)
-    texts["TASK.md"] = task_sheet(layers, files)
+    texts = {file: cut(file, varied(file, read(file)) if options.variant else read(file), layers)
+             for file in files}
+    texts["Makefile"] = makefile(read("Makefile"), layers, options.cuda, options.variant)
+    texts["TASK.md"] = task_sheet(layers, files, options.variant)
     with new_folder(options.out) as folder:
         for name, text in texts.items():
             write(folder, name, text)

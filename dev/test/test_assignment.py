@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Tests of the classroom: hand-outs are empty but build, and the grader finds mistakes."""
+import csv
 import json
 import os
 import re
@@ -10,10 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 
 ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../.."))
 sys.path.insert(0, os.path.join(ROOT, "dev/class"))
-from assignment import LAYERS, cut, makefile  # noqa: E402
+from assignment import LAYERS, VARIANT, cut, makefile, varied  # noqa: E402
 
 counts = {True: 0, False: 0}
 
@@ -23,7 +25,7 @@ MISTAKES = [
     ("gpas", "if (stop_grad) {", "if (stop_grad < 0) {", "stop-gradient"),
     ("residual", "= A * shortcut[i] +", "= shortcut[i] + A *", "A scales the branch"),
     ("embedding", "dw[c] += dy[c]", "dw[c] = dy[c]", r"\+="),
-    ("rmsnorm", "r * r * sum / C", "r * r * sum", "factor C"),
+    ("rmsnorm", "r * r * sum / C", "r * r * sum", "not divided by C"),
     ("rope", "(size_t)(n % T) * hs", "(size_t)n * hs", "n % T"),
     ("swiglu", "(s + h1[i] * s * (1 - s))", "s", "product: the term through the sigmoid"),
     ("matmul", "matrix(dout, OC), matrix(weight, C)",
@@ -39,7 +41,7 @@ READINGS = [
     ("rope", "x1 = x[c + j + 1]", "x1 = x[c + j + 2]", "too far.*too far"),
     ("swiglu", "*h3 = h1 + H;\n        float *y", "*h3 = h1 + 1;\n        float *y", "h3 begins H"),
     ("attention", "stride, t0 + i + 1, seen);", "stride, t0 - first + i + 1, seen);",
-     "first is missing in the mask.*all cases with first = 0 are right"),
+     "only where first is not 0: first is missing in the mask"),
     ("crossentropy", "(size_t)n * V;\n        float la", "(size_t)n;\n        float la",
      "from element n on")]
 VIOLENT = [
@@ -47,7 +49,7 @@ VIOLENT = [
     ("swiglu", "y[i] = h1[i] * sigmoid", "y[i + (1 << 30)] = h1[i] * sigmoid",
      "segmentation fault"),
     ("attention", "hs = C / NH, rows = T - first;", "hs = C / NH, rows = T - (first = 0);",
-     "outside.*all cases with first = 0 are right"),
+     "only where first is not 0: writes outside"),
     ("residual", "i < n; i++) out[i] = A", "i <= n; i++) out[i] = A", "outside")]
 KERNELS = [
     ("gpas", "*dgate -= gate_slope", "*dgate += gate_slope", "sign"),
@@ -59,26 +61,66 @@ KERNELS = [
     ("swiglu", "(size_t)blockIdx.x * H + i, y)", "(size_t)(blockIdx.x + 1) * H + i, y)",
      "of a cudaMalloc"),
     ("matmul", "gemm(dweight, inp, 0, dout, 1, C, OC, N, 1)",
-     "gemm(dweight, inp, 0, dout, 1, C, OC, N, 0)", "overwritten"),
+     "gemm(dweight, inp, 0, dout, 1, C, OC, N, 0)", r"set \(=\)"),
     ("attention", "row > column : column > row", "row >= column : column >= row", "own position"),
     ("crossentropy", "target_logit = row[target]", "target_logit = logits[target]",
      "row 0|first row"),
     ("adamw", "x -= adam.lr", "x += adam.lr", "sign"),
-    ("residual_gpas_rmsnorm", "inp_scale * x[k] + b[k]", "x[k] + b[k]", "inp_gate")]
+    ("residual_gpas_rmsnorm", "inp_scale * x[k] + b[k]", "x[k] + b[k]", "inp lacks both factors")]
 MORE_KERNELS = [
     ("gpas", "i += step) {\n        float dy", "i += blockDim.x) {\n        float dy", "race"),
     ("residual", "scale_array(dshortcut, dout, A, 0, n)",
      "scale_array(dshortcut, dout, A, 1, n)", r"\+="),
-    ("embedding", "c < C; i += 8)", "c < C; i += 16)", "right in: .*no token twice"),
+    ("embedding", "c < C; i += 8)", "c < C; i += 16)",
+     "only where a token occurs more than 8 times"),
     ("rmsnorm", "x, w, rstd[n], C)", "x, w, rstd[0], C)", "r of row 0"),
     ("rope", "table + (size_t)(blockIdx.x % T) * hs", "table + (size_t)blockIdx.x * hs",
      "of a cudaMalloc"),
     ("swiglu", "(s + h1[k] * s * (1 - s))", "(s - h1[k] * s * (1 - s))", "sign"),
     ("matmul", "gemm(out, weight, 1, inp", "gemm(out, weight, 0, inp", "weight is read transposed"),
-    ("attention", "        l[half] *= correction;\n", "", "from one block to the next"),
+    ("attention", "        l[half] *= correction;\n", "", "between blocks"),
     ("crossentropy", "(p - (v + k == target))", "(p + (v + k == target))", "sign"),
     ("adamw", "(1 - adam.beta2) * dp * dp", "(1 - adam.beta2) * dp", "square"),
     ("residual_gpas_rmsnorm", "gate_sum += x[k] * dz", "gate_sum -= x[k] * dz", "sign")]
+
+# Mistakes that show only in some cases: these have to be said first.
+SUBTLE = [
+    ("gpas", """        if (dinp != dout) memcpy(dinp, dout, n * sizeof(float));  // dx = dy
+        return;
+    }
+    float scale = 1 - gate_value(gate, activation);
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < n; i++) dinp[i] = scale * dout[i];
+""", """        if (dinp != dout) memcpy(dinp, dout, n * sizeof(float));
+        return;
+    }
+    float scale = 1 - gate_value(gate, activation);
+    for (size_t i = 0; i < n; i++) dinp[i] = scale * dout[i];
+    float s = gate_slope(gate, activation);
+    if (dgate) *dgate += s * (float)dot(inp, dout, n) * (dinp == dout ? 1 - scale : 0);
+""", "only where output and input are the same array|wrong only in the cases: .*dinp is dout"),
+    ("residual", "for (size_t i = 0; i < n; i++) out[i] = A * shortcut[i] + branch[i];",
+     "for (size_t i = 0; i < n; i++) out[i] = branch[i];\n"
+     "    for (size_t i = 0; i < n; i++) out[i] += A * shortcut[i];",
+     "only where output and input are the same array: out is written before shortcut is read"),
+    ("rmsnorm", "1 / sqrtf(sum / C + 1e-6f)", "1 / (sqrtf(sum / C) + 1e-6f)",
+     "only where the inputs are small: eps belongs under the root"),
+    ("rope", "float cosine = cos_sin[j], sine",
+     "static float kept[2];\n                if (kept[0] == 0) kept[0] = T;\n"
+     "                float cosine = kept[0] == T ? cos_sin[j] : 0, sine",
+     "right in the first call, not after another: is something static"),
+    ("attention", "seen = t0 + n, accumulate = t0 < last", "seen = t0 + n, accumulate = 0 * last",
+     "only where sizes are large"),
+    ("adamw", "pow(adam.beta1, adam.t)", "pow(adam.beta1, adam.t + (adam.t > 1))",
+     "right in the cases: .*C = 7, t = 1")]
+SUBTLE_KERNELS = [
+    ("gpas", "dinp[i] = scale * dy;", "dinp[i] = dy;", "only where stop_grad is 0"),
+    ("crossentropy", "            if (v + k >= V) x[k] = -INFINITY;\n", "",
+     "the padding, logits from V on, is in the sum"),
+    ("adamw", "chunk.decays ? adam.weight_decay : 0", "adam.weight_decay",
+     "norms and gates decay too"),
+    ("residual_gpas_rmsnorm", "gate_sum += s[k] * dy;", "gate_sum += y[k] * dy;",
+     "dgate is made of what GPAS returns")]
 
 # A source with all that assignment.py has rules for, and what it must become.
 SOURCE = """\
@@ -186,7 +228,7 @@ def test_rules():
     cut_source = cut("train_gpas.c", SOURCE, ["residual"])
     check(cut_source == HAND_OUT, "assignment: what goes, and what stays", cut_source)
     kept = makefile(MAKEFILE, ["gpas"], False)
-    check("\nA := 1\n\ntrain_gpas: x\n\tcc\n\n.PHONY" in kept,
+    check("\nA := 1\n\ntrain_gpas: x | openmp\n\tcc\n\nopenmp written:\n" in kept,
           "assignment: the rules of the Makefile that stay", kept)
 
 
@@ -228,17 +270,33 @@ def test_some(folder):
     hand_out(folder, "rope", "gpas")
     result = grade(folder)
     points = {row["layer"]: row["points"] for row in result["layers"]}
-    check(result["max"] == 20 and points == {x: 0 if x in ("rope", "gpas") else 10 for x in LAYERS},
-          "grade: with two layers left to write, these get 0 and the others full points", points)
+    check(result["max"] == 20 and points == {"gpas": 0, "rope": 0},
+          "grade: with two layers left to write, these alone are graded, and get 0", points)
+    hints = [row[which]["hints"] for row in result["layers"] for which in ("forward", "backward")]
+    check(hints == [["nothing is written yet"]] * 4, "grade: an empty function says so", hints)
+    done = run("make", "-s", "run", cwd=folder)
+    check(done.returncode == 2 and "still to write: gpas_forward, gpas_backward, rope_forward, "
+          "rope_backward" in done.stderr, "make run: says what is still empty", done)
     write(read(folder, "train_gpas.c").replace("// Your code", "int x = ; // Your code", 1), folder,
           "train_gpas.c")
     result = grade(folder)
     check(result["points"] == 0 and "does not compile" in str(result),
           "grade: a syntax error is said, and the report is still JSON", result)
+    done = run("make", "-s", "grade", cwd=folder)
+    check(done.stdout.count("does not compile") == 1, "grade: and said once", done.stdout)
+    source = read(ROOT, "train_gpas.c")
+    gate, rows = "float gate, int activation", "int N,\n                            int C)"
+    for layer, old, new in (("gpas_forward", gate, gate.replace("float", "double")),
+                            ("rmsnorm_forward", rows, rows.replace("int C", "long C"))):
+        check(old in source, f"grade: the parameters of {layer} are there")
+        write(source.replace(old, new, 1), folder, "train_gpas.c")
+        said = str(grade(folder))
+        check(f"the parameters of {layer} or their types" in said,
+              f"grade: {layer} with other parameters is named", said)
 
 
-def test_mistakes(folder, mistakes, name, file="train_gpas.c"):
-    text = read(ROOT, file)
+def test_mistakes(folder, mistakes, name, file="train_gpas.c", source=None):
+    text = source or read(ROOT, file)
     for layer, old, new, _ in mistakes:
         check(text.count(old) == 1, "%s: there is one place for the mistake in %s" % (name, layer),
               text.count(old))
@@ -297,24 +355,130 @@ def test_signal(folder):
     time.sleep(0.1)
     child.terminate()
     begin = time.monotonic()            # each of the twenty checks would take two seconds
-    check(child.wait() == 128 + signal.SIGTERM and os.listdir(build) == []
+    check(child.wait() == 128 + signal.SIGTERM and {"grade.o", "grade.o.made"}.issuperset(
+        x for x in os.listdir(build) if x not in ("flags", "dev", "train_gpas.cu"))
           and time.monotonic() - begin < 12, "grade: SIGTERM stops it, and leaves nothing",
           (time.monotonic() - begin, os.listdir(build)))
 
 
 def test_class(place):
-    """The loop that the README prints: no student gets the grade of another."""
-    fresh, submissions = os.path.join(place, "fresh"), os.path.join(place, "submissions")
-    hand_out(fresh, "gpas")
-    os.mkdir(submissions)
-    for name, text in (("a b", read(ROOT, "train_gpas.c")), ("c", read(fresh, "train_gpas.c"))):
-        write(text, submissions, name + ".c")
-    os.mkdir(os.path.join(submissions, "b.c"))          # what cp cannot copy
-    loop = re.search(r"^    (for s in submissions.*?done)$", read(ROOT, "README.md"), re.S | re.M)
-    run("sh", "-c", loop[1], cwd=place)
-    grades = {name: json.loads(read(submissions, name))["points"]
-              for name in os.listdir(submissions) if name.endswith(".json")}
-    check(grades == {"a b.c.json": 10, "c.c.json": 0}, "the README's loop over a class", grades)
+    """make grades: files of any names, of any content; a student gets the own grade."""
+    submissions, grades = os.path.join(place, "sub missions"), os.path.join(place, "gr\u00e4des")
+    right, empty = read(ROOT, "train_gpas.c"), os.path.join(place, "empty_class")
+    hand_out(empty, "gpas", "crossentropy")
+    os.makedirs(os.path.join(submissions, "Zo\u00eb in a folder"))
+    loop = right.replace("lse[n] = largest +", "while (n < N) lse[n] = largest +")
+    crash = right.replace("out[i] = scale * inp[i]", "out[i + (1l << 40)] = scale * inp[i]")
+    texts = {"a b.c": right, "M\u00fcller, J\u00f6rg.c": right.replace("\n", "\r\n"),
+             "loop.c": loop, "crash.c": crash, "-syntax;$x.c": right + "}", "no ending": right,
+             "Zo\u00eb in a folder/train_gpas.c": right,
+             "empty.c": read(empty, "train_gpas.c")}
+    for name, text in texts.items():
+        with open(os.path.join(submissions, name), "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+    with open(os.path.join(submissions, "latin.c"), "wb") as file:
+        file.write(right.encode() + b"// Zo\xeb\n")
+    os.mkdir(os.path.join(submissions, "nothing"))
+    command = ["make", "-s", "grades", f"SUBMISSIONS={submissions}", f"GRADES={grades}",
+               "LAYERS=gpas crossentropy"]
+    done = run(*command, cwd=ROOT)
+    with open(os.path.join(grades, "grades.csv"), encoding="utf-8", newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    points = {name: int(row["points"]) for name, row in rows.items()}
+    check(points == {"a b": 20, "M\u00fcller, J\u00f6rg": 20, "loop": 16, "crash": 16,
+                     "-syntax;$x": 0, "no ending": 20, "Zo\u00eb in a folder": 20, "empty": 0,
+                     "latin": 20, "nothing": 0}, "make grades: names, CRLF, Latin-1, a folder",
+          (points, done.stderr))
+    for name, said in (("loop", "endless loop"), ("crash", "segmentation fault"),
+                       ("-syntax;$x", "does not compile"), ("nothing", "no train_gpas.c"),
+                       ("empty", "nothing is written yet"), ("a b", "^$")):
+        check(re.search(said, rows.get(name, {}).get("first error", "")),
+              f"make grades: first error of {name}", rows.get(name))
+    check(rows["loop"]["c gpas"] == "10" and rows["loop"]["c crossentropy"] == "6"
+          and "endless loop" in read(grades, "loop.txt")
+          and json.loads(read(grades, "loop.json"))["points"] == 16,
+          "make grades: points of a layer, text and JSON", rows["loop"])
+    write(right, submissions, "empty.c")
+    before = os.path.getmtime(os.path.join(grades, "loop.json"))
+    os.utime(os.path.join(submissions, "empty.c"), (time.time() + 5, time.time() + 5))
+    done = run(*command, cwd=ROOT)
+    check("9 graded before" in done.stdout
+          and before == os.path.getmtime(os.path.join(grades, "loop.json"))
+          and ",20,20," in re.search("^empty.*", read(grades, "grades.csv"), re.M)[0],
+          "make grades: continues with what is new", done)
+    for more, say in (("LAYERS=gpas", "other LAYERS"), ("SUBMISSIONS=/nowhere", "no folder"),
+                      ("SEED=7", "SEED"), ("LAYERS=gaps", "no layer gaps")):
+        done = run(*command, more, cwd=ROOT)
+        lines = [line for line in done.stderr.split("\n") if line and "make:" not in line]
+        check(done.returncode == 2 and len(lines) == 1 and say in lines[0],
+              f"make grades: error: {say}", done)
+
+
+def test_gradescope(place):
+    """The autograder: the zip file as documented, and what it writes."""
+    archive, root = os.path.join(place, "auto.zip"), os.path.join(place, "autograder")
+    done = run("make", "-s", "gradescope", "LAYERS=gpas", f"ZIP={archive}", cwd=ROOT)
+    check(done.returncode == 0, "gradescope: writes the zip file", done)
+    with zipfile.ZipFile(archive) as files:
+        files.extractall(os.path.join(root, "source"))
+        modes = {info.filename: info.external_attr >> 16 & 0o111 for info in files.infolist()}
+    check(modes.get("setup.sh") and modes.get("run_autograder"),
+          "gradescope: setup.sh and run_autograder can be run", modes)
+    script = read(root, "source/run_autograder").replace("/autograder", root)
+    os.makedirs(os.path.join(root, "submission"))
+    os.makedirs(os.path.join(root, "results"))
+    run("sh", "-c", script)
+    report = json.loads(read(root, "results/results.json"))
+    check(report["score"] == 0 and "train_gpas.c" in report["output"],
+          "gradescope: without train_gpas.c", report)
+    text = read(ROOT, "train_gpas.c").replace("*dgate -= gate_slope", "*dgate += gate_slope")
+    write(text, root, "submission/train_gpas.c")
+    done = run("sh", "-c", script)
+    report = json.loads(read(root, "results/results.json"))
+    tests = {test["name"]: test for test in report["tests"]}
+    wrong = tests.get("train_gpas.c, gpas_backward: dgate", {})
+    check([(test["score"], test["max_score"], test["status"]) for test in report["tests"]]
+          == [(4, 4, "passed"), (3, 3, "passed"), (0, 3, "failed")]
+          and "wrong sign" in wrong.get("output", "") and isinstance(report["execution_time"], int),
+          "gradescope: results.json", (report, done))
+    example = re.search(r"```json\n(.*?)```", read(ROOT, "docs/syllabus.md"), re.S)
+    check(example and set(json.loads(example[1])) == set(report)
+          and set(json.loads(example[1])["tests"][0]) == set(wrong),
+          "gradescope: the example in docs/syllabus.md has the same fields", example)
+
+
+def test_variant(place):
+    """make assignment VARIANT=1: the public solution loses exactly what the variant changes."""
+    folder = os.path.join(place, "variant")
+    hand_out(folder, "--cuda", "--variant")
+    check("sigmoid(1.702 h1)" in read(folder, "TASK.md") and "1e-5" in read(folder, "train_gpas.c"),
+          "variant: TASK.md and the comments say it")
+    for file in VARIANT:
+        write(varied(file, read(ROOT, file)), folder, file)
+    result = grade(folder)
+    wrong = [row for row in result["layers"] if row["points"] < 10]
+    check(result["points"] == 210, "variant: its solution gets 210 of 210", wrong)
+    for file in VARIANT:
+        shutil.copy(os.path.join(ROOT, file), folder)
+    lost = {(row["file"][11:], row["layer"]) for row in grade(folder)["layers"]
+            if row["points"] < 10}
+    layers = {"embedding", "rmsnorm", "swiglu", "attention"}
+    check(lost == {("c", layer) for layer in layers} | {("cu", layer) for layer in
+                                                        layers | {"residual_gpas_rmsnorm"}},
+          "variant: the public solution fails where formulas differ", lost)
+
+
+def test_openmp(folder):
+    """A compiler like Apple's."""
+    write("""case "$*" in *-fopenmp*) echo "clang: error: unsupported option '-fopenmp'"; exit 1
+esac; exec gcc "$@"
+""", folder, "cc.sh")
+    for target in ("grade", "train_gpas", "run"):
+        os.utime(os.path.join(folder, "train_gpas.c"))
+        done = run("make", "-s", target, "CC=sh cc.sh", cwd=folder)
+        lines = [line for line in done.stderr.split("\n") if line and not line.startswith("make")]
+        check(done.returncode == 2 and len(lines) == 1 and "brew install gcc" in lines[0],
+              "no OpenMP: make %s tells the remedy, in one line" % target, done)
 
 
 def test_makefile(folder):
@@ -329,7 +493,9 @@ def test_makefile(folder):
     done = [run("make", "train_gpas", flags, cwd=folder) for _ in range(2)]
     check(done[0].returncode == 0 and done[1].stdout == "", "make: flags in quotes", done)
     os.utime(os.path.join(folder, "train_gpas.c"))
-    run("make", "train_gpas", "CC=touch train_gpas; false", cwd=folder)
+    write('case "$*" in *" train_gpas.c "*) touch train_gpas; exit 1; esac; exec gcc "$@"', folder,
+          "fails.sh")
+    run("make", "train_gpas", "CC=sh fails.sh", cwd=folder)
     check(not os.path.exists(os.path.join(folder, "train_gpas")),
           "make: what a compiler that failed has written is gone")
     if os.path.exists(os.path.join(ROOT, ".git")) and shutil.which("git"):
@@ -398,16 +564,24 @@ def main():
         test_empty(os.path.join(place, "all"))
         test_mistakes(os.path.join(place, "all"), KERNELS, "kernels", "train_gpas.cu")
         test_mistakes(os.path.join(place, "all"), MORE_KERNELS, "more kernels", "train_gpas.cu")
+        test_mistakes(os.path.join(place, "all"), SUBTLE_KERNELS, "subtle kernels",
+                      "train_gpas.cu")
         test_some(os.path.join(place, "some"))
-        test_mistakes(os.path.join(place, "some"), MISTAKES, "mistakes")
-        test_mistakes(os.path.join(place, "some"), READINGS, "readings")
-        test_mistakes(os.path.join(place, "some"), VIOLENT, "violence")
-        test_errors(os.path.join(place, "some"))
+        in_c = os.path.join(place, "in_c")
+        hand_out(in_c)
+        test_mistakes(in_c, MISTAKES, "mistakes")
+        test_mistakes(in_c, READINGS, "readings")
+        test_mistakes(in_c, VIOLENT, "violence")
+        test_mistakes(in_c, SUBTLE, "subtle")
+        test_openmp(in_c)
+        test_errors(in_c)
+        test_variant(place)
         folder = os.path.join(place, "with a space, \u00e9")
         test_surroundings(folder)
         test_signal(folder)
         test_makefile(folder)
         test_class(place)
+        test_gradescope(place)
         test_run_tests(place)
         test_places(place)
     print("%d passed, %d failed" % (counts[True], counts[False]))
