@@ -48,6 +48,8 @@ def copy_project(folder):
     os.makedirs(os.path.join(folder, "build"))
     shutil.copy2(os.path.join(ROOT, "build", "flags"), os.path.join(folder, "build"))
     shutil.copy2(os.path.join(ROOT, "train_gpas"), folder)
+    os.mkdir(os.path.join(folder, "submissions"))
+    shutil.copy(os.path.join(ROOT, "train_gpas.c"), os.path.join(folder, "submissions/van Dyck.c"))
     stories = [f"Once upon a time there were {i} cats. They had {i + 1} mice." for i in range(1000)]
     with open(os.path.join(folder, "my.txt"), "w", encoding="utf-8") as file:
         file.write("\n<|endoftext|>\n".join(stories))
