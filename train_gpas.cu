@@ -187,7 +187,7 @@ __global__ void embedding_backward_kernel(float *dweight, const real *dout, cons
         load(dy, dout + (size_t)positions[i] * C + c);
         for (int k = 0; k < W; k++) sum[k] += dy[k];
     }
-    for (int k = 0; k < W; k++) sums[warp][lane * W + k] = sum[k];
+    store(sums[warp] + lane * W, sum);  // 16 bytes at once: W stores of 4 would share banks
     __syncthreads();
     for (int k = threadIdx.x; k < 32 * W; k += blockDim.x) {
         int channel = blockIdx.y * 32 * W + k;
@@ -370,31 +370,33 @@ __device__ inline float gpas_scale(const float *gate, int activation) {
     return 1 - gate_value(gate ? *gate : 0, activation);  // a(0) is 0
 }
 
-// There is one block for each row. The norm is computed from s before s is rounded to bf16.
+// A block takes four rows, for which it loads the weights once: in fp32 they are as many bytes as
+// two rows in bf16. The norm is computed from s before s is rounded to bf16.
 template <class real, int W>
 __global__ void __launch_bounds__(ROW_THREADS(W))
 residual_gpas_rmsnorm_forward_kernel(Fused<real> f) {
-    int C = f.C, activation = f.activation, c = threadIdx.x * W;
-    size_t at = (size_t)blockIdx.x * C + c;
-    const real *inp = f.inp + at, *branch = f.branch + at;
-    const float *weight = f.weight + c, *inp_gate = f.inp_gate, *sum_gate = f.sum_gate;
-    real *sum = f.sum + at, *normed = f.normed + at;
-    float *rstd = f.rstd + blockIdx.x;
-    float inp_scale = f.A * gpas_scale(inp_gate, activation);
-    float sum_scale = gpas_scale(sum_gate, activation);
-    float x[W] = {0}, b[W] = {0}, w[W] = {0};
-    if (c < C) {
-        load(x, inp);
-        load(b, branch);
-        load(w, weight);
+    int N = f.N, C = f.C, c = threadIdx.x * W;
+    const real *inp = f.inp + c, *branch = f.branch + c;
+    const float *weight = f.weight + c, *sum_gate = f.sum_gate;
+    real *sum = f.sum + c, *normed = f.normed + c;
+    float *rstd = f.rstd, inp_scale = f.A * gpas_scale(f.inp_gate, f.activation);
+    float sum_scale = gpas_scale(sum_gate, f.activation), w[W] = {0};
+    if (c < C) load(w, weight);
+    for (int n = blockIdx.x; n < N; n += gridDim.x) {
+        size_t row = (size_t)n * C;
+        float x[W] = {0}, b[W] = {0};
+        if (c < C) {
+            load(x, inp + row);
+            load(b, branch + row);
+        }
+        for (int k = 0; k < W; k++) x[k] = inp_scale * x[k] + b[k];  // s
+        if (c < C) store(sum + row, x);
+        for (int k = 0; k < W; k++) x[k] *= sum_scale;               // y
+        float r = row_rstd(x, C);
+        for (int k = 0; k < W; k++) x[k] = w[k] * x[k] * r;          // norm(y)
+        if (c < C) store(normed + row, x);
+        if (threadIdx.x == 0) rstd[n] = r;
     }
-    for (int k = 0; k < W; k++) x[k] = inp_scale * x[k] + b[k];  // s
-    if (c < C) store(sum, x);
-    for (int k = 0; k < W; k++) x[k] *= sum_scale;               // y
-    float r = row_rstd(x, C);
-    for (int k = 0; k < W; k++) x[k] = w[k] * x[k] * r;          // norm(y)
-    if (c < C) store(normed, x);
-    if (threadIdx.x == 0) *rstd = r;
 }
 
 // Given dx, the gradient of y along the shortcut, and dfinp, compute ds in place of dx, and the
@@ -477,7 +479,7 @@ gpas_residual_rmsnorm_backward_kernel(Fused<real> f) {
 template <class real> static void residual_gpas_rmsnorm_forward(Fused<real> f) {
     with_width<real>(f.C, [&](auto W) {
         int threads = threads_for(f.C / W, ROW_THREADS(W));
-        residual_gpas_rmsnorm_forward_kernel<real, W><<<f.N, threads>>>(f);
+        residual_gpas_rmsnorm_forward_kernel<real, W><<<blocks_for(f.N, 4), threads>>>(f);
     });
     LAUNCH_CHECK();
 }
@@ -931,7 +933,8 @@ static void attention_backward(real *dqkv, const real *dout, const real *out, co
 // A separate backward pass would load the logits from memory again. Here the second loop finds them
 // in the cache, because few blocks of 1024 threads run at a time.
 // In the first loop each thread keeps the largest logit it has seen, and the sum of
-// e^(x_v - largest), and rescales this sum when it finds a larger logit.
+// e^(x_v - largest), and rescales this sum when it finds a larger logit. To save instructions, for
+// which this kernel waits, only a row's last pack is checked, and the target comes after the loop.
 // losses (N); logits (N,V), rows `stride` apart; targets (N). scale is the weight of each loss. The
 // gradients overwrite the logits, and are 0 from V on. With scale = 0 the logits are only read.
 template <class real, int W>
@@ -944,12 +947,11 @@ crossentropy_kernel(float *losses, real *logits, const int *targets, float scale
     for (int v = threadIdx.x * W; v < V; v += blockDim.x * W) {
         float before = largest;
         load(x, row + v);
-        for (int k = 0; k < W; k++) {
-            if (v + k >= V) x[k] = -INFINITY;
-            largest = fmaxf(largest, x[k]);
-        }
+        if (v + W > V)
+            for (int k = 0; k < W; k++) x[k] = v + k < V ? x[k] : -INFINITY;
+        for (int k = 0; k < W; k++) largest = fmaxf(largest, x[k]);
         sum *= exp2f((before - largest) * LOG2_E);
-        for (int k = 0; k < W; k++) sum += exp2f((x[k] - largest) * LOG2_E);
+        for (int k = 0; k < W; k++) sum += exp2f(fmaf(x[k], LOG2_E, -largest * LOG2_E));
     }
     float row_largest = block_max(largest);
     sum = block_sum(sum * exp2f((largest - row_largest) * LOG2_E));
@@ -958,12 +960,13 @@ crossentropy_kernel(float *losses, real *logits, const int *targets, float scale
     if (scale == 0) return;
     for (int v = threadIdx.x * W; v < stride; v += blockDim.x * W) {
         load(x, row + v);
-        for (int k = 0; k < W; k++) {
-            float p = exp2f((x[k] - lse) * LOG2_E);
-            x[k] = v + k < V ? (p - (v + k == target)) * scale : 0;
-        }
+        for (int k = 0; k < W; k++) x[k] = scale * exp2f(fmaf(x[k], LOG2_E, -lse * LOG2_E));
+        if (v + W > V)
+            for (int k = 0; k < W; k++) x[k] = v + k < V ? x[k] : 0;
         store(row + v, x);
     }
+    if (threadIdx.x == target / W % blockDim.x)  // this thread has stored the pack of the target
+        row[target] = scale * (exp2f(fmaf(target_logit, LOG2_E, -lse * LOG2_E)) - 1);
 }
 
 template <class real>

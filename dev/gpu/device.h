@@ -131,27 +131,29 @@ __device__ inline float warp_max(float x, int lanes = 32) {
     return x;
 }
 
-// The second __syncthreads() makes sure that all threads have read `sums` before the next call
-// writes to it.
+// Each warp adds the sums of all warps, one of them in each lane: 5 shuffles instead of 32 loads by
+// each of 1024 threads. The second __syncthreads() makes sure that all threads have read `sums`
+// before the next call writes to it.
 template <class number> __device__ inline number block_sum(number x) {
     __shared__ number sums[32];
-    number total = 0;
+    int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     x = warp_sum(x);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+    if (lane == 0) sums[threadIdx.x / 32] = x;
     __syncthreads();
-    for (int w = 0; w < (int)blockDim.x / 32; w++) total += sums[w];
+    x = lane < warps ? sums[lane] : 0;
     __syncthreads();
-    return total;
+    return warp_sum(x);
 }
 
 __device__ inline float block_max(float x) {
     __shared__ float largest[32];
+    int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     x = warp_max(x);
-    if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = x;
+    if (lane == 0) largest[threadIdx.x / 32] = x;
     __syncthreads();
-    for (int w = 0; w < (int)blockDim.x / 32; w++) x = fmaxf(x, largest[w]);
+    if (lane < warps) x = largest[lane];
     __syncthreads();
-    return x;
+    return warp_max(x);
 }
 
 // ------------------------------------------------------------------------------------------------
