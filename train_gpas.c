@@ -62,7 +62,8 @@ therefore so are the results.
 */
 
 // Applies GPAS (section 3 of the paper), y = x - a(g) sg(x). Its value is (1 - a(g)) x.
-// out, inp: n numbers; gate: g; activation: which function a() is (GATE_SILU, ...).
+// out, inp: n numbers; gate: g; activation: which function a() is (GATE_SILU, ...). gate_value()
+// computes a(g), and gate_slope() a'(g).
 static void gpas_forward(float *out, const float *inp, float gate, int activation, size_t n) {
     float scale = 1 - gate_value(gate, activation);
     #pragma omp parallel for simd
@@ -80,8 +81,9 @@ static void gpas_forward(float *out, const float *inp, float gate, int activatio
 //       For SiLU, a'(0) = 1/2, so a gate can learn from the start. The two sites of a layer share
 //       its gate, so both add to dg.
 // With stop_grad = 0, for comparison, there is no sg(), and 1 - a(g) is an ordinary learned scale.
-// Then dx = (1 - a) dy, and dg is the same.
-// dinp, dout, inp: n numbers; dinp and dout may be the same array. dgate: one number, or NULL.
+// Then dx = (1 - a) dy; dg is the same in both cases.
+// dinp, dout, inp: n numbers; dinp and dout may be the same array. dgate: one number, added to, or
+// NULL.
 static void gpas_backward(float *dinp, float *dgate, const float *dout, const float *inp,
                           float gate, int activation, int stop_grad, size_t n) {
     if (dgate) *dgate -= gate_slope(gate, activation) * (float)dot(inp, dout, n);
@@ -162,8 +164,8 @@ static void rmsnorm_forward(float *out, float *rstd, const float *inp, const flo
 //   -r^3 x_c / C, so
 //       dx_c = u_c r - sum_k u_k x_k r^3 x_c / C = r (u_c - x_c p),  p = r^2 sum_k u_k x_k / C
 //       dw_c = the sum over all rows of dy_c x_c r
-// dinp, dout, inp (N,C); weight (C); rstd (N); dweight (C), added to. dinp must not be the same
-// array as dout, because dout is read again for dw.
+// dinp, dout, inp (N,C); weight (C); rstd (N); dweight (C), added to. dinp and dout are never the
+// same array.
 static void rmsnorm_backward(float *dinp, float *dweight, const float *dout, const float *inp,
                              const float *weight, const float *rstd, int N, int C) {
     enum { BLOCK = 32 };
