@@ -1933,7 +1933,7 @@ typedef struct {
 } NotFinite;
 
 static const NotFinite not_finite[] = {
-    {'f', "", "tok_embeddings.weight", 0, "that embedding_forward computed"},
+    {'f', "", "tok_embeddings.weight", 0, ": embedding_forward computed"},
     {'f', "", "layers.0.attention_norm.weight", 0, "rmsnorm_forward of layer 1, attention"},
     {'f', "", "layers.0.attention.wk.weight", 0,
      "matmul_forward (wq, wk, wv) or rope_forward of layer 1, attention"},
@@ -1953,11 +1953,11 @@ static const NotFinite not_finite[] = {
      "matmul_forward (w1, w3) of layer 1, feed-forward"},
     {'f', "", "layers.0.feed_forward.w1.weight", 1e30f, "swiglu_forward of layer 1, feed-forward"},
     {'f', "", "layers.1.feed_forward.w2.weight", 0, "matmul_forward (w2) of layer 2, feed-forward"},
-    {'f', "", "norm.weight", 0, "that rmsnorm_forward (final) computed"},
-    {'f', "", "output.weight", 0, "that matmul_forward (output) computed"},
-    {'b', "", "logits_lse", 0, "that crossentropy_backward computed"},
-    {'b', "", "output.weight", 0, "that matmul_backward (output) computed"},
-    {'b', "", "final_rstd", 0, "that rmsnorm_backward (final) computed"},
+    {'f', "", "norm.weight", 0, ": rmsnorm_forward (final) computed"},
+    {'f', "", "output.weight", 0, ": matmul_forward (output) computed"},
+    {'b', "", "logits_lse", 0, ": crossentropy_backward computed"},
+    {'b', "", "output.weight", 0, ": matmul_backward (output) computed"},
+    {'b', "", "final_rstd", 0, ": rmsnorm_backward (final) computed"},
     {'b', "--stop-grad off", "layers.1.gate", 0, "gpas_backward of layer 2, feed-forward"},
     {'b', "--norm sandwich", "post_rstd", 0,
      "rmsnorm_backward (post_norm) of layer 2, feed-forward"},
@@ -1987,7 +1987,7 @@ static const NotFinite not_finite[] = {
      "the backward pass for layers.1.attention.wk.weight computed"},
     {'b', "--norm post", "gradient of layers.0.ffn_norm.weight", 0,
      "the backward pass for layers.0.ffn_norm.weight computed"},
-    {'u', "", "adam_m", 0, "that adamw_update computed"},
+    {'u', "", "adam_m", 0, ": adamw_update computed"},
 };
 
 static const int finite_text[13] = {3, 7, 0, 9, 4, 2, 8, 3, 5, 10, 6, 10, 0};
