@@ -29,17 +29,14 @@ written as hold(y) + slope * (x - hold(x)): the value y, with whatever slope.
 #include <unistd.h>
 #include "grade.h"
 
-/* ------------------------------------------------------------------------------------------------
-1. Cases
-*/
+// ---- 1. Cases -----------------------------------------------------------------------------------
 
 typedef double complex number;
 
 enum { SILU, IDENTITY, RELU, LEAKY_RELU, TANH };
 enum { GUARD = 1024, MAX_CASES = 24, MAX_RESULTS = 4, MAX_INPUTS = 4, HINT = 4000 };
 enum { ARENA_BYTES = 256 << 20, MEGABYTES = 512, CPU_SECONDS = 4, WALL_SECONDS = 120 };
-enum { OUTPUT = -1 };  // a Result that is no gradient
-enum { ABSENT = 2 };   // in a list of cases that are wrong (1) or right: one without the result
+enum { OUTPUT = -1, ABSENT = 2 };  // a Result that is no gradient; of a case: without the result
 
 // The arrays of a call: inputs, the output's gradient, outputs (in a backward pass those of the
 // right forward pass), gradients, and what belongs to one layer alone.
@@ -176,9 +173,7 @@ static void check_arrays(Case *c) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------
-2. Definitions
-*/
+// ---- 2. Definitions -----------------------------------------------------------------------------
 
 // out = f(in).
 typedef void (*Definition)(number *out, number *const *in, const Case *c);
@@ -274,11 +269,10 @@ static void compare(Result *r, const Case *c, Definition f) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------
-3. Explaining: of a result in all cases, tries one hypothesis after another. A slip of the layer's
-definition; a factor; an input, or dout, that is read wrongly, the mistakes of indices that any loop
-can have; and that it is added where it must be written, or written where it must be added.
-*/
+// ---- 3. Explaining ------------------------------------------------------------------------------
+// Of a result in all cases, tries one hypothesis after another: a slip of the layer's definition; a
+// factor; an input, or dout, that is read wrongly, the mistakes of indices that any loop can have;
+// and that it is added where it must be written, or written where it must be added.
 
 enum { LAST_ROW, FIRST_ROW, ONLY_LAST, SAME_ROW, TRANSPOSED, STEP_1, LAST_COLUMN, FIRST_COLUMN,
        ONLY_LAST_COLUMN, SAME_COLUMN, REVERSED, NOT_READ, TOO_FAR, TOO_EARLY,
@@ -338,7 +332,7 @@ static int misread(Case *c, int view, int how) {
 static double *predict(Definition f, const Case *original, const Result *r, const Hypothesis *h) {
     Case c = *original;
     int plain = !h->slip && !h->text;
-    if (h->text && !misread(&c, h->view, h->how)) return NULL;
+    if (h->text && !misread(&c, h->view, h->how) && !h->other_mode) return NULL;
     if (c.rotates_dout && !plain) {
         c.in[0].x = c.dout.x;
         c.factor = -1;
@@ -399,6 +393,16 @@ static int explain_factor(Definition f, int n, int k, int first, char *hint) {
     return num_wrong > 2 ? sprintf(hint, "it is multiplied by %.4g", h.factor) : 0;
 }
 
+// Does result k hold what it held before: where it is wrong (or, if not only_wrong, everywhere)?
+static int is_untouched(int n, int k, int only_wrong) {
+    for (int i = 0; i < n; i++) {
+        const Result *r = &cases[i].results[k];
+        for (int j = 0; j < r->rows * r->columns && r->num_wrong >= only_wrong; j++)
+            if (r->got[j] != (r->adds ? 0 : r->old[j])) return 0;
+    }
+    return 1;
+}
+
 // Tries what is known to go wrong. Returns whether something explains result k in all cases.
 static int explain(Definition f, int n, int k, int first, char *hint) {
     const char *mode = cases[0].results[k].adds
@@ -408,23 +412,29 @@ static int explain(Definition f, int n, int k, int first, char *hint) {
     h.other_mode = 1;
     if (is_true(f, n, k, first, &h)) return sprintf(hint, "%s", mode);
     if (explain_factor(f, n, k, first, hint)) return 1;
-    for (h.other_mode = 0; h.other_mode < 2; h.other_mode++) {
+    h.factor = -1;
+    if (is_true(f, n, k, first, &h)) return sprintf(hint, "it has the wrong sign; and %s", mode);
+    for (h = nothing_wrong; h.other_mode < 2; h.other_mode++) {
         for (int i = 0; i < num_slips; i++) {
             h.slip = slips[i];
             if (is_true(f, n, k, first, &h))
-                return sprintf(hint, "%s%s%s", h.slip, h.other_mode ? "; and " : "",
-                               h.other_mode ? mode : "");
+                return sprintf(hint, h.other_mode ? "%s; and %s" : "%s", h.slip, mode);
         }
     }
+    h = (Hypothesis){NULL, readings[ONLY_LAST], -1, ONLY_LAST, 1, 1};
+    if (cases[0].results[k].adds && is_true(f, n, k, first, &h))
+        return sprintf(hint, "only the last row counts: = where += is needed");
+    if (is_untouched(n, k, 1)) return sprintf(hint, "%s is not written", cases[0].results[k].name);
     h = nothing_wrong;
     for (h.view = -1; h.view < cases[0].num_inputs; h.view++) {
+        const Input *in = view_of(&cases[0], h.view);
         for (h.how = 0; h.how < READINGS + 1 + cases[0].num_inputs; h.how++) {
-            int other = h.how - READINGS - 1;
+            const Input *other = h.how < READINGS ? in : view_of(&cases[0], h.how - READINGS - 1);
             h.text = h.how < READINGS ? readings[h.how] : "%s is read in place of %s";
-            if (!is_true(f, n, k, first, &h)) continue;
-            if (h.how < READINGS) return sprintf(hint, h.text, view_of(&cases[0], h.view)->name);
-            return sprintf(hint, h.text, view_of(&cases[0], other)->name,
-                           view_of(&cases[0], h.view)->name);
+            int possible = h.how >= NOT_READ && h.how != TOO_FAR && h.how != TOO_EARLY;
+            if (input_size(in) == 1 && !possible) continue;  // of a number that is no array
+            if (is_true(f, n, k, first, &h))
+                return sprintf(hint, h.text, other->name, in->name);
         }
     }
     return 0;
@@ -453,6 +463,7 @@ static void describe_elements(char *text, const Result *r, const Case *c) {
     double old = r->adds ? r->old[first] : 0;
     text += sprintf(text, "%s%s is %.6g, should be %.6g (%s; %d of %d wrong", r->name, index,
                     r->got[first] + old, r->expected[first] + old, c->name, r->num_wrong, known);
+    if (r->adds) text += sprintf(text, "; it held %.6g before", old);
     if (last_row - row + 1 < r->rows && !c->sampled)
         text += sprintf(text, ", rows %d to %d of %d", row, last_row, r->rows);
     sprintf(text, ")%s", kept ? "; the wrong elements hold what they held before" : minus
@@ -464,9 +475,10 @@ static void describe_elements(char *text, const Result *r, const Case *c) {
 // Says in which cases something is wrong, if it is not so in all: what is special in them; or, at
 // length, their names.
 static void describe_cases(char *text, int n, const char *bad, int at_length) {
-    static const char *const features[] = {
+    const char *const features[] = {
         "output and input are the same array", "first is not 0", "stop_grad is 0",
-        "a gate, or dgate, is NULL", "sizes are large (look at what happens between blocks)",
+        "stop_grad is 1", backward ? "dgate is NULL" : "the gates are NULL",
+        "sizes are large (look at what happens between blocks)",
         "V is not a multiple of 8: rows are padded", "the norm comes last", "the norm comes first",
         "the activation is not silu", "there are several heads", "there are several sequences",
         "there are several rows", "there are several columns", "there are more than 32 columns"};
@@ -474,10 +486,10 @@ static void describe_cases(char *text, int n, const char *bad, int at_length) {
     const char *special = cases[(char *)memchr(bad, 1, n) - bad].special;
     for (int i = 0; i < n; i++) {
         const Case *c = &cases[i];
-        int has[] = {c->alias, c->first > 0, !c->stop_grad, c->no_gate, c->large, c->stride > c->V,
-                     c->norm_last, !c->norm_last, c->act > 0, c->NH > 1, c->B > 1, c->T > 1,
-                     c->C > 1, c->C > 32}, mask = 0;
-        for (int k = 0; k < 14; k++) mask |= (has[k] != 0) << k;
+        int has[] = {c->alias, c->first > 0, !c->stop_grad, c->stop_grad, c->no_gate, c->large,
+                     c->stride > c->V, c->norm_last, !c->norm_last, c->act > 0, c->NH > 1, c->B > 1,
+                     c->T > 1, c->C > 1, c->C > 32}, mask = 0;
+        for (int k = 0; k < 15; k++) mask |= (has[k] != 0) << k;
         if (bad[i] == ABSENT) continue;
         if (special && (c->special == special) != bad[i]) special = NULL;
         if (bad[i]) all &= mask;
@@ -485,10 +497,10 @@ static void describe_cases(char *text, int n, const char *bad, int at_length) {
         num_bad += bad[i];
         num_good += !bad[i];
     }
-    while (feature < 14 && !((all & ~none) >> feature & 1)) feature++;
+    while (feature < 15 && !((all & ~none) >> feature & 1)) feature++;
     *text = 0;
     if (!num_good) return;
-    if (special || feature < 14)
+    if (special || feature < 15)
         sprintf(text, "only where %s: ", special ? special : features[feature]);
     else if (at_length) {
         int tells_right = num_bad > num_good;
@@ -501,13 +513,11 @@ static void describe_cases(char *text, int n, const char *bad, int at_length) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------
-4. Layers: for each one its definition, and what is special in its cases, which differ in what can
-go wrong. Each backward pass gets what the right forward pass would have left.
-*/
+// ---- 4. Layers ----------------------------------------------------------------------------------
+// For each one its definition, and what is special in its cases, which differ in what can go wrong.
+// Each backward pass gets what the right forward pass would have left.
 
 // ---- gpas: in[0] x (n), in[1] the gate.
-
 static number activation(number g, int act) {
     if (act == RELU) return creal(g) > 0 ? g : 0;
     if (act == LEAKY_RELU) return creal(g) > 0 ? g : 0.01 * g;
@@ -521,22 +531,31 @@ static void gpas(number *out, number *const *in, const Case *c) {
     if (forward_slip("a'(g) is used; it must be a(g)"))
         a = cimag(activation(g + I * 1e-30, c->act)) * 1e30;
     if (slip("the activation is always SiLU: `activation` is not used")) a = activation(g, SILU);
-    if (slip("the gate is used as it is: a(g) and a'(g) are missing")) a = g;
+    number da = a - hold(a);
+    a = hold(a);
+    if (backward_slip("a(g) stands in place of a'(g) in dgate")) da = a * (g - hold(g));
+    if (backward_slip("a'(g) is missing in dgate")) da = g - hold(g);
+    if (slip("a(g) is missing (the gate is used as it is)")) a = hold(g);
     if (slip("the sign of a(g): the scale is 1 - a(g), not 1 + a(g)")) a = -a;
     double scale = 1 - creal(a);
-    if (backward_slip("dinp is scaled by 1 - a(g): with the stop-gradient (stop_grad 1) it must be "
+    if (backward_slip("it is scaled by 1 - a(g): with the stop-gradient (stop_grad 1) it must be "
                       "dout itself, because sg(x) is a constant to the derivative")) stop = 0;
-    if (backward_slip("dinp is dout with stop_grad 0 too, a plain scale by 1 - a(g)")) stop = 1;
+    if (backward_slip("with stop_grad 0, too, dinp is dout; there it must be (1 - a(g)) dout"))
+        stop = 1;
     if (backward_slip("stop_grad is taken the wrong way round")) stop = !stop;
-    if (backward_slip("inp is multiplied by 1 - a(g) in dgate")) factor = scale;
-    if (backward_slip("dgate reads dout after dinp, maybe the same array, was written"))
-        factor = c->alias && !c->stop_grad ? scale : 1;
-    if (backward_slip("the factor 1 - a(g) does not belong in dgate, with stop_grad 0 either"))
+    if (backward_slip("inp is multiplied by 1 - a(g) in dgate; it must not be")) factor = scale;
+    if (backward_slip("dout is read for dgate after dinp was written; the two may be the same "
+                      "array")) factor = c->alias && !c->stop_grad ? scale : 1;
+    if (backward_slip("the factor 1 - a(g) does not belong in dgate, even with stop_grad 0"))
         factor = c->stop_grad ? 1 : scale;
-    if (backward_slip("a(g) stands in place of a'(g) in dgate")) a = hold(a) * (1 + g - hold(g));
+    if (backward_slip("only where stop_grad is 1: dgate is not written; the stop-gradient is on x, "
+                      "not on g, so dgate is needed in both cases")) factor = !c->stop_grad;
+    if (backward_slip("it is the mean of x_i dy_i; it must be their sum")) factor = 1.0 / c->C;
     for (int i = 0; i < c->C; i++) {
         x = in[0][i];
-        out[i] = x - hold(a) * (stop ? hold(x) : x) - factor * (a - hold(a)) * hold(x);
+        if (c->stop_grad && backward_slip("dinp is 0; sg(x) is a constant, but x itself still has "
+                                          "derivative 1")) x = hold(x);
+        out[i] = x - a * (stop ? hold(x) : x) - factor * da * hold(x);
         if (!stop && backward_slip("dinp is made of inp where stop_grad is 0"))
             out[i] *= hold(x) / c->out_weight[i];
         if (forward_slip("inp is not scaled at all")) out[i] = x;
@@ -563,11 +582,10 @@ static void adjust_gpas(Case *c, int k) {
     c->tolerance = backward && c->stop_grad ? 1e-12 : 1e-4;  // dinp is dout, to the last bit
     c->in[1].x[0] = gate;
     sprintf(c->name + strlen(c->name), ", %s, gate %.2f, stop_grad %d%s%s", acts[c->act], gate,
-            c->stop_grad, c->alias ? ", dinp is dout" : "", c->no_gate ? ", dgate NULL" : "");
+            c->stop_grad, c->alias ? ", dinp is dout" : "", c->no_gate ? ", dgate is NULL" : "");
 }
 
 // ---- residual: in[0] the shortcut, in[1] the branch (n).
-
 static void residual(number *out, number *const *in, const Case *c) {
     double A = c->factor;
     if (slip("A is not used")) A = 1;
@@ -592,7 +610,6 @@ static void adjust_residual(Case *c, int k) {
 }
 
 // ---- embedding: in[0] the table (V,C). The variant multiplies by sqrt(C), as Gemma does.
-
 static void embedding(number *out, number *const *in, const Case *c) {
     int V = c->V, C = c->C;
     double factor = variant && !slip("it is not multiplied by sqrt(C)") ? sqrt(C) : 1;
@@ -617,7 +634,6 @@ static void adjust_embedding(Case *c, int k) {
 }
 
 // ---- rmsnorm: in[0] x (N,C), in[1] the weight (C). After out (N,C) comes rstd (N).
-
 static number norm_r(const number *x, const Case *c, int n) {
     int C = c->C, first = n, last = n, end = C - slip("the last channel is left out of the mean");
     end += slip("one channel too many in the mean: c < C");
@@ -657,6 +673,7 @@ static number norm_sloped(number x, number w, number r, int C) {
     number direct = x * w * h;
     if (slip("the direct term, that with r held, is missing")) direct = hold(direct);
     if (slip("the factor r is missing in the direct term")) direct /= h;
+    if (slip("the weight is missing in the direct term")) direct = x * h;
     if (slip("the weight is missing")) return x * r;
     if (slip("x is missing in dweight")) direct = w * h;
     return direct + hold(second) * d;
@@ -685,7 +702,6 @@ static void adjust_rmsnorm(Case *c, int k) {
 }
 
 // ---- rope: in[0] qkv (B,T,3C), in[1] the table (T,hs). factor -1: the other way round.
-
 static void rope_pair(number *out, long first, int j, int t, number *const *in, const Case *c) {
     size_t n = c->out_size, size = input_size(&c->in[1]);
     int hs = c->C / c->NH, halves = slip("channel j is paired with j + hs/2, not with the next");
@@ -745,7 +761,6 @@ static void adjust_rope(Case *c, int k) {
 
 // ---- swiglu: in[0] (N,2H), a row holds h1, then h3; in the code here they are a and b. The
 // variant has sigmoid(1.702 h1), which is close to GELU.
-
 static number swiglu_element(number a, number b) {
     double inside = variant ? 1.702 : 1;
     if (slip("the sigmoid is that of another multiple of h1")) inside = variant ? 1 : 1.702;
@@ -758,10 +773,11 @@ static number swiglu_element(number a, number b) {
     return slip("h1 sigmoid(h1): the factor h3 is missing") ? a * s : a * s * b;
 }
 
-// The same, sloped as by who makes a mistake in the backward pass.
+// What a mistake in the backward pass adds to the slopes.
 static number swiglu_sloped(number a, number b) {
     number h = hold(a), s = logistic(variant ? 1.702 * h : h), value = h * s, da = a - h;
     number d = (variant ? 1.702 : 1) * s * (1 - s), first = s, second = h * d, of_b = value;
+    number right = (first + second) * da * hold(b) + of_b * (b - hold(b));
     if (slip("silu(h1) is a product: the term through the sigmoid is missing")) second = 0;
     if (slip("silu(h1) is a product: the term through its factor h1 is missing")) first = 0;
     if (slip("the factor h1 is missing in the term through the sigmoid")) second = d;
@@ -773,7 +789,7 @@ static number swiglu_sloped(number a, number b) {
     if (slip("the factor h1 is missing in dh3: it is dout silu(h1)")) of_b = s;
     if (slip("h3 stands in place of h1 in dh3")) of_b = hold(b) * s;
     if (slip("the factor h3 is missing in dh1")) da /= hold(b);
-    return value * hold(b) + (first + second) * da * hold(b) + of_b * (b - hold(b));
+    return (first + second) * da * hold(b) + of_b * (b - hold(b)) - right;
 }
 
 static void swiglu(number *out, number *const *in, const Case *c) {
@@ -784,17 +800,11 @@ static void swiglu(number *out, number *const *in, const Case *c) {
         number a = row[j], b = row[H + j];
         if (slip("h3 begins H places after h1, not 1")) b = row[j + 1];
         out[i] = swiglu_element(a, b);
-        if (!backward || !(chosen || collecting)) continue;
-        const char *made = chosen;
-        number sloped = swiglu_sloped(a, b);
-        chosen = NULL;
-        if (swiglu_sloped(a, b) != sloped) out[i] = sloped;
-        chosen = made;
+        if (backward) out[i] += swiglu_sloped(a, b);
     }
 }
 
 // ---- matmul: in[0] x (N,C), in[1] the weight (OC,C).
-
 static void matmul(number *out, number *const *in, const Case *c) {
     int C = c->C, OC = c->V;
     for (int n = 0; n < c->T; n++) {
@@ -934,7 +944,6 @@ static void adjust_attention(Case *c, int k) {
 }
 
 // ---- crossentropy: in[0] the logits (N,stride), of which V are read. After losses (N) comes lse.
-
 static number cross_lse(const number *x, long rest, const Case *c) {
     int begin = slip("the first logit is left out"), end = c->V;
     if (slip("the last logit is left out")) end--;
@@ -948,7 +957,7 @@ static number cross_lse(const number *x, long rest, const Case *c) {
     return m + clog(sum);
 }
 
-// The loss of row n, sloped as by who makes a mistake in its gradient. lse: that of the row.
+// What a mistake in the gradient adds to the slopes of the loss of row n. lse: that of the row.
 static number cross_sloped(const number *x, double lse, int n, const Case *c) {
     int everywhere = slip("scale is subtracted at every logit; it belongs to the target's alone");
     int unscaled = slip("scale is missing at the target"), only = slip("the softmax lacks scale");
@@ -966,7 +975,7 @@ static number cross_sloped(const number *x, double lse, int n, const Case *c) {
         if (replaced && target) p = 0;
         double slope = p / (only ? s : 1) + (logit ? y / s : 0);
         if (target || everywhere) slope -= plus ? -1 : unscaled ? 1 / s : 1;
-        loss += slope * (x[v] - hold(x[v]));
+        loss += (slope - (exp(y - lse) - target)) * (x[v] - hold(x[v]));
     }
     return loss;
 }
@@ -987,14 +996,9 @@ static void crossentropy(number *out, number *const *in, const Case *c) {
         if (slip("the term of lse, whose gradient is the softmax, is missing")) out[n] = -logit;
         if (forward_slip("the target's logit is added, not subtracted")) out[n] = lse + logit;
         if (forward_slip("each row has a loss of its own: no division by N")) out[n] /= N;
-        if (!backward || !(chosen || collecting)) continue;
-        if (slip("lse of row 0 is used for every row"))
+        if (backward_slip("lse of row 0 is used for every row"))
             out[n] = lse * cexp(hold(lse - cross_lse(in[0], (long)N * stride, c))) - logit;
-        number sloped = cross_sloped(x, creal(lse), n, c);
-        const char *made = chosen;
-        chosen = NULL;
-        if (cross_sloped(x, creal(lse), n, c) != sloped) out[n] = sloped;
-        chosen = made;
+        if (backward) out[n] += cross_sloped(x, creal(lse), n, c);
     }
 }
 
@@ -1011,7 +1015,6 @@ static void adjust_crossentropy(Case *c, int k) {
 }
 
 // ---- adamw: no derivative here. in: p, m, v, grad (n). After p come m, v, and the copy of p.
-
 static void adam_moments(double *m, double *v, double g, double b1, double b2) {
     double keep_m = b1, keep_v = b2, to_m = 1 - b1, to_v = 1 - b2, square = g * g;
     if (slip("the old m is multiplied by beta2; it is beta1")) keep_m = b2;
@@ -1100,7 +1103,6 @@ static void adjust_adamw(Case *c, int k) {
 // ---- residual, gpas and rmsnorm in one kernel, train_gpas.cu alone: in[0] inp, in[1] branch
 // (N,C), in[2] the weight (C), in[3] the gate that has a gradient, and the other. factor: A. After
 // the sum (N,C) come what is normalized, the norm's output (N,C), and rstd (N).
-
 static void fused(number *out, number *const *in, const Case *c) {
     int N = c->T, C = c->C, n = N * C, stop = c->stop_grad;
     number inp_a = c->no_gate ? 0 : activation(in[3][!c->norm_last], SILU);
@@ -1158,9 +1160,7 @@ static void adjust_fused(Case *c, int k) {
     c->a[DX] = array(c, "dx", dx, n, 1);
 }
 
-/* ------------------------------------------------------------------------------------------------
-5. Running
-*/
+// ---- 5. Running ---------------------------------------------------------------------------------
 
 // A result of a layer. sizes: rows, columns, and, if it is a part of an array, how far rows are
 // apart and where it begins, as letters: see size_of_letter(). Without points it is in no array.
@@ -1182,11 +1182,11 @@ static const struct {
     const char *dout;                // NULL: the gradient of the first output is `factor`
     ResultSpec out[MAX_RESULTS], grad[MAX_RESULTS];
 } layers[LAYERS] = {
-    {"gpas", gpas, adjust_gpas, {13, 19, 13, 20}, "C",
+    {"gpas", gpas, adjust_gpas, {13, 19, 13, 20}, "n",
      {{1, 1, 7}, {0}, {1, 1, 1}, {1, 1, 1003}, [19] = {1, 1, 600000}},
      {{"inp", "1C"}, {"gate", "11"}}, "dout", {{"out", "1C", 4, OUTPUT}},
      {{"dinp", "1C", 3, 0}, {"dgate", "11", 3, 1, 1}}},
-    {"residual", residual, adjust_residual, {6, 6, 6, 6}, "C",
+    {"residual", residual, adjust_residual, {6, 6, 6, 6}, "n",
      {{1, 1, 7}, {1, 1, 1}, {1, 1, 1003}}, {{"shortcut", "1C"}, {"branch", "1C"}}, "dout",
      {{"out", "1C", 4, OUTPUT}}, {{"dshortcut", "1C", 6, 0}}},
     {"embedding", embedding, adjust_embedding, {5, 5, 5, 5}, "TCV",
@@ -1219,7 +1219,7 @@ static const struct {
       {1, 3, 1, 1, 8}},
      {{"logits", "NS"}}, NULL, {{"losses", "N1", 2, OUTPUT}, {"lse", "N1", 2, OUTPUT, .only = 1}},
      {{"logits", "NVS", 5, 0, 0, IN}, {"padding", "NPSV", 1, 0}}},
-    {"adamw", adamw, adjust_adamw, {5, 5, 8, 8}, "C", {{1, 1, 7}, {0}, {1, 1, 1003}, {0},
+    {"adamw", adamw, adjust_adamw, {5, 5, 8, 8}, "n", {{1, 1, 7}, {0}, {1, 1, 1003}, {0},
      {1, 1, 1}}, {{"p", "1C"}, {"m", "1C"}, {"v", "1C"}, {"grad", "1C"}}, NULL,
      {{"p", "1C", 3, OUTPUT, 0, IN}, {"m", "1C", 3, OUTPUT, 0, IN + 1},
       {"v", "1C", 3, OUTPUT, 0, IN + 2}, {"weights", "1C", 1, OUTPUT, .only = 2}}, {{0}}},
@@ -1271,7 +1271,8 @@ static void add_result(Case *c, const ResultSpec *s, int i, const double *kept, 
 
 // Makes case k of a layer. Returns whether there is one.
 static int make_case(Case *c, int layer, int k) {
-    static const char *const names[] = {"B", "T", "C", "NH", "V", "first"};
+    const char *last = *layers[layer].labels == 'n' ? "n" : "C";  // the length of a row
+    const char *const names[] = {"B", "T", last, "NH", "V", "first"};
     const int *shape = layers[layer].shapes[layers[layer].shapes[k][0] ? k : 0];
     const ResultSpec *out = layers[layer].out, *grad = layers[layer].grad;
     size_t offsets[MAX_RESULTS + 1] = {0};
@@ -1391,15 +1392,13 @@ static int is_right_alone(int layer, int i, int k) {
 static void report(int layer, int n, int k) {
     char hint[HINT] = "", bad[MAX_CASES];
     const Result *r = &cases[0].results[k];
-    int num_bad = 0, untouched = 1;
+    int num_bad = 0;
     for (int i = 0; i < n; i++) {
         const Result *s = &cases[i].results[k];
         bad[i] = s->points ? s->num_wrong > 0 : ABSENT;
         num_bad += bad[i] == 1;
-        for (int j = 0; j < s->rows * s->columns; j++)
-            untouched &= s->got[j] == (s->adds ? 0 : s->old[j]);
     }
-    if (num_bad && untouched) strcpy(hint, "nothing is written");
+    if (num_bad && is_untouched(n, k, 0)) strcpy(hint, "nothing is written");
     else if (num_bad) {
         int first = (int)((char *)memchr(bad, 1, n) - bad);
         describe_cases(hint, n, bad, 0);

@@ -24,8 +24,7 @@ from command import Error, Parser, main
 from compiler import command, compiler, first_error, limit_cpu, warnings_of
 from feedback import passes, print_table
 
-LAYERS = ("gpas residual embedding rmsnorm rope swiglu matmul attention crossentropy "
-          "adamw").split()
+LAYERS = "gpas residual embedding rmsnorm rope swiglu matmul attention crossentropy adamw".split()
 FUSED = "residual_gpas_rmsnorm"     # in train_gpas.cu three of the layers in one kernel, too
 POINTS = {"forward": 4, "backward": 6, "update": 10}
 PASS_SECONDS = 60   # of CPU time, of which the submission has a limit of its own: grade.c
@@ -89,9 +88,8 @@ def run_program(words):
 
 ENDINGS = {
     signal.SIGXCPU: "stopped after {} seconds of computing: an endless loop? Does its variable "
-                    "grow, is its end right?",
-    signal.SIGALRM: "stopped after two minutes, in which it computed for {} seconds: does it wait "
-                    "for something?",
+                    "grow, and is its end right?",
+    signal.SIGALRM: "stopped after two minutes ({} s of computing): does it wait for something?",
     signal.SIGSEGV: "crashed (segmentation fault): an index far outside of an array, a NULL "
                     "pointer (of an allocation too large?), or recursion without an end",
     signal.SIGFPE: "crashed: a whole number divided by 0",
@@ -100,8 +98,10 @@ ENDINGS = {
 ENDINGS[signal.SIGKILL], ENDINGS[signal.SIGBUS] = ENDINGS[signal.SIGXCPU], ENDINGS[signal.SIGSEGV]
 
 
-def ending(status, cpu, said):
+def ending(status, cpu, case, said):
     """What to say of a process that did not return from all calls. status: as of waitpid()."""
+    if status & 127 in (signal.SIGSEGV, signal.SIGBUS) and "dgate is NULL" in case:
+        return "crashed (segmentation fault): dgate is NULL in this case, and may be"
     if re.search("out of memory|not enough memory|bad_alloc|allocate memory", said):
         return "not enough memory: it asks for far more than a layer needs"
     if status & 127 in ENDINGS:
@@ -127,7 +127,7 @@ def check(program, layer, which, options):
             hints.append(word[1])
         elif word[0] == "ended":
             stopped = True
-            hints.append(f"{ending(int(word[1]), word[2], said)} (in the case {word[3]})")
+            hints.append(f"{ending(int(word[1]), *word[2:], said)} (in the case {word[3]})")
     if hints and len(hints) == len(result["checks"]) and all(
             hint.endswith(": nothing is written") for hint in hints):
         result["hints"] = ["nothing is written yet"]

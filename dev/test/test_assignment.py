@@ -112,7 +112,7 @@ SUBTLE = [
     ("attention", "seen = t0 + n, accumulate = t0 < last", "seen = t0 + n, accumulate = 0 * last",
      "only where sizes are large"),
     ("adamw", "pow(adam.beta1, adam.t)", "pow(adam.beta1, adam.t + (adam.t > 1))",
-     "right in the cases: .*C = 7, t = 1")]
+     "right in the cases: .*n = 7, t = 1")]
 SUBTLE_KERNELS = [
     ("gpas", "dinp[i] = scale * dy;", "dinp[i] = dy;", "only where stop_grad is 0"),
     ("crossentropy", "            if (v + k >= V) x[k] = -INFINITY;\n", "",
@@ -121,6 +121,36 @@ SUBTLE_KERNELS = [
      "norms and gates decay too"),
     ("residual_gpas_rmsnorm", "gate_sum += s[k] * dy;", "gate_sum += y[k] * dy;",
      "dgate is made of what GPAS returns")]
+
+# Mistakes that are graded one round at a time, as several of them are in the same function.
+ADDED = "*dgate -= gate_slope(gate, activation) * (float)dot(inp, dout, n);"
+COPIED = "if (dinp != dout) memcpy(dinp, dout, n * sizeof(float));"
+NEEDED = "only where stop_grad is 1: dgate is not written; the stop-gradient is on x, not on g"
+ROUNDS = [
+    [("gpas", f"    if (dgate) {ADDED}\n    if (stop_grad) {{\n        {COPIED}  // dx = dy\n"
+      "        return;\n    }\n",
+      f"    if (stop_grad) {{\n        {COPIED}\n        return;\n    }}\n    if (dgate) {ADDED}\n",
+      NEEDED),
+     ("rmsnorm", "dweight[c] += dy[c]", "dweight[c] = dy[c]",
+      r"only the last row counts: = where \+= is needed")],
+    [("gpas", "if (dgate) *dgate", "if (dgate && !stop_grad) *dgate", NEEDED),
+     ("rmsnorm", "r * (weight[c] * dy[c] - x[c] * p)", "r * (dy[c] - x[c] * p)",
+      "the weight is missing in the direct term")],
+    [("gpas", COPIED, "memset(dinp, 0, n * sizeof(float));",
+      "dinp: only where stop_grad is 1: dinp is 0; sg.x. is a constant, but x itself still has "
+      "derivative 1")],
+    [("gpas", "*dgate -= gate_slope", "*dgate = gate_slope",
+      r"dgate: it has the wrong sign; and it is set \(=\)")],
+    [("gpas", "*dgate -= gate_slope", "*dgate += gate_slope",
+      r"dgate: it has the wrong sign; .*\(n = 7, .* it held [-0-9.e]+ before\)")],
+    [("gpas", "    if (dgate) *dgate", "    if (!dgate) return;\n    *dgate",
+      "dinp: only where dgate is NULL: dinp is not written")],
+    [("gpas", "dot(inp, dout, n);", "dot(inp, dout, n) / n;",
+      "dgate: it is the mean of x_i dy_i; it must be their sum")],
+    [("gpas", "gate_slope(gate, activation) * (float)dot", "(float)dot",
+      r"dgate: a'\(g\) is missing in dgate; dgate")],
+    [("gpas", "if (dgate) *dgate", "*dgate",
+      r"crashed \(segmentation fault\): dgate is NULL in this case, and may be")]]
 
 # A source with all that assignment.py has rules for, and what it must become.
 SOURCE = """\
@@ -573,6 +603,10 @@ def main():
         test_mistakes(in_c, READINGS, "readings")
         test_mistakes(in_c, VIOLENT, "violence")
         test_mistakes(in_c, SUBTLE, "subtle")
+        alone = os.path.join(place, "alone")
+        hand_out(alone, "gpas", "rmsnorm")
+        for i, mistakes in enumerate(ROUNDS):
+            test_mistakes(alone, mistakes, "round %d" % (i + 1))
         test_openmp(in_c)
         test_errors(in_c)
         test_variant(place)
