@@ -79,7 +79,7 @@ MORE_KERNELS = [
     ("swiglu", "(s + h1[k] * s * (1 - s))", "(s - h1[k] * s * (1 - s))", "sign"),
     ("matmul", "gemm(out, weight, 1, inp", "gemm(out, weight, 0, inp", "weight is read transposed"),
     ("attention", "        l[half] *= correction;\n", "", "between blocks"),
-    ("crossentropy", "(p - (v + k == target))", "(p + (v + k == target))", "sign"),
+    ("crossentropy", "-lse * LOG2_E)) - 1)", "-lse * LOG2_E)) + 1)", "sign"),
     ("adamw", "(1 - adam.beta2) * dp * dp", "(1 - adam.beta2) * dp", "square"),
     ("residual_gpas_rmsnorm", "gate_sum += x[k] * dz", "gate_sum -= x[k] * dz", "sign")]
 
@@ -115,7 +115,8 @@ SUBTLE = [
      "right in the cases: .*n = 7, t = 1")]
 SUBTLE_KERNELS = [
     ("gpas", "dinp[i] = scale * dy;", "dinp[i] = dy;", "only where stop_grad is 0"),
-    ("crossentropy", "            if (v + k >= V) x[k] = -INFINITY;\n", "",
+    ("crossentropy", "        if (v + W > V)\n            for (int k = 0; k < W; k++) "
+     "x[k] = v + k < V ? x[k] : -INFINITY;\n", "",
      "the padding, logits from V on, is in the sum"),
     ("adamw", "chunk.decays ? adam.weight_decay : 0", "adam.weight_decay",
      "norms and gates decay too"),
