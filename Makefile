@@ -182,7 +182,8 @@ test-cuda-on-cpu: train_gpas $(CUDA_ON_CPU)
 
 # ---- The classroom: docs/syllabus.md.
 
-# LAYERS="gpas attention" are left to write, by default all ten. CUDA=1 adds train_gpas.cu.
+# LAYERS="gpas attention" are left to write, by default (or LAYERS=all) all ten. CUDA=1 adds
+# train_gpas.cu.
 # VARIANT=1 uses other formulas, so that the public solution does not fit.
 OUT = assignment
 CUDA =
@@ -191,7 +192,8 @@ CLASS_FLAGS = $(if $(CUDA),--cuda) $(if $(VARIANT),--variant)
 assignment:
 	@$(PYTHON) dev/class/assignment.py $(CLASS_FLAGS) --out=$(call q,$(OUT)) $(LAYERS)
 
-# A folder of submissions, with the LAYERS, CUDA and VARIANT of their hand-out.
+# A folder of submissions, with the LAYERS, CUDA and VARIANT of their hand-out. There is no default
+# for LAYERS; LAYERS=all grades all ten.
 SUBMISSIONS = submissions
 GRADES = grades
 grades:

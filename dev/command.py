@@ -107,13 +107,13 @@ def new_file(path):
 
 
 @contextlib.contextmanager
-def new_folder(out):
+def new_folder(out, how=""):
     """with new_folder(out) as folder: what is written into `folder` appears in `out` when all of it
     is complete. After an error nothing is left behind. An `out` that exists must be empty, and is
-    kept because it may be a mount point."""
+    kept because it may be a mount point. how: how the caller's user chooses another one."""
     there = os.path.isdir(out)
     if os.path.lexists(out) and (not there or os.listdir(out)):
-        raise Error(f"{out} is already there; choose another folder")
+        raise Error(f"{out} is already there; choose another folder{how}")
     out = os.path.abspath(out)
     place = out if there else os.path.dirname(out)
     os.makedirs(place, exist_ok=True)

@@ -363,11 +363,15 @@ HOURS = {
 
 TASK = """# Your task
 
-Write these functions, in any order. The comment above each one says what it gets, with all
-shapes, and what it must produce; the comment of the forward pass has the mathematics. You find
-the derivative yourself.
+train_gpas.c trains a small LLaMA with GPAS; its first page explains GPAS.%(cuda)s
+Some of %(its)s functions are empty, and you write them, in any order:
 
 %(layers)s
+
+The comment above each function says what it gets, with all shapes, and what it must produce; the
+comment of the forward pass has the mathematics. You find the derivatives yourself%(given)s.
+
+%(hand_in)s
 
 %(variant)s## What you need
 
@@ -381,17 +385,20 @@ A C compiler with OpenMP, make and python3 (3.8 or newer; nothing to install wit
 
 ## Build, grade, run
 
-    make                 compiles, with warnings; it works from the first day on
-    make grade           checks every layer of your list and says what is wrong
+    make                 compiles (warnings are on); it already compiles with the functions empty
+    make grade           checks every layer of the table above and says what is wrong
     make grade SEED=7    the same, on the numbers of seed 7: without it they are new each time
     make run             trains the network without and with GPAS, when all is written; before that
                          it says which functions are still empty
 
 A layer has 10 points: 4 for the forward pass, 6 for the backward pass. Each result of a pass has
-points of its own, as the table shows: dinp may be right and dgate wrong. A result must be right in
-all cases. Most hints end with the first wrong number, what it should be, and the sizes of the case:
+points of its own, which make grade prints: dinp may be right and dgate wrong. A result must be
+right in all cases. Most hints end with the first wrong number, what it should be, and the case:
 
-    dinp: only where stop_grad is 0: ...; dinp[0][3] is 0.25, should be 0.5 (T = 5, C = 7; ...)
+    dgate: it has the wrong sign; dgate[0] is 2.48771, should be 1.24146 (n = 7, silu, gate 0.34,
+      stop_grad 1; 1 of 1 wrong; it held 1.86458 before); the wrong elements have the wrong sign
+
+That is, dgate[0] was 1.86458; your function made 2.48771 of it, and 1.24146 is right.
 
 A crash, an endless loop or a write outside of an array costs its own pass and no other. You may add
 functions of your own. Leave the names and the parameters of the given ones as they are.
@@ -412,14 +419,15 @@ functions of your own. Leave the names and the parameters of the given ones as t
 ## Threads
 
 `#pragma omp parallel for` before a loop shares its iterations among threads. Two threads must not
-write the same number: a sum in a variable needs `reduction(+ : sum)`, and where rows occur twice,
-another loop must be the parallel one. Without any pragma all layers are right, and fast enough for
-this course.
+write the same number: a sum in a variable needs `reduction(+ : sum)`, and where several iterations
+write the same row (as in embedding), parallelize another loop. Without any pragma all layers are
+right, and fast enough for this course.
 
 Such races between threads are not graded, because they show only now and then.%(races)s
 To find them, train with many threads several times, when all layers are right. What differs from
 run to run, in more than the last digits, comes from a race:
 
+    make train_gpas data/toy/tokenizer.bin
     for i in 1 2 3 4 5; do OMP_NUM_THREADS=16 ./train_gpas --steps 10 --val-batches 1 \\
         --overwrite on --out out/race | grep "step 10"; done
 
@@ -428,11 +436,14 @@ right with one thread.
 
 ## Where not to look
 
-The project is public, and so is its solution: train_gpas.c of the project, and its history. Reading
-it saves you the hour in which you would have learned something. dev/class/grade.c knows the usual
-mistakes by name; it spoils the search for them. dev/gemm.h is not forbidden: matmul and attention
-may call what it defines, and three plain loops are right as well.
+The project is public, and so is its solution: train_gpas.c and train_gpas.cu of the project, and
+their history. README.md and docs/figures.md of the project give parts of it away, too. Reading the
+solution saves you the hour in which you would have learned something. dev/class/grade.c knows the
+usual mistakes by name; reading it takes the fun out of finding them. dev/gemm.h is not forbidden:
+matmul and attention may call what it defines, and three plain loops are right as well.
 """
+GIVEN = """,
+except for dx of gpas: the first page of train_gpas.c gives it, and says why it is so"""
 CUDA_RACES = """ In
 train_gpas.cu they are: the kernels run on the CPU, where each access to memory is watched."""
 
@@ -449,7 +460,11 @@ def task_sheet(layers, files, variant):
                     kernel_hours if file.endswith(".cu") else hours, why))
     return TASK % {
         "layers": "\n".join(rows), "variant": VARIANT_TOLD if variant else "",
-        "cxx": " For the kernels also a C++\ncompiler, g++, on Linux: no GPU." if cuda else "",
+        "cuda": "\ntrain_gpas.cu does the same on a GPU." if cuda else "",
+        "its": "their" if cuda else "its", "given": GIVEN if "gpas" in layers else "",
+        "hand_in": ("Hand in train_gpas.c and train_gpas.cu, and nothing else." if cuda else
+                    "Hand in train_gpas.c alone."),
+        "cxx": "\nThe kernels also need a C++ compiler (g++), but no GPU." if cuda else "",
         "gxx": " g++" if cuda else "", "cxx14": " CXX=g++-14" if cuda else "",
         "races": CUDA_RACES if cuda else ""}
 
@@ -467,9 +482,9 @@ def run():
     parser.add_argument("--variant", action="store_true",
                         help="change some formulas, so that the public solution does not fit")
     parser.add_argument("--out", default="assignment", help="the folder to write")
-    parser.add_argument("layers", nargs="*", help="of: " + " ".join(LAYERS))
+    parser.add_argument("layers", nargs="*", help="all, or of: " + " ".join(LAYERS))
     options = parser.parse_args()
-    layers = options.layers or LAYERS
+    layers = LAYERS if options.layers in ([], ["all"]) else options.layers
     for layer in layers:
         if layer not in LAYERS:
             raise Error("there is no layer %s; choose from: %s" % (layer, " ".join(LAYERS)))
@@ -488,7 +503,7 @@ def run():
              for file in files}
     texts["Makefile"] = makefile(read("Makefile"), layers, options.cuda, options.variant)
     texts["TASK.md"] = task_sheet(layers, files, options.variant)
-    with new_folder(options.out) as folder:
+    with new_folder(options.out, ": OUT=folder") as folder:
         for name, text in texts.items():
             write(folder, name, text)
         for name in COPIED + headers + COPIED_CUDA * options.cuda:

@@ -5,7 +5,8 @@ grades.py: grades a folder of submissions, several at once, each in a fresh hand
     make grades SUBMISSIONS=folder LAYERS="gpas rope" CUDA=1 GRADES=results
 
 A submission is a file, NAME.c (with CUDA=1 beside it NAME.cu), or a folder NAME in which there is
-train_gpas.c. Names may have spaces, umlauts or anything else. Written are, in the folder GRADES:
+train_gpas.c. Other files are skipped. Names may have spaces, umlauts or anything else. LAYERS must
+be those of the hand-out; LAYERS=all are all ten. Written are, in the folder GRADES:
 
     grades.csv      a line for each student: name, points, points of each layer, first error
     NAME.json       all results, as of make grade JSON=1
@@ -27,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
 from command import CLEAR, Error, Parser, main, new_file
 from feedback import first_error, print_table
-from grade import LAYERS
+from grade import FUSED, LAYERS
 
 ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../.."))
 MOST_SECONDS = 3600     # of wall time for one submission: far more than the limits inside of it
@@ -37,7 +38,7 @@ def find_submissions(folder):
     """{name: {"train_gpas.c": path, "train_gpas.cu": path}}"""
     if not os.path.isdir(folder):
         raise Error(f"there is no folder {folder}; SUBMISSIONS=folder names it")
-    found = {}
+    found, skipped = {}, []
     for entry in sorted(os.listdir(folder)):
         path = os.path.join(folder, entry)
         if entry.startswith("."):
@@ -47,11 +48,16 @@ def find_submissions(folder):
                 {file: os.path.join(path, file) for file in ("train_gpas.c", "train_gpas.cu")
                  if os.path.isfile(os.path.join(path, file))})
         elif os.path.isfile(path):
-            stem, end = os.path.splitext(entry)
-            name = stem if end in (".c", ".cu") else entry
-            found.setdefault(name, {})["train_gpas.cu" if end == ".cu" else "train_gpas.c"] = path
+            name, end = os.path.splitext(entry)
+            if end in (".c", ".cu"):
+                found.setdefault(name, {})["train_gpas" + end] = path
+            else:
+                skipped.append(entry)
+    if skipped:
+        print(f"skipped, since a submission is NAME.c, NAME.cu or a folder: {', '.join(skipped)}",
+              file=sys.stderr)
     if not found:
-        raise Error(f"there are no submissions in {folder}")
+        raise Error(f"there are no submissions in {folder}: no NAME.c, and no folder")
     return found
 
 
@@ -141,22 +147,21 @@ def grade_one(name, files, options, template, seed):
 
 def write_csv(names, options):
     """grades.csv, from what has been graded so far."""
-    layers = [f"{file[11:]} {layer}" for file in ["train_gpas.c"] + ["train_gpas.cu"] * options.cuda
-              for layer in options.layers]
-    fused = options.cuda and {"gpas", "residual", "rmsnorm"} & set(options.layers)
-    layers += ["cu residual_gpas_rmsnorm"] if fused else []
+    kernels = options.layers + [FUSED] * bool(set(FUSED.split("_")) & set(options.layers))
+    columns = [("train_gpas.c", layer) for layer in options.layers]
+    columns += [("train_gpas.cu", layer) for layer in kernels if options.cuda]
+    headings = [layer + " (CUDA)" * (file == "train_gpas.cu") for file, layer in columns]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["name", "points", "max", *layers, "first error"])
+    table.writerow(["name", "points", "max", *headings, "first error"])
     for name in names:
         path = os.path.join(options.out, name + ".json")
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="surrogateescape") as file:
                 result = json.load(file)
-            points = {f"{row['file'][11:]} {row['layer']}": row["points"]
-                      for row in result["layers"]}
-            table.writerow([name, result["points"], 10 * len(layers),
-                            *[points.get(layer, 0) for layer in layers], first_error(result)])
+            points = {(row["file"], row["layer"]): row["points"] for row in result["layers"]}
+            table.writerow([name, result["points"], 10 * len(columns),
+                            *[points.get(column, 0) for column in columns], first_error(result)])
     write(os.path.join(options.out, "grades.csv"), text.getvalue())
 
 
@@ -169,12 +174,16 @@ def run():
     parser.add_argument("--cuda", action="store_true", help="grade train_gpas.cu too")
     parser.add_argument("--variant", action="store_true", help="of a hand-out with VARIANT=1")
     parser.add_argument("--seed", type=int, help="default: one for all, chosen by chance")
-    parser.add_argument("layers", nargs="*", help="default: all")
+    parser.add_argument("layers", nargs="*", help="those of the hand-out, or all")
     options = parser.parse_args()
-    for layer in options.layers:
+    if not options.layers:
+        raise Error('LAYERS is missing: give those of the hand-out, as in LAYERS="gpas rope", or '
+                    "LAYERS=all")
+    wanted = LAYERS if options.layers == ["all"] else options.layers
+    for layer in wanted:
         if layer not in LAYERS:
             raise Error(f"there is no layer {layer}; choose from: {' '.join(LAYERS)}")
-    options.layers = [x for x in LAYERS if x in (options.layers or LAYERS)]
+    options.layers = [layer for layer in LAYERS if layer in wanted]
     submissions = find_submissions(options.submissions)
     os.makedirs(options.out, exist_ok=True)
     seed = read_settings(os.path.join(options.out, "settings.json"), options)["seed"]

@@ -79,7 +79,7 @@ MORE_KERNELS = [
     ("swiglu", "(s + h1[k] * s * (1 - s))", "(s - h1[k] * s * (1 - s))", "sign"),
     ("matmul", "gemm(out, weight, 1, inp", "gemm(out, weight, 0, inp", "weight is read transposed"),
     ("attention", "        l[half] *= correction;\n", "", "between blocks"),
-    ("crossentropy", "(p - (v + k == target))", "(p + (v + k == target))", "sign"),
+    ("crossentropy", "-lse * LOG2_E)) - 1)", "-lse * LOG2_E)) + 1)", "sign"),
     ("adamw", "(1 - adam.beta2) * dp * dp", "(1 - adam.beta2) * dp", "square"),
     ("residual_gpas_rmsnorm", "gate_sum += x[k] * dz", "gate_sum -= x[k] * dz", "sign")]
 
@@ -115,7 +115,8 @@ SUBTLE = [
      "right in the cases: .*n = 7, t = 1")]
 SUBTLE_KERNELS = [
     ("gpas", "dinp[i] = scale * dy;", "dinp[i] = dy;", "only where stop_grad is 0"),
-    ("crossentropy", "            if (v + k >= V) x[k] = -INFINITY;\n", "",
+    ("crossentropy", "        if (v + W > V)\n            for (int k = 0; k < W; k++) "
+     "x[k] = v + k < V ? x[k] : -INFINITY;\n", "",
      "the padding, logits from V on, is in the sum"),
     ("adamw", "chunk.decays ? adam.weight_decay : 0", "adam.weight_decay",
      "norms and gates decay too"),
@@ -402,7 +403,7 @@ def test_class(place):
     texts = {"a b.c": right, "M\u00fcller, J\u00f6rg.c": right.replace("\n", "\r\n"),
              "loop.c": loop, "crash.c": crash, "-syntax;$x.c": right + "}", "no ending": right,
              "Zo\u00eb in a folder/train_gpas.c": right,
-             "empty.c": read(empty, "train_gpas.c")}
+             "empty.c": read(empty, "train_gpas.c"), "names.txt": ""}
     for name, text in texts.items():
         with open(os.path.join(submissions, name), "w", encoding="utf-8", newline="") as file:
             file.write(text)
@@ -416,15 +417,17 @@ def test_class(place):
         rows = {row["name"]: row for row in csv.DictReader(file)}
     points = {name: int(row["points"]) for name, row in rows.items()}
     check(points == {"a b": 20, "M\u00fcller, J\u00f6rg": 20, "loop": 16, "crash": 16,
-                     "-syntax;$x": 0, "no ending": 20, "Zo\u00eb in a folder": 20, "empty": 0,
+                     "-syntax;$x": 0, "Zo\u00eb in a folder": 20, "empty": 0,
                      "latin": 20, "nothing": 0}, "make grades: names, CRLF, Latin-1, a folder",
           (points, done.stderr))
+    check("skipped, since a submission is NAME.c, NAME.cu or a folder: names.txt, no ending\n"
+          in done.stderr, "make grades: says which files it skips", done.stderr)
     for name, said in (("loop", "endless loop"), ("crash", "segmentation fault"),
                        ("-syntax;$x", "does not compile"), ("nothing", "no train_gpas.c"),
                        ("empty", "nothing is written yet"), ("a b", "^$")):
         check(re.search(said, rows.get(name, {}).get("first error", "")),
               f"make grades: first error of {name}", rows.get(name))
-    check(rows["loop"]["c gpas"] == "10" and rows["loop"]["c crossentropy"] == "6"
+    check(rows["loop"]["gpas"] == "10" and rows["loop"]["crossentropy"] == "6"
           and "endless loop" in read(grades, "loop.txt")
           and json.loads(read(grades, "loop.json"))["points"] == 16,
           "make grades: points of a layer, text and JSON", rows["loop"])
@@ -432,14 +435,17 @@ def test_class(place):
     before = os.path.getmtime(os.path.join(grades, "loop.json"))
     os.utime(os.path.join(submissions, "empty.c"), (time.time() + 5, time.time() + 5))
     done = run(*command, cwd=ROOT)
-    check("9 graded before" in done.stdout
+    check("8 graded before" in done.stdout
           and before == os.path.getmtime(os.path.join(grades, "loop.json"))
           and ",20,20," in re.search("^empty.*", read(grades, "grades.csv"), re.M)[0],
           "make grades: continues with what is new", done)
     for more, say in (("LAYERS=gpas", "other LAYERS"), ("SUBMISSIONS=/nowhere", "no folder"),
-                      ("SEED=7", "SEED"), ("LAYERS=gaps", "no layer gaps")):
-        done = run(*command, more, cwd=ROOT)
-        lines = [line for line in done.stderr.split("\n") if line and "make:" not in line]
+                      ("SEED=7", "SEED"), ("LAYERS=gaps", "no layer gaps"),
+                      ("LAYERS=all", "other LAYERS"), ("", "LAYERS is missing")):
+        words = [*command, more] if more else command[:-1]
+        done = run(*words, cwd=ROOT)
+        lines = [line for line in done.stderr.split("\n")
+                 if line and "make:" not in line and not line.startswith("skipped")]
         check(done.returncode == 2 and len(lines) == 1 and say in lines[0],
               f"make grades: error: {say}", done)
 
@@ -576,8 +582,8 @@ def test_places(place):
 
 
 def test_errors(folder):
-    for arguments, say in ((["gpas", "gaps"], "no layer gaps"), (["gpas"], "already there"),
-                           (["--out", ""], "empty")):
+    for arguments, say in ((["gpas", "gaps"], "no layer gaps"), (["--out", ""], "empty"),
+                           (["gpas"], "already there; choose another folder: OUT=folder")):
         done = hand_out(folder, *arguments)
         check(done.returncode == 1 and say in done.stderr and done.stderr.count("\n") == 1,
               "assignment: error: %s" % say, done.stderr)
