@@ -433,8 +433,7 @@ static int explain(Definition f, int n, int k, int first, char *hint) {
             h.text = h.how < READINGS ? readings[h.how] : "%s is read in place of %s";
             int possible = h.how >= NOT_READ && h.how != TOO_FAR && h.how != TOO_EARLY;
             if (input_size(in) == 1 && !possible) continue;  // of a number that is no array
-            if (is_true(f, n, k, first, &h))
-                return sprintf(hint, h.text, other->name, in->name);
+            if (is_true(f, n, k, first, &h)) return sprintf(hint, h.text, other->name, in->name);
         }
     }
     return 0;
@@ -1185,8 +1184,7 @@ static const struct {
     const char *dout;                // NULL: the gradient of the first output is `factor`
     ResultSpec out[MAX_RESULTS], grad[MAX_RESULTS];
 } layers[LAYERS] = {
-    {"gpas", gpas, adjust_gpas, {13, 19, 13, 19}, "n",
-     {{1, 1, 7}, {0}, {1, 1, 1}, {1, 1, 600003}},
+    {"gpas", gpas, adjust_gpas, {13, 19, 13, 19}, "n", {{1, 1, 7}, {0}, {1, 1, 1}, {1, 1, 600003}},
      {{"inp", "1C"}, {"gate", "11"}}, "dout", {{"out", "1C", 4, OUTPUT}},
      {{"dinp", "1C", 3, 0}, {"dgate", "11", 3, 1, 1}}},
     {"residual", residual, adjust_residual, {6, 6, 6, 6}, "n",
