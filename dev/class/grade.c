@@ -421,7 +421,7 @@ static int explain(Definition f, int n, int k, int first, char *hint) {
                 return sprintf(hint, h.other_mode ? "%s; and %s" : "%s", h.slip, mode);
         }
     }
-    h = (Hypothesis){NULL, readings[ONLY_LAST], -1, ONLY_LAST, 1, 1};
+    h = (Hypothesis){NULL, readings[ONLY_LAST], -1, ONLY_LAST, 1, 1};  // of dout, in a loop
     if (cases[0].results[k].adds && is_true(f, n, k, first, &h))
         return sprintf(hint, "only the last row counts: = where += is needed");
     if (is_untouched(n, k, 1)) return sprintf(hint, "%s is not written", cases[0].results[k].name);

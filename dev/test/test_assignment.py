@@ -268,6 +268,9 @@ def test_empty(folder):
     check(done.returncode == 0, "assignment: writes a folder", done.stderr)
     texts = {os.path.join(place, name): read(place, name)
              for place, _, names in os.walk(folder) for name in names}
+    task = read(folder, "TASK.md")
+    check("Hand in train_gpas.c and train_gpas.cu, and nothing else." in task
+          and "need a C++ compiler (g++), but no GPU" in task, "assignment: TASK.md, CUDA", task)
     kept = {re.sub(r"\s+", " ", line) for text in texts.values() for line in text.split("\n")}
     for file in ("train_gpas.c", "train_gpas.cu"):
         left = set(read(folder, file).split("\n"))
@@ -299,6 +302,10 @@ def test_empty(folder):
 
 def test_some(folder):
     hand_out(folder, "rope", "gpas")
+    task = read(folder, "TASK.md")
+    check("Hand in train_gpas.c alone." in task and "except for dx of gpas" in task
+          and not [line for line in task.split("\n") if len(line) > 100 and line[0] != "|"],
+          "assignment: TASK.md says what to hand in, and what is given", task)
     result = grade(folder)
     points = {row["layer"]: row["points"] for row in result["layers"]}
     check(result["max"] == 20 and points == {"gpas": 0, "rope": 0},
