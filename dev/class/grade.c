@@ -285,7 +285,7 @@ static const char *const readings[READINGS] = {
     "the last column of %s is left out", "the first column of %s is left out",
     "only the last column of %s counts: is a sum set (=) in the loop instead of added to (+=)?",
     "%s is read at [0] for every index", "%s is read in reverse order",
-    "%s is missing: 1 stands in its place", "%s is read one place too far",
+    "%s is missing: 1 is used in its place", "%s is read one place too far",
     "%s is read one place too early"};
 
 typedef struct {
@@ -533,7 +533,7 @@ static void gpas(number *out, number *const *in, const Case *c) {
     if (slip("the activation is always SiLU: `activation` is not used")) a = activation(g, SILU);
     number da = a - hold(a);
     a = hold(a);
-    if (backward_slip("a(g) stands in place of a'(g) in dgate")) da = a * (g - hold(g));
+    if (backward_slip("a(g) is used in place of a'(g) in dgate")) da = a * (g - hold(g));
     if (backward_slip("a'(g) is missing in dgate")) da = g - hold(g);
     if (slip("a(g) is missing (the gate is used as it is)")) a = hold(g);
     if (slip("the sign of a(g): the scale is 1 - a(g), not 1 + a(g)")) a = -a;
@@ -660,7 +660,7 @@ static number norm_r(const number *x, const Case *c, int n) {
     return creal(m) < 0 ? NAN : 1 / csqrt(m);
 }
 
-// An element of the output, sloped as by who makes a mistake in the backward pass.
+// An element of the output, with the slopes of whoever makes a mistake in the backward pass.
 static number norm_sloped(number x, number w, number r, int C) {
     number h = hold(r), d = r - h, second = w * x;  // second: of the term through r
     if (slip("r depends on every x of its row: the term through r is missing")) d = 0;
@@ -701,14 +701,14 @@ static void adjust_rmsnorm(Case *c, int k) {
     if (k == 4) c->special = "the inputs are small";
 }
 
-// ---- rope: in[0] qkv (B,T,3C), in[1] the table (T,hs). factor -1: the other way round.
+// ---- rope: in[0] qkv (B,T,3C), in[1] the table (T,hs). factor -1: rotates the other way.
 static void rope_pair(number *out, long first, int j, int t, number *const *in, const Case *c) {
     size_t n = c->out_size, size = input_size(&c->in[1]);
     int hs = c->C / c->NH, halves = slip("channel j is paired with j + hs/2, not with the next");
     long second = first + (halves ? hs / 2 : 1);
     long at = (long)t * hs + (slip("all pairs are rotated by the angle of the first") ? 0 : j);
     number cosine = at_or_nan(in[1], at, size), sine = at_or_nan(in[1], at + 1, size), x = cosine;
-    if (slip("the cosine stands in place of the sine")) sine = cosine;
+    if (slip("the cosine is used in place of the sine")) sine = cosine;
     int exchanged = slip("sine and cosine are exchanged; in the table the cosine comes first");
     if (exchanged) cosine = sine;
     if (exchanged) sine = x;
@@ -784,10 +784,10 @@ static number swiglu_sloped(number a, number b) {
     if (slip("1 - sigmoid(h1) is missing in the sigmoid's slope")) second = h * d / (1 - s);
     if (slip("sigmoid(h1) is missing in the sigmoid's slope")) second = h * d / s;
     if (slip("the sign of the term through the sigmoid is wrong")) second = -second;
-    if (slip("silu(h1) stands in place of its slope")) second = value - first;
+    if (slip("silu(h1) is used in place of its slope")) second = value - first;
     if (slip("the sigmoid is missing in dh3: it is dout silu(h1)")) of_b = h;
     if (slip("the factor h1 is missing in dh3: it is dout silu(h1)")) of_b = s;
-    if (slip("h3 stands in place of h1 in dh3")) of_b = hold(b) * s;
+    if (slip("h3 is used in place of h1 in dh3")) of_b = hold(b) * s;
     if (slip("the factor h3 is missing in dh1")) da /= hold(b);
     return (first + second) * da * hold(b) + of_b * (b - hold(b)) - right;
 }
@@ -1057,7 +1057,7 @@ static void adam_element(double *p, double *m, double *v, double grad, const Ada
     if (slip("the correction of m is made with beta2; it is beta1")) cm = cv;
     if (slip("the correction of v is made with beta1; it is beta2")) cv = of_m;
     double mhat = mi / cm, vhat = vi / cv, root = sqrt(vhat) + eps, decayed = l2 ? 0 : decay * x;
-    if (slip("eps stands under the root; it must be added to the root")) root = sqrt(vhat + eps);
+    if (slip("eps is under the root; it must be added to the root")) root = sqrt(vhat + eps);
     if (slip("eps is missing")) root = sqrt(vhat);
     if (slip("the square root of vhat is missing")) root = vhat + eps;
     if (slip("the correction of v belongs under the root: sqrt(vhat)")) root = sqrt(vi) / cv + eps;

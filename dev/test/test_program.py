@@ -445,8 +445,8 @@ def test_shards():
     shutil.copytree("data", "loop")
     os.remove("loop/train.bin")
     os.symlink("train.bin", "loop/train.bin")
-    check_error("data: a link to itself", run(SMALL.replace("--data data", "--data loop") + "--steps 3"),
-                "Too many levels")
+    check_error("data: a link to itself",
+                run(SMALL.replace("--data data", "--data loop") + "--steps 3"), "Too many levels")
 
 
 def test_tokenizers():
