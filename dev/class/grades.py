@@ -6,13 +6,13 @@ grades.py: grades a folder of submissions, several at once, each in a fresh hand
 
 A submission is a file, NAME.c (with CUDA=1 beside it NAME.cu), or a folder NAME in which there is
 train_gpas.c. Other files are skipped. Names may have spaces, umlauts or anything else. LAYERS must
-be those of the hand-out; LAYERS=all are all ten. Written are, in the folder GRADES:
+be those of the hand-out; LAYERS=all means all ten. The folder GRADES gets:
 
     grades.csv      a line for each student: name, points, points of each layer, first error
     NAME.json       all results, as of make grade JSON=1
     NAME.txt        the table and the hints, for the student
 
-If interrupted, it continues: what is graded and not older than its submission stays.
+If it was interrupted, it continues. A grade is kept unless its submission is newer.
 """
 import contextlib
 import csv
@@ -29,6 +29,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "..
 from command import CLEAR, Error, Parser, main, new_file
 from feedback import first_error, print_table
 from grade import FUSED, LAYERS
+from gradescope import write_handout
 
 ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../.."))
 MOST_SECONDS = 3600     # of wall time for one submission: far more than the limits inside of it
@@ -91,12 +92,7 @@ def is_graded(path, files):
 
 def make_template(options, folder):
     """A hand-out in which the grader itself is compiled already."""
-    words = [sys.executable, os.path.join(ROOT, "dev/class/assignment.py"), "--out", folder]
-    words += ["--cuda"] * options.cuda + ["--variant"] * options.variant + options.layers
-    done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                          check=False)
-    if done.returncode:
-        raise Error(done.stderr.strip().split(": ", 1)[-1])
+    write_handout(folder, options)
     result = run_make(options, folder, 0)
     if "layers" not in result:
         raise Error(result["error"])

@@ -80,16 +80,20 @@ def grade(root):
             json.dump(report, file, indent=1)
 
 
+def write_handout(folder, options):
+    words = [sys.executable, os.path.join(HERE, "assignment.py"), "--out", folder]
+    words += ["--cuda"] * options.cuda + ["--variant"] * options.variant + options.layers
+    done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                          check=False)
+    if done.returncode:
+        raise Error(done.stderr.strip().split(": ", 1)[-1])
+
+
 def make_zip(path, options):
     """The hand-out and the two scripts, in one file."""
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "assignment")
-        words = [sys.executable, os.path.join(HERE, "assignment.py"), "--out", out]
-        words += ["--cuda"] * options.cuda + ["--variant"] * options.variant + options.layers
-        done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                              check=False)
-        if done.returncode:
-            raise Error(done.stderr.strip().split(": ", 1)[-1])
+        write_handout(out, options)
         shutil.copy(os.path.join(HERE, "gradescope.py"), os.path.join(out, "dev/class"))
         for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):
             with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
