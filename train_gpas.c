@@ -46,7 +46,8 @@ parameters, which are summed over micro-batches. In derivations x, y, w mean inp
 several in one instruction. The order of every sum is the same for any number of threads, and
 therefore so are the results.
 */
-#include "dev/gemm.h"          // defines: Matrix, gemm, Packed, pack, gemm_packed, dot, max_of, ...
+#include "dev/gemm.h"          // defines: Matrix, gemm, Packed, pack, gemm_packed
+#include "dev/simd.h"          // defines: dot, max_of, exp_fast
 #include "dev/gate.h"          // defines: gate_value, gate_slope, which are a(g) and a'(g)
 #include "dev/parameters.h"    // defines: Config, norm_comes_last, TensorList, rope_angles, ...
 #include "dev/arrays.h"        // defines: Arrays, new_array, check_arrays
@@ -262,7 +263,7 @@ transpose is the same memory with the two strides swapped. gemm() (general matri
 computes the product of a (M,K) and b (K,N), and stores it in c, whose rows are ldc numbers apart,
 or adds it to c. gemm_packed() does the same on one thread, with a b that pack() has prepared. The
 simple versions below specify the results, and `make train_gpas PLAIN=1` builds with them. The
-default versions, in dev/gemm.h, are about a hundred times faster.
+default versions, in dev/gemm.h and dev/simd.h, are about a hundred times faster.
 */
 #ifdef PLAIN
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate) {

@@ -1,0 +1,30 @@
+// thread_memory.h: defines thread_memory, free_thread_memory.
+#ifndef THREAD_MEMORY_H
+#define THREAD_MEMORY_H
+#include "utils.h"
+
+// Returns room for n floats that belongs to the calling thread: its buffer number `which`, kept
+// from call to call. Buffers 8 and 9 belong to gemm().
+enum { THREAD_BUFFERS = 10, SHARED_OPERAND = 8, OWN_OPERAND = 9 };
+static float *thread_buffer[THREAD_BUFFERS];
+static size_t thread_buffer_size[THREAD_BUFFERS];
+#pragma omp threadprivate(thread_buffer, thread_buffer_size)
+
+static inline float *thread_memory(int which, size_t n) {
+    if (thread_buffer_size[which] < n) {
+        free(thread_buffer[which]);
+        thread_buffer[which] = (float *)allocate(n, sizeof(float));
+        thread_buffer_size[which] = n;
+    }
+    return thread_buffer[which];
+}
+
+static inline void free_thread_memory(void) {
+    #pragma omp parallel
+    for (int which = 0; which < THREAD_BUFFERS; which++) {
+        free(thread_buffer[which]);
+        thread_buffer[which] = NULL;
+        thread_buffer_size[which] = 0;
+    }
+}
+#endif
