@@ -246,7 +246,7 @@ static inline void catch_signals(void) {
 // OpenMP threads that wait for others spin by default. That is fast as long as each has a core of
 // its own; but where another program takes a core, the thread that all others wait for may not run
 // for a long time, and a step of 30 ms takes seconds. Unless the user has chosen otherwise, we let
-// waiting threads sleep after some microseconds, which costs nothing measurable on an idle machine.
+// waiting threads sleep after a tenth of a millisecond; most waits within a step are shorter.
 // libgomp (gcc) reads its environment before main(), so the program starts itself again, once.
 static inline void let_waiting_threads_sleep(char **argv) {
     const char *names[] = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}, *value;
@@ -254,7 +254,7 @@ static inline void let_waiting_threads_sleep(char **argv) {
     for (int i = 0; i < 3; i++)
         if ((value = getenv(names[i])) && *value) return;
     unsetenv("OMP_WAIT_POLICY");  // empty, it would keep the others from being read
-    setenv("GOMP_SPINCOUNT", "1000", 1);
+    setenv("GOMP_SPINCOUNT", "3000", 1);
     setenv("KMP_BLOCKTIME", "0", 1);  // libomp (clang) reads this one, and later
     ssize_t length = readlink("/proc/self/exe", path, sizeof path - 1);
     if (length <= 0) return;

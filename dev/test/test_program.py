@@ -545,9 +545,9 @@ def test_waiting_threads():
     if not os.path.exists("/proc/self/environ"):
         return
     seen = environment_of_a_run({})
-    check(seen.get("GOMP_SPINCOUNT") == "1000", "waiting threads sleep soon", seen)
+    check(seen.get("GOMP_SPINCOUNT") == "3000", "waiting threads sleep soon", seen)
     seen = environment_of_a_run({"OMP_WAIT_POLICY": ""})
-    check(seen == {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"},
+    check(seen == {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"},
           "waiting threads sleep soon if OMP_WAIT_POLICY is empty", seen)
     given = {"OMP_WAIT_POLICY": "passive"}
     seen = environment_of_a_run(given)
