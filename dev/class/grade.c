@@ -68,6 +68,7 @@ typedef struct {
     int inner;                // row i stands for the indices [i / inner][i % inner]
     double scale, tolerance;
     double *got, *old, *expected;
+    double *all;              // all that is computed here, of which the result is a part
     char *wrong;
     int num_wrong;
 } Result;
@@ -178,19 +179,53 @@ static void check_arrays(Case *c) {
 // out = f(in).
 typedef void (*Definition)(number *out, number *const *in, const Case *c);
 
-enum { MAX_SLIPS = 100 };
-static const char *slips[MAX_SLIPS], *chosen;  // all mistakes of a definition; the one that is made
-static int num_slips, collecting;
+// Mistakes that a definition knows. slip(): its text says what is wrong. factor() and term() mark a
+// part of a formula by its name: such a mark stands for all that can go wrong with any factor, or
+// any term.
+enum { SLIP, NO_FACTOR, SQUARED, DIVIDES, NEGATIVE, NO_TERM, TWICE, SUBTRACTED, KINDS };
+static const char *const kinds[KINDS] = {
+    "%s", "the factor %s is missing", "the factor %s is there twice",
+    "it is divided by the factor %s, not multiplied", "the sign of the factor %s is wrong",
+    "the term %s is missing", "the term %s is there twice", "the sign of the term %s is wrong"};
 
-static int slip(const char *text) {
+typedef struct {
+    const char *name;  // or text
+    int kind;
+} Mistake;
+
+enum { MAX_MISTAKES = 400 };
+static const Mistake no_mistake = {NULL, SLIP};
+static Mistake mistakes[MAX_MISTAKES], chosen;  // all of a definition; the one that is made
+static int num_mistakes, collecting;
+static double kept_factor = 1;  // by which a mistake multiplies what an array held
+
+static int is_chosen(const char *name, int kind) {
     if (collecting) {
         int i = 0;
-        while (i < num_slips && slips[i] != text) i++;
-        slips[i] = text;
-        num_slips += i == num_slips;
+        while (i < num_mistakes && (mistakes[i].name != name || mistakes[i].kind != kind)) i++;
+        mistakes[i] = (Mistake){name, kind};
+        num_mistakes += i == num_mistakes;
     }
-    return chosen == text;
+    return chosen.name == name && chosen.kind == kind;
 }
+
+static int slip(const char *text) { return is_chosen(text, SLIP); }
+
+static number factor(const char *name, number x) {
+    if (is_chosen(name, NO_FACTOR)) return 1;
+    if (is_chosen(name, SQUARED)) return x * x;
+    if (is_chosen(name, DIVIDES)) return 1 / x;
+    return is_chosen(name, NEGATIVE) ? -x : x;
+}
+
+static number term(const char *name, number x) {
+    if (is_chosen(name, NO_TERM)) return 0;
+    if (is_chosen(name, TWICE)) return 2 * x;
+    return is_chosen(name, SUBTRACTED) ? -x : x;
+}
+
+// By what a mistake with the factor x multiplies.
+static number fault(const char *name, number x) { return factor(name, x) / x; }
 
 static int forward_slip(const char *text) { return !backward && slip(text); }
 static int backward_slip(const char *text) { return backward && slip(text); }
@@ -235,11 +270,16 @@ static double *evaluate(Definition f, const Case *c, int of) {
     return result;
 }
 
-static double *evaluate_result(Definition f, const Case *c, const Result *r, int direct) {
-    double *all = evaluate(f, c, direct ? OUTPUT : r->of);
+// What belongs to the result of all that the definition computes.
+static double *part_of(const double *all, const Result *r) {
     double *x = room((size_t)r->rows * r->columns, sizeof *x);
     for (int i = 0; i < r->rows * r->columns; i++)
         x[i] = all[r->offset + (size_t)(i / r->columns) * r->pitch + i % r->columns];
+    return x;
+}
+
+static double *evaluate_result(Definition f, const Case *c, const Result *r, int direct) {
+    double *all = evaluate(f, c, direct ? OUTPUT : r->of), *x = part_of(all, r);
     free(all);
     return x;
 }
@@ -252,7 +292,8 @@ static void compare(Result *r, const Case *c, Definition f) {
     r->got = room(n, sizeof(double));
     r->old = room(n, sizeof(double));
     r->wrong = room(n, 1);
-    r->expected = evaluate_result(f, c, r, 0);
+    r->all = evaluate(f, c, r->of);
+    r->expected = part_of(r->all, r);
     double sum = 0;
     for (int i = 0; i < n; i++) {
         size_t at = (size_t)(i / r->columns) * r->pitch + i % r->columns;
@@ -270,44 +311,75 @@ static void compare(Result *r, const Case *c, Definition f) {
 }
 
 // ---- 3. Explaining ------------------------------------------------------------------------------
-// Of a result in all cases, tries one hypothesis after another: a slip of the layer's definition; a
-// factor; an input, or dout, that is read wrongly, the mistakes of indices that any loop can have;
-// and that it is added where it must be written, or written where it must be added.
+// Of a result in all cases, tries one hypothesis after another: a mistake of the layer's definition;
+// a factor, or a term too many; the right numbers in wrong places; an input, or dout, that is read
+// wrongly, the mistakes of indices that any loop can have; and that it is added where it must be
+// written, or written where it must be added. What explains all wrong elements, but would make right
+// ones wrong, is told too, if nothing explains both: the mistake is made in some places only.
 
-enum { LAST_ROW, FIRST_ROW, ONLY_LAST, SAME_ROW, TRANSPOSED, STEP_1, LAST_COLUMN, FIRST_COLUMN,
-       ONLY_LAST_COLUMN, SAME_COLUMN, REVERSED, NOT_READ, TOO_FAR, TOO_EARLY,
+enum { LAST_ROW, FIRST_ROW, ONLY_LAST, SAME_ROW, TRANSPOSED, STEP_1, STEP_ROWS, LAST_COLUMN,
+       FIRST_COLUMN, ONLY_LAST_COLUMN, TAIL_4, TAIL_8, TAIL_32, HEAD_32, SAME_COLUMN, REVERSED,
+       NOT_READ, ROW_AFTER, ROW_BEFORE, TOO_FAR, TOO_EARLY,
        READINGS };  // from here on: dout or an input in its place
 static const char *const readings[READINGS] = {
     "the last row of %s is left out", "the first row of %s is left out",
     "only the last row of %s counts: is a sum set (=) in the loop instead of added to (+=)?",
     "row 0 of %s is read for every row", "%s is read transposed: rows and columns are exchanged",
     "row n of %s is read from element n on: n must be multiplied by the row's length",
+    "row n of %s is read from n times the number of rows on; rows are as long as there are columns",
     "the last column of %s is left out", "the first column of %s is left out",
     "only the last column of %s counts: is a sum set (=) in the loop instead of added to (+=)?",
+    "the last columns of %s, behind the last 4 that are complete, are left out",
+    "the last columns of %s, behind the last 8 that are complete, are left out",
+    "the last columns of %s, behind the last 32 that are complete, are left out",
+    "only the first 32 columns of %s count: is a loop or a sum over the block missing?",
     "%s is read at [0] for every index", "%s is read in reverse order",
-    "%s is missing: 1 is used in its place", "%s is read one place too far",
+    "%s is missing: 1 is used in its place", "the row after the right one is read from %s",
+    "the row before the right one is read from %s", "%s is read one place too far",
     "%s is read one place too early"};
 
+enum { IN_PLACE, RUNNING_IN_ROW, RUNNING_ROWS, RUNNING, WRITTEN_TRANSPOSED, PART_BY_PART, EXCHANGED,
+       HEADS_FIRST, ROWS_REVERSED, PLACES };
+static const char *const places[PLACES] = {
+    NULL, "each element of a row contains those before it: the sum must be set to 0 for each one",
+    "each row contains the rows before it: the sum must be set to 0 for each row",
+    "each element contains all before it: the sum must be set to 0 for each one",
+    "it is written transposed", "its array is written part by part, first one part of all rows, "
+    "then the next; each row holds its own parts", "the parts of a row are exchanged",
+    "it is written as (B,NH,T,hs); it is (B,T,C)", "its rows are written in reverse order"};
+
+enum { TIMES = 1, OVER, PLUS, MINUS, OPERATIONS };
+static const char *const operations[OPERATIONS] = {
+    NULL, "it is multiplied by %s", "it is divided by %s", "%s is added to it",
+    "%s is subtracted from it"};
+
 typedef struct {
-    const char *slip, *text;  // text: of a reading; or NULL
-    int view, how;            // the input that is read wrongly: -1 is dout, or in[view]
+    Mistake mistake;           // of the definition
+    const char *reading;       // a text, or NULL
+    int view, how;             // the input that is read wrongly: -1 is dout, or in[view]
+    int place;                 // where the right numbers are written
+    int operation, quantity;   // what else is done with them
     double factor;
-    int other_mode;
+    int other_mode;            // it is added where it must be set, or set where it must be added
 } Hypothesis;
-static const Hypothesis nothing_wrong = {NULL, NULL, 0, 0, 1, 0};
+static const Hypothesis nothing_wrong = {.factor = 1};
 
 static double read_wrongly(const Input *in, int how, int row, int column) {
     int last_row = in->rows - 1, last = in->columns - 1;
+    int block = how == TAIL_4 ? 4 : how == TAIL_8 ? 8 : how == TAIL_32 ? 32 : 1;
     if ((how == LAST_ROW && row == last_row) || (how == FIRST_ROW && row == 0) ||
         (how == ONLY_LAST && row < last_row) || (how == LAST_COLUMN && column == last) ||
-        (how == FIRST_COLUMN && column == 0) || (how == ONLY_LAST_COLUMN && column < last))
+        (how == FIRST_COLUMN && column == 0) || (how == ONLY_LAST_COLUMN && column < last) ||
+        (how == HEAD_32 && column >= 32) || column >= in->columns - in->columns % block)
         return 0;
     if (how == SAME_ROW) row = 0;
     if (how == SAME_COLUMN) column = 0;
     if (how == REVERSED) column = last - column;
+    row += (how == ROW_AFTER) - (how == ROW_BEFORE);
     long at = (long)row * in->columns + column + (how == TOO_FAR) - (how == TOO_EARLY);
     if (how == TRANSPOSED) at = (long)column * in->rows + row;
     if (how == STEP_1) at = row + column;
+    if (how == STEP_ROWS) at = (long)row * in->rows + column;
     return how == NOT_READ ? 1 : at < 0 || at >= (long)input_size(in) ? NAN : in->x[at];
 }
 
@@ -328,69 +400,162 @@ static int misread(Case *c, int view, int how) {
     return changed > 0;
 }
 
+// The right number that is written in the place of element (i,j) of a result.
+static double written(const Case *c, const Result *r, int place, int i, int j) {
+    int rows = r->rows, w = r->columns, start = r->pitch > w ? (int)r->offset : 0, hs = w / c->NH;
+    int first_row = place == RUNNING_ROWS || place == RUNNING ? 0 : i;
+    long p = (long)i * r->pitch + start + j, size = (long)rows * r->pitch, at = p;
+    double sum = 0;
+    if (place >= RUNNING_IN_ROW && place <= RUNNING) {
+        for (int k = first_row; k <= i; k++)
+            for (int l = place == RUNNING_ROWS ? j : 0; l <= (k < i ? w - 1 : j); l++)
+                if (place != RUNNING_ROWS || l == j) sum += r->expected[k * w + l];
+        return sum;
+    }
+    if (place == WRITTEN_TRANSPOSED) at = p % rows * r->pitch + p / rows;
+    if (place == PART_BY_PART) at = p / w % rows * r->pitch + p / ((long)w * rows) * w + p % w;
+    if (place == EXCHANGED) at = p - start + (r->pitch - w - start);
+    if (place == ROWS_REVERSED) at = (rows - 1 - i) * (long)r->pitch + start + j;
+    if (place == HEADS_FIRST && w % c->NH == 0 && rows % c->B == 0) {
+        long T = rows / c->B, head = p / (T * hs);
+        at = (head / c->NH * T + p / hs % T) * w + head % c->NH * hs + p % hs;
+    }
+    return at < 0 || at >= size ? NAN : r->all[r->offset - start + at];
+}
+
+// Numbers that a result may be multiplied by, or that may be added to it: the parts of the inputs
+// and of dout, and a case's sizes. NaN if there is none for an element of this shape.
+enum { ARRAYS = 3 * (MAX_INPUTS + 1), QUANTITIES = ARRAYS + 4 };
+static double quantity(const Case *c, const Result *r, int q, int i, int j, const char **name) {
+    static const char *const names[] = {"the length of a row", "the number of rows",
+                                        "the root of the length of a row", "A (or scale)"};
+    static const char *const part_names[] = {"h1", "h3", "the query", "the key", "the value"};
+    const double numbers_of[] = {c->C, c->T, sqrt(c->C), c->factor};
+    if (q >= ARRAYS) {
+        *name = names[q - ARRAYS];
+        return numbers_of[q - ARRAYS];
+    }
+    const Input *in = q / 3 < c->num_inputs ? &c->in[q / 3] : &c->dout;
+    int parts = in->columns / r->columns, part = q % 3;
+    if (!in->x || (q / 3 >= c->num_inputs && q / 3 < MAX_INPUTS) || part >= (parts ? parts : 1) ||
+        parts > 3 || (in->rows != 1 && in->rows != r->rows)) return NAN;
+    if (in->columns != 1 && in->columns != parts * r->columns) return NAN;
+    *name = parts > 1 ? part_names[part + 2 * (parts == 3)] : in->name;
+    long row = in->rows > 1 ? i : 0;
+    return in->x[row * in->columns + (in->columns > 1 ? part * r->columns + j : 0)];
+}
+
 // What the hypothesis predicts for r->got. NULL: nothing but what is right.
 static double *predict(Definition f, const Case *original, const Result *r, const Hypothesis *h) {
     Case c = *original;
-    int plain = !h->slip && !h->text;
-    if (h->text && !misread(&c, h->view, h->how) && !h->other_mode) return NULL;
+    int plain = !h->mistake.name && !h->reading, n = r->rows * r->columns;
+    const char *name;
+    if (h->reading && !misread(&c, h->view, h->how) && !h->other_mode) return NULL;
     if (c.rotates_dout && !plain) {
         c.in[0].x = c.dout.x;
         c.factor = -1;
     }
-    chosen = h->slip;
-    double *x = evaluate_result(f, &c, r, c.rotates_dout && !plain);
-    chosen = NULL;
-    for (int i = 0; i < r->rows * r->columns; i++) {
-        double y = x[i];
-        x[i] = h->factor * y;
+    chosen = h->mistake;
+    kept_factor = 1;
+    double *x = plain ? memcpy(room(n, sizeof *x), r->expected, n * sizeof *x)
+                      : evaluate_result(f, &c, r, c.rotates_dout);
+    chosen = no_mistake;
+    for (int i = 0; i < n; i++) {
+        int row = i / r->columns, column = i % r->columns, o = h->operation;
+        double y = h->place ? written(&c, r, h->place, row, column) : x[i];
+        double q = o ? quantity(original, r, h->quantity, row, column, &name) : 0;
+        y = o == TIMES ? y * q : o == OVER ? y / q : o == PLUS ? y + q : o == MINUS ? y - q : y;
+        x[i] = h->factor * y + (kept_factor - 1) * r->old[i];
         if (h->other_mode) x[i] += !r->adds ? r->old[i] : y != 0 || r->rows == 1 ? -r->old[i] : 0;
     }
     return x;
 }
 
-// Do the numbers x explain this result? *seen counts the wrong elements that they do explain,
-// *sure the elements of which they say anything: NaN has been read from outside.
-static int explains(const Result *r, const double *x, int *seen, int *sure) {
+// How well numbers explain a result: of the wrong elements, how many they explain, with how many
+// different numbers; of how many elements they say anything (NaN has been read from outside); and
+// whether they are right about those that are right.
+typedef struct {
+    int seen, different, sure, guessed, contradicted;
+} Evidence;
+
+static int explains(const Result *r, const double *x, Evidence *e) {
+    double last = NAN;
     for (int i = 0; i < r->rows * r->columns; i++) {
         double allowed = 5e-4 * (fabs(x[i]) + (r->columns * r->rows > 1 ? 0.5 * r->scale : 0));
         if (isnan(r->expected[i])) continue;
         double error = fabs(r->got[i] - x[i]);
         int known = fabs(x[i]) < 1e30;  // that is, neither NaN nor larger than a float
-        if (known && !(error <= allowed + 1e-7 * r->scale + 1e-6 * r->adds)) return 0;
-        *seen += r->wrong[i] && known == (isfinite(r->got[i]) != 0);
-        *sure += known;
+        int wrong = known && !(error <= allowed + 1e-7 * r->scale + 1e-6 * r->adds);
+        if (wrong && r->wrong[i]) return 0;
+        e->contradicted += wrong;
+        e->seen += r->wrong[i] && known == (isfinite(r->got[i]) != 0);
+        e->different += r->wrong[i] && known && !(fabs(x[i] - last) <= 2 * allowed);
+        e->guessed += r->wrong[i] && !known;
+        e->sure += known;
+        last = r->wrong[i] ? x[i] : last;
     }
     return 1;
 }
 
-// Is this hypothesis true of result k in all of n cases? first: one that is wrong. The fused layer
+// Where somebody looks for an explanation of result k in n cases. first: one that is wrong. partly:
+// the first text that explains what is wrong, but contradicts what is right.
+typedef struct {
+    Definition f;
+    int n, k, first;
+    char partly[HINT];
+} Search;
+
+// Is this hypothesis true of the result in all cases? 2: yes; 1: where it is wrong. The fused layer
 // has a kernel for each place of the norm, of which the other may be right.
-static int is_true(Definition f, int n, int k, int first, const Hypothesis *h) {
-    int seen = 0, sure = 0;
-    for (int i = 0; i < n; i++) {
-        const Result *r = &cases[i].results[k];
-        int other = cases[i].norm_last != cases[first].norm_last;
-        if (cases[i].large || (other && !r->num_wrong)) continue;
-        double *x = predict(f, &cases[i], r, h);
-        int good = x ? explains(r, x, &seen, &sure) : !r->num_wrong;
+static int is_true(const Search *s, const Hypothesis *h) {
+    Evidence e = {0};
+    for (int i = 0; i < s->n; i++) {
+        const Case *c = &cases[(s->first + i) % s->n];
+        const Result *r = &c->results[s->k];
+        int other = c->norm_last != cases[s->first].norm_last;
+        if (c->large || (other && !r->num_wrong)) continue;
+        double *x = predict(s->f, c, r, h);
+        int good = x ? explains(r, x, &e) : !r->num_wrong;
         free(x);
         if (!good) return 0;
     }
-    return seen && sure;
+    if (!e.contradicted) return e.seen && e.sure ? 2 : 0;
+    return e.different >= 4 && !e.guessed;
 }
 
-// Is it multiplied by the same number in all cases? first: a case that is wrong. Of a single number
-// any factor would be true.
-static int explain_factor(Definition f, int n, int k, int first, char *hint) {
-    const Result *r = &cases[first].results[k];
+// Tries a hypothesis. Returns whether it is true; then `hint` says it, in the words of the format.
+static int holds(Search *s, const Hypothesis *h, char *hint, const char *format, const char *name,
+                 const char *other) {
+    char text[HINT];
+    int truth = is_true(s, h);
+    snprintf(text, sizeof text, format, name, other);
+    if (h->other_mode && *text) strcat(text, "; and ");
+    if (h->other_mode) strcat(text, cases[0].results[s->k].adds ? "it is set (=); a parameter's "
+        "gradient must be added (+=) to what the array holds" : "it adds to what was there (+=); it "
+        "must write (=)");
+    if (truth == 2) strcpy(hint, text);
+    if (truth == 1 && !*s->partly) strcpy(s->partly, text);
+    return truth == 2;
+}
+
+// Is it multiplied by the same number in all cases? Of a single number any factor would be true.
+static int explain_factor(Search *s, char *hint) {
+    static const struct { double factor; const char *name; } known[] = {
+        {-1, "it has the wrong sign"}, {0, "it is all zeros"}, {2, "it is twice what it must be"},
+        {0.5, "it is half of what it must be"}, {1.442695, "it is multiplied by log2(e): a "
+        "logarithm to the base 2 is not the natural one"}, {0.693147, "it is multiplied by ln(2): "
+        "a natural logarithm is needed"}};
+    const Result *r = &cases[s->first].results[s->k];
     int at = (int)((char *)memchr(r->wrong, 1, r->rows * r->columns) - r->wrong), num_wrong = 0;
     Hypothesis h = nothing_wrong;
+    char number_text[60];
     h.factor = r->got[at] / r->expected[at];
-    for (int i = 0; i < n; i++) num_wrong += cases[i].results[k].num_wrong;
-    if (!isfinite(h.factor) || (h.factor == 0 && r->adds) || !is_true(f, n, k, first, &h)) return 0;
-    if (fabs(h.factor + 1) < 1e-3) return sprintf(hint, "it has the wrong sign");
-    if (h.factor == 0) return sprintf(hint, "it is all zeros");
-    return num_wrong > 2 ? sprintf(hint, "it is multiplied by %.4g", h.factor) : 0;
+    for (int i = 0; i < s->n; i++) num_wrong += cases[i].results[s->k].num_wrong;
+    if (!isfinite(h.factor) || (h.factor == 0 && r->adds)) return 0;
+    for (int i = 0; i < 6; i++)
+        if (fabs(h.factor - known[i].factor) < 1e-3) return holds(s, &h, hint, known[i].name, "", "");
+    sprintf(number_text, "it is multiplied by %.4g", h.factor);
+    return num_wrong > 2 && holds(s, &h, hint, number_text, "", "");
 }
 
 // Does result k hold what it held before: where it is wrong (or, if not only_wrong, everywhere)?
@@ -403,105 +568,288 @@ static int is_untouched(int n, int k, int only_wrong) {
     return 1;
 }
 
-// Tries what is known to go wrong. Returns whether something explains result k in all cases.
-static int explain(Definition f, int n, int k, int first, char *hint) {
-    const char *mode = cases[0].results[k].adds
-        ? "it is set (=); a parameter's gradient must be added (+=) to what the array holds"
-        : "it adds to what was there (+=); it must write (=)";
+// Is it one of the definition's mistakes? Those that have a text of their own come first.
+static int explain_mistake(Search *s, char *hint) {
     Hypothesis h = nothing_wrong;
-    h.other_mode = 1;
-    if (is_true(f, n, k, first, &h)) return sprintf(hint, "%s", mode);
-    if (explain_factor(f, n, k, first, hint)) return 1;
-    h.factor = -1;
-    if (is_true(f, n, k, first, &h)) return sprintf(hint, "it has the wrong sign; and %s", mode);
-    for (h = nothing_wrong; h.other_mode < 2; h.other_mode++) {
-        for (int i = 0; i < num_slips; i++) {
-            h.slip = slips[i];
-            if (is_true(f, n, k, first, &h))
-                return sprintf(hint, h.other_mode ? "%s; and %s" : "%s", h.slip, mode);
-        }
-    }
-    h = (Hypothesis){NULL, readings[ONLY_LAST], -1, ONLY_LAST, 1, 1};  // of dout, in a loop
-    if (cases[0].results[k].adds && is_true(f, n, k, first, &h))
-        return sprintf(hint, "only the last row counts: = where += is needed");
-    if (is_untouched(n, k, 1)) return sprintf(hint, "%s is not written", cases[0].results[k].name);
-    h = nothing_wrong;
-    for (h.view = -1; h.view < cases[0].num_inputs; h.view++) {
-        const Input *in = view_of(&cases[0], h.view);
-        for (h.how = 0; h.how < READINGS + 1 + cases[0].num_inputs; h.how++) {
-            const Input *other = h.how < READINGS ? in : view_of(&cases[0], h.how - READINGS - 1);
-            h.text = h.how < READINGS ? readings[h.how] : "%s is read in place of %s";
-            int possible = h.how >= NOT_READ && h.how != TOO_FAR && h.how != TOO_EARLY;
-            if (input_size(in) == 1 && !possible) continue;  // of a number that is no array
-            if (is_true(f, n, k, first, &h)) return sprintf(hint, h.text, other->name, in->name);
+    for (int pass = 0; pass < 4; pass++) {
+        for (int i = 0; i < num_mistakes; i++) {
+            h.mistake = mistakes[i];
+            h.other_mode = pass > 1;
+            if ((h.mistake.kind == SLIP) == pass % 2) continue;
+            if (holds(s, &h, hint, kinds[h.mistake.kind], h.mistake.name, "")) return 1;
         }
     }
     return 0;
 }
 
+// Are the right numbers written in wrong places, or is something done with them?
+static int explain_result(Search *s, char *hint) {
+    Hypothesis h = nothing_wrong;
+    const Case *c = &cases[s->first];
+    for (h.place = 1; h.place < PLACES; h.place++)
+        if (holds(s, &h, hint, places[h.place], "", "")) return 1;
+    h.place = IN_PLACE;
+    for (h.quantity = 0; h.quantity < QUANTITIES; h.quantity++) {
+        const char *name;
+        if (isnan(quantity(c, &c->results[s->k], h.quantity, 0, 0, &name))) continue;
+        for (h.operation = TIMES; h.operation < OPERATIONS; h.operation++)
+            if (holds(s, &h, hint, operations[h.operation], name, "")) return 1;
+    }
+    return 0;
+}
+
+static int explain_reading(Search *s, char *hint) {
+    Hypothesis h = nothing_wrong;
+    for (h.view = -1; h.view < cases[0].num_inputs; h.view++) {
+        const Input *in = view_of(&cases[0], h.view);
+        for (h.how = 0; h.how < READINGS + 1 + cases[0].num_inputs; h.how++) {
+            const Input *other = h.how < READINGS ? in : view_of(&cases[0], h.how - READINGS - 1);
+            h.reading = h.how < READINGS ? readings[h.how] : "%s is read in place of %s";
+            int possible = h.how >= NOT_READ && (h.how < ROW_AFTER || h.how >= READINGS);
+            if (input_size(in) == 1 && !possible) continue;  // of a number that is no array
+            if (holds(s, &h, hint, h.reading, other->name, in->name)) return 1;
+        }
+    }
+    return 0;
+}
+
+// Tries what is known to go wrong. Returns whether something explains the result: 2, in all cases;
+// 1, where it is wrong.
+static int explain(Search *s, char *hint) {
+    const Result *r = &cases[0].results[s->k];
+    Hypothesis h = nothing_wrong;
+    h.other_mode = 1;
+    if (holds(s, &h, hint, "", "", "")) return 2;
+    int added = *s->partly;
+    if (explain_factor(s, hint)) return 2;
+    if (!added) *s->partly = 0;  // a number is the last that we tell
+    h.factor = -1;
+    if (holds(s, &h, hint, "it has the wrong sign", "", "") || explain_mistake(s, hint)) return 2;
+    h = (Hypothesis){.reading = "", .view = -1, .how = ONLY_LAST, .factor = 1, .other_mode = 1};
+    if (r->adds && is_true(s, &h) == 2)  // of dout, in a loop
+        return sprintf(hint, "only the last row counts: = where += is needed") > 0 ? 2 : 0;
+    if (is_untouched(s->n, s->k, 1)) return sprintf(hint, "%s is not written", r->name) > 0 ? 2 : 0;
+    if (explain_result(s, hint) || explain_reading(s, hint)) return 2;
+    if (!*s->partly) explain_factor(s, hint);
+    if (*s->partly) sprintf(hint, "where it is wrong, %s", s->partly);
+    return *s->partly != 0;
+}
+
+// What is known of where a result is wrong, if nothing explains it. With a number m from `steps`
+// after the texts of the first kind.
+enum { AREAS = 20, STEPPED = 4 };
+static const char *const areas[AREAS + STEPPED] = {
+    "at the targets", "at all places but the targets", "in the first row",
+    "in all rows but the first", "in the last row", "in all rows but the last",
+    "in the first column", "in all columns but the first", "in the last column",
+    "in all columns but the last", "in columns with an odd number", "in columns with an even number",
+    "in the first half of the columns", "in the second half of the columns",
+    "in the first third of the columns (queries)", "in the second third of the columns (keys)",
+    "in the last third of the columns (values)", "in heads after the first",
+    "in sequences after the first", "in rows with an odd number",
+    "in the last C %% %d columns, a block that is not full", "from column %d on",
+    "in the last rows, behind a multiple of %d", "from row %d on"};
+
+static int is_in(int area, int m, const Case *c, const Result *r, int i, int j) {
+    int rows = r->rows, columns = r->columns, third = columns / 3;
+    int target = c->in[0].columns == columns ? c->tokens[i % c->T] : -1;
+    const int in[] = {
+        j == target, target >= 0 && j != target, i == 0, i > 0, i == rows - 1, i < rows - 1, j == 0,
+        j > 0, j == columns - 1, j < columns - 1, j % 2, j % 2 == 0, j < columns / 2,
+        j >= columns / 2, j < third, j >= third && j < 2 * third, j >= 2 * third,
+        c->NH > 1 && j % c->C >= c->C / c->NH, i >= rows / c->B, i % 2, j >= columns - columns % m,
+        j >= m, i >= rows - rows % m, i >= m};
+    return in[area];
+}
+
+// Finds the smallest area that holds all wrong elements, in the cases in which there are some.
+static void describe_area(char *text, int n, int k) {
+    static const int steps[] = {4, 8, 16, 24, 32, 64, 128, 256};
+    double best = 0.4;
+    for (int a = 0; a < AREAS + 8 * STEPPED; a++) {
+        int area = a < AREAS ? a : AREAS + (a - AREAS) / 8, m = steps[a < AREAS ? 0 : (a - AREAS) % 8];
+        int inside = 0, outside = 0, wrong = 0, good = 1;
+        for (int i = 0; i < n && good; i++) {
+            const Result *r = &cases[i].results[k];
+            for (int at = 0; at < r->rows * r->columns && r->num_wrong && good; at++) {
+                int in = is_in(area, m, &cases[i], r, at / r->columns, at % r->columns);
+                good = in || !r->wrong[at];
+                inside += in && !isnan(r->expected[at]);
+                outside += !in && !isnan(r->expected[at]);
+                wrong += in && r->wrong[at];
+            }
+        }
+        if (!good || outside < 3 || wrong < best * inside) continue;
+        best = 1e-9 + (double)wrong / inside;
+        strcpy(text, "it is wrong only ");
+        sprintf(text + strlen(text), areas[area], m);
+        strcat(text, "; ");
+    }
+}
+
+// Is the error, in each row, a number times something that we know: 1, what is expected, or one or
+// two of the inputs? Then a term, or a factor, of the row is wrong.
+static int is_multiple(const Case *c, const Result *r, int p, int q, const char **of, const char **by) {
+    int seen = 0;
+    for (int i = 0; i < r->rows; i++) {
+        double up = 0, down = 0, most = 0, worst = 0;
+        for (int pass = 0; pass < 2; pass++) {
+            for (int j = 0; j < r->columns; j++) {
+                int at = i * r->columns + j;
+                double error = r->got[at] - r->expected[at], x = 1;
+                if (p == QUANTITIES) x = r->expected[at];
+                else if (p >= 0) x = quantity(c, r, p, i, j, of);
+                if (q >= 0) x *= quantity(c, r, q, i, j, by);
+                if (pass) worst = fmax(worst, fabs(error - up / down * x));
+                up += pass ? 0 : error * x;
+                down += pass ? 0 : x * x;
+                most = fmax(most, fabs(error));
+            }
+        }
+        if (most < 1e-3 * r->scale) continue;
+        if (!(worst < 2e-3 * most)) return 0;
+        seen++;
+    }
+    return seen >= (r->rows > 1 ? 2 : 1);
+}
+
+static void describe_error(char *text, const Result *r, const Case *c) {
+    const char *of = "", *by = "";
+    if (r->columns < 4 || r->num_wrong < 4 || c->large) return;
+    if (is_multiple(c, r, QUANTITIES, -1, &of, &by)) {
+        strcpy(text, "each row is multiplied by a number, so one of its factors is wrong; ");
+        return;
+    }
+    if (is_multiple(c, r, -1, -1, &of, &by))
+        strcpy(text, "each row has the same number too much or too little everywhere: one that its "
+               "elements share, as a sum or a mean; ");
+    for (int p = 0; p < ARRAYS && !*text; p++) {
+        for (int q = -1; q < p && !*text; q++) {
+            if (is_multiple(c, r, p, q, &of, &by))
+                sprintf(text, "the error of each row is a number times %s%s%s, so look at the term "
+                        "with %s; ", of, q < 0 ? "" : " and ", q < 0 ? "" : by,
+                        q < 0 ? "it" : "them");
+        }
+    }
+}
+
+// Writes the index of an element.
+static void print_index(char *text, const Result *r, int at) {
+    int row = at / r->columns, column = at % r->columns;
+    if (r->inner) sprintf(text, "[%d][%d][%d]", row / r->inner, row % r->inner, column);
+    else if (r->columns == 1 || r->rows == 1) sprintf(text, "[%d]", at);
+    else sprintf(text, "[%d][%d]", row, column);
+}
+
+// Do wrong elements hold the numbers that belong in other places? Says so of the first one.
+static void find_elsewhere(char *text, const Result *r, const Case *c) {
+    int found = 0, n = r->rows * r->columns, at = -1, from = -1;
+    char here[60], there[60];
+    for (int i = 0; i < n && !c->large; i++) {
+        int k = 0;
+        while (k < n && !(fabs(r->got[i] - r->expected[k]) <= 1e-5 * fabs(r->expected[k]))) k++;
+        if (!r->wrong[i] || k == n || r->expected[k] == 0) continue;
+        if (!found++ || k == from) {
+            found -= k == from && found > 1;  // one number in many places proves little
+            at = at < 0 ? i : at;
+            from = k;
+        }
+    }
+    if (found < 2 || 2 * found < r->num_wrong) return;
+    print_index(here, r, at);
+    print_index(there, r, from);
+    sprintf(text, "; numbers are in wrong places: %s%s holds what belongs in %s%s", r->name, here,
+            r->name, there);
+}
+
 // The first wrong element of a case, where the wrong ones are, and what they have in common.
 static void describe_elements(char *text, const Result *r, const Case *c) {
-    int first = -1, nans = 0, n = r->rows * r->columns, last_row = 0;
-    int kept = 1, minus = 1, known = 0, turned = r->rows > 1 && r->columns > 1;
+    int first = -1, nans = 0, n = r->rows * r->columns, last = 0;
+    int kept = 1, minus = 1, zero = 1, known = 0;
     char index[60];
     for (int i = 0; i < n; i++) {
-        int at = i % r->columns * r->rows + i / r->columns;
-        turned &= fabs(r->got[at] - r->expected[i]) < 1e-3 * r->scale;
         known += !isnan(r->expected[i]);
         if (!r->wrong[i]) continue;
         if (first < 0) first = i;
         nans += !isfinite(r->got[i]);
         kept &= r->got[i] == (r->adds ? 0 : r->old[i]);
+        zero &= r->got[i] == 0;
         minus &= fabs(r->got[i] + r->expected[i]) < 1e-3 * fabs(r->expected[i]);
-        last_row = i / r->columns;
+        last = i;
     }
-    int row = first / r->columns, column = first % r->columns;
-    if (r->inner) sprintf(index, "[%d][%d][%d]", row / r->inner, row % r->inner, column);
-    else if (r->columns == 1 || r->rows == 1) sprintf(index, "[%d]", first);
-    else sprintf(index, "[%d][%d]", row, column);
+    int row = first / r->columns, last_row = last / r->columns;
     double old = r->adds ? r->old[first] : 0;
+    print_index(index, r, first);
     text += sprintf(text, "%s%s is %.6g, should be %.6g (%s; %d of %d wrong", r->name, index,
                     r->got[first] + old, r->expected[first] + old, c->name, r->num_wrong, known);
     if (r->adds) text += sprintf(text, "; it held %.6g before", old);
     if (last_row - row + 1 < r->rows && !c->sampled)
         text += sprintf(text, ", rows %d to %d of %d", row, last_row, r->rows);
-    sprintf(text, ")%s", kept ? "; the wrong elements hold what they held before" : minus
-            ? "; the wrong elements have the wrong sign" : turned ? "; it is written transposed"
-            : !nans ? "" : "; NaN or infinity comes from what is read outside of an input, from an "
-            "exponential that overflows, a negative root or log, or 0 / 0");
+    text += sprintf(text, ")%s", kept ? "; the wrong elements hold what they held before" :
+                    zero ? "; the wrong elements are 0" :
+                    minus ? "; the wrong elements have the wrong sign" : !nans ? "" :
+                    "; NaN or infinity comes from what is read outside of an input, from an "
+                    "exponential that overflows, a negative root or log, or 0 / 0");
+    if (!kept && !nans) find_elsewhere(text, r, c);
 }
 
-// Says in which cases something is wrong, if it is not so in all: what is special in them; or, at
-// length, their names.
+// Says in which cases something is wrong, if it is not so in all: what all of them have in common,
+// and no other has, which may be two things; or, at length, their names.
+enum { MODES = 12, FEATURES = 24 };  // only modes are combined: of sizes, two would be luck
+
+static int nobody_has(int mask, const int *masks, int n) {
+    while (n > 0 && (masks[n - 1] & mask) != mask) n--;
+    return n == 0;
+}
+
+static int features_of(const Case *c) {
+    const int has[FEATURES] = {
+        c->alias, c->first > 0, !c->stop_grad, c->stop_grad, c->no_gate, c->norm_last,
+        !c->norm_last, c->act > 0, c->act == 0, c->elementwise && c->in[1].name[0] == 'g' &&
+        c->in[1].x[0] < 0, c->factor == 1, !c->alias,
+        c->C > 256, c->large, c->stride > c->V, c->V % 4, c->adam.t > 1, c->NH > 1, c->B > 1,
+        c->T > 1, c->C > 1, c->C > 32, c->C % 4, !c->first};
+    int mask = 0;
+    for (int k = 0; k < FEATURES; k++) mask |= (has[k] != 0) << k;
+    return mask;
+}
+
 static void describe_cases(char *text, int n, const char *bad, int at_length) {
-    const char *const features[] = {
+    const char *const features[FEATURES] = {
         "output and input are the same array", "first is not 0", "stop_grad is 0",
-        "stop_grad is 1", backward ? "dgate is NULL" : "the gates are NULL",
+        "stop_grad is 1", backward ? "dgate is NULL" : "the gates are NULL", "the norm comes last",
+        "the norm comes first", "the activation is not silu", "the activation is silu",
+        "the gate is negative", "A is 1", "output and input are different arrays",
+        "rows are longer than 256 (is each sum one over the whole row, the whole block?)",
         "sizes are large (look at what happens between blocks)",
-        "V is not a multiple of 8: rows are padded", "the norm comes last", "the norm comes first",
-        "the activation is not silu", "there are several heads", "there are several sequences",
-        "there are several rows", "there are several columns", "there are more than 32 columns"};
-    int num_bad = 0, num_good = 0, named = 0, all = ~0, none = 0, feature = 0;
+        "V is not a multiple of 8: rows are padded", "V is not a multiple of 4", "t is above 1",
+        "there are several heads", "there are several sequences", "there are several rows",
+        "there are several columns", "there are more than 32 columns",
+        "the length of a row is not a multiple of 4", "first is 0"};
+    int num_bad = 0, num_good = 0, named = 0, all = ~0, first = -1, second = -1, good[MAX_CASES];
     const char *special = cases[(char *)memchr(bad, 1, n) - bad].special;
     for (int i = 0; i < n; i++) {
-        const Case *c = &cases[i];
-        int has[] = {c->alias, c->first > 0, !c->stop_grad, c->stop_grad, c->no_gate, c->large,
-                     c->stride > c->V, c->norm_last, !c->norm_last, c->act > 0, c->NH > 1, c->B > 1,
-                     c->T > 1, c->C > 1, c->C > 32}, mask = 0;
-        for (int k = 0; k < 15; k++) mask |= (has[k] != 0) << k;
         if (bad[i] == ABSENT) continue;
-        if (special && (c->special == special) != bad[i]) special = NULL;
-        if (bad[i]) all &= mask;
-        else none |= mask;
+        if (special && (cases[i].special == special) != bad[i]) special = NULL;
+        if (bad[i]) all &= features_of(&cases[i]);
+        else good[num_good++] = features_of(&cases[i]);
         num_bad += bad[i];
-        num_good += !bad[i];
     }
-    while (feature < 15 && !((all & ~none) >> feature & 1)) feature++;
     *text = 0;
     if (!num_good) return;
-    if ((feature == 12 || feature == 13) && num_good < 2) feature = 15;  // a single case is luck
-    if (special || feature < 15)
-        sprintf(text, "only where %s: ", special ? special : features[feature]);
+    for (int a = 0; a < FEATURES && first < 0; a++) {
+        int luck = a >= 19 && num_good < 2;  // a single case
+        if (all >> a & 1 && !luck && nobody_has(1 << a, good, num_good)) first = second = a;
+    }
+    for (int pair = 0; pair < MODES * MODES && first < 0; pair++) {
+        int mask = 1 << pair / MODES | 1 << pair % MODES;
+        if ((all & mask) != mask || !nobody_has(mask, good, num_good)) continue;
+        first = pair / MODES;
+        second = pair % MODES;
+    }
+    if (special) sprintf(text, "only where %s: ", special);
+    else if (first >= 0) sprintf(text, "only where %s%s%s: ", features[first], second == first ? "" :
+                                 " and ", second == first ? "" : features[second]);
     else if (at_length) {
         int tells_right = num_bad > num_good;
         strcpy(text, tells_right ? "right in the cases: " : "wrong only in the cases: ");
@@ -525,42 +873,36 @@ static number activation(number g, int act) {
 }
 
 static void gpas(number *out, number *const *in, const Case *c) {
-    number g = in[1][0], a = activation(g, c->act), x;
-    double factor = 1;  // of what dgate is the sum of
-    int stop = c->stop_grad;
-    if (forward_slip("a'(g) is used; it must be a(g)"))
-        a = cimag(activation(g + I * 1e-30, c->act)) * 1e30;
-    if (slip("the activation is always SiLU: `activation` is not used")) a = activation(g, SILU);
-    number da = a - hold(a);
-    a = hold(a);
-    if (backward_slip("a(g) is used in place of a'(g) in dgate")) da = a * (g - hold(g));
-    if (backward_slip("a'(g) is missing in dgate")) da = g - hold(g);
-    if (slip("a(g) is missing (the gate is used as it is)")) a = hold(g);
-    if (slip("the sign of a(g): the scale is 1 - a(g), not 1 + a(g)")) a = -a;
-    double scale = 1 - creal(a);
+    int stop = c->stop_grad, own = 1, alias = c->alias && !stop;
+    int act = slip("the activation is always SiLU: `activation` is not used") ? SILU : c->act;
+    number g = hold(in[1][0]), a = activation(g, act), of_g = 1;  // of_g: multiplies dgate
+    number slope = cimag(activation(g + I * 1e-30, act)) * 1e30;
+    if (forward_slip("a'(g) is used; it must be a(g)")) a = slope;
+    if (backward_slip("a(g) is used in place of a'(g) in dgate")) slope = a;
+    if (slip("a(g) is missing (the gate is used as it is)")) a = g;
+    number scale = factor("1 - a(g)", 1 - term("a(g)", a));
+    if (forward_slip("this is a(g) x; it must be x - a(g) x")) scale = a;
     if (backward_slip("it is scaled by 1 - a(g): with the stop-gradient (stop_grad 1) it must be "
                       "dout itself, because sg(x) is a constant to the derivative")) stop = 0;
     if (backward_slip("with stop_grad 0, too, dinp is dout; there it must be (1 - a(g)) dout"))
         stop = 1;
     if (backward_slip("stop_grad is taken the wrong way round")) stop = !stop;
-    if (backward_slip("inp is multiplied by 1 - a(g) in dgate; it must not be")) factor = scale;
+    if (c->stop_grad && backward_slip("dinp is 0; sg(x) is a constant, but x itself still has "
+                                      "derivative 1")) own = 0;
+    if (backward_slip("inp is multiplied by 1 - a(g) in dgate; it must not be")) of_g = scale;
     if (backward_slip("dout is read for dgate after dinp was written; the two may be the same "
-                      "array")) factor = c->alias && !c->stop_grad ? scale : 1;
+                      "array")) of_g = alias ? scale : 1;
     if (backward_slip("the factor 1 - a(g) does not belong in dgate, even with stop_grad 0"))
-        factor = c->stop_grad ? 1 : scale;
+        of_g = c->stop_grad ? 1 : scale;
     if (backward_slip("only where stop_grad is 1: dgate is not written; the stop-gradient is on x, "
-                      "not on g, so dgate is needed in both cases")) factor = !c->stop_grad;
-    if (backward_slip("it is the mean of x_i dy_i; it must be their sum")) factor = 1.0 / c->C;
+                      "not on g, so dgate is needed in both cases")) of_g = !c->stop_grad;
+    if (backward_slip("it is the mean of x_i dy_i; it must be their sum")) of_g = 1.0 / c->C;
+    if (backward_slip("what dgate held before is multiplied by -a'(g), too"))
+        kept_factor = -creal(slope);
+    of_g *= factor("a'(g)", slope) * (in[1][0] - g);
     for (int i = 0; i < c->C; i++) {
-        x = in[0][i];
-        if (c->stop_grad && backward_slip("dinp is 0; sg(x) is a constant, but x itself still has "
-                                          "derivative 1")) x = hold(x);
-        out[i] = x - a * (stop ? hold(x) : x) - factor * da * hold(x);
-        if (!stop && backward_slip("dinp is made of inp where stop_grad is 0"))
-            out[i] *= hold(x) / c->out_weight[i];
-        if (forward_slip("inp is not scaled at all")) out[i] = x;
-        if (forward_slip("this is a(g) x; it must be x - a(g) x")) out[i] = a * x;
-        if (forward_slip("inp is divided by 1 - a(g); it must be multiplied")) out[i] = x / (1 - a);
+        number x = hold(in[0][i]), dx = own * (in[0][i] - x);
+        out[i] = scale * x + (stop ? dx : scale * dx) - of_g * factor("inp", x);
     }
 }
 
@@ -587,18 +929,16 @@ static void adjust_gpas(Case *c, int k) {
 
 // ---- residual: in[0] the shortcut, in[1] the branch (n).
 static void residual(number *out, number *const *in, const Case *c) {
-    double A = c->factor;
-    if (slip("A is not used")) A = 1;
-    if (slip("it is divided by A, not multiplied")) A = 1 / A;
+    number A = factor("A", c->factor);
     for (int i = 0; i < c->C; i++) {
         number x = in[0][i], b = in[1][i];
-        out[i] = A * x + b;
+        out[i] = term("A shortcut", A * x) + term("branch", b);
         if (forward_slip("A scales the branch; it must scale the shortcut")) out[i] = x + A * b;
         if (forward_slip("A scales the branch too")) out[i] = A * (x + b);
-        if (forward_slip("the branch is missing in the sum")) out[i] = A * x;
-        if (forward_slip("the branch is subtracted; it must be added")) out[i] = A * x - b;
         if (forward_slip("out is written before shortcut is read: they may be the same array"))
             out[i] = A * (c->alias ? b : x) + b;
+        if (backward_slip("dout is added, the branch's gradient; it is the shortcut's alone"))
+            out[i] += x;
     }
 }
 
@@ -611,16 +951,27 @@ static void adjust_residual(Case *c, int k) {
 
 // ---- embedding: in[0] the table (V,C). The variant multiplies by sqrt(C), as Gemma does.
 static void embedding(number *out, number *const *in, const Case *c) {
-    int V = c->V, C = c->C;
-    double factor = variant && !slip("it is not multiplied by sqrt(C)") ? sqrt(C) : 1;
-    for (int n = 0; n < c->T; n++) {
-        int v = c->tokens[n], later = 0;
-        for (int m = n + 1; m < c->T; m++) later |= c->tokens[m] == v;
-        if (slip("row n of the table in place of row tokens[n]")) v = n % V;
+    int V = c->V, C = c->C, T = c->T;
+    number scale = variant ? factor("sqrt(C)", sqrt(C)) : 1;
+    for (int n = 0; n < T; n++) {
+        int before = 0, later = 0;
+        for (int m = 0; m < T; m++) {
+            before += m < n && c->tokens[m] == c->tokens[n];
+            later += m > n && c->tokens[m] == c->tokens[n];
+        }
         int lost = backward_slip("of a token's several places only the last one counts") && later;
+        lost |= backward_slip("of a token's several places only the first one counts") && before;
+        int mean = backward_slip("it is the mean over a token's places; it must be their sum");
         for (int i = n * C; i < n * C + C; i++) {
-            number x = v < V ? in[0][v * C + i - n * C] : NAN;
-            out[i] = factor * (lost ? hold(x) : x);
+            int v = c->tokens[n];
+            if (slip("row n of the table in place of row tokens[n]")) v = n % V;
+            if (slip("element i belongs to row i / C, not i % N")) v = c->tokens[i % T];
+            if (slip("element i belongs to row i / C, not i / N")) v = i / T < T ? c->tokens[i / T] : V;
+            if (slip("the token after the right one is read")) v = n + 1 < T ? c->tokens[n + 1] : V;
+            if (slip("the token before the right one is read")) v = n > 0 ? c->tokens[n - 1] : V;
+            number x = v < V ? in[0][v * C + i % C] : NAN;
+            if (mean) x /= 1 + before + later;
+            out[i] = scale * (lost ? hold(x) : x);
         }
     }
 }
@@ -634,64 +985,81 @@ static void adjust_embedding(Case *c, int k) {
 }
 
 // ---- rmsnorm: in[0] x (N,C), in[1] the weight (C). After out (N,C) comes rstd (N).
-static number norm_r(const number *x, const Case *c, int n) {
-    int C = c->C, first = n, last = n, end = C - slip("the last channel is left out of the mean");
-    end += slip("one channel too many in the mean: c < C");
-    double eps = variant ? 1e-5 : 1e-6, count = C;
-    number sum = 0;
+static number norm_r(const number *x, int n, int N, int C) {
+    int first = n, last = n, end = C;
+    double eps = variant ? 1e-5 : 1e-6;
+    number sum = 0, mean = 0, over = factor("1 / C", 1.0 / C);
     if (slip("r of row 0 is used for every row")) first = last = 0;
+    if (slip("r of the row before is used")) first = last = n > 0 ? n - 1 : N;
     if (slip("the sum of squares is not set to 0 for each row")) first = 0;
+    if (slip("the last channel is left out of the mean")) end--;
+    if (slip("one channel too many in the mean: c < C")) end++;
+    if (slip("the sum of squares is divided by N, not C")) over = 1.0 / N;
+    if (slip("eps is another one than in the comment")) eps = variant ? 1e-6 : 1e-5;
     int no_square = slip("the square is missing in the mean of x^2");
-    int no_mean = slip("the mean is subtracted, as in LayerNorm; RMSNorm does not");
+    for (int i = 0; i < C && slip("the mean is subtracted, as in LayerNorm; RMSNorm does not"); i++)
+        mean += x[n * C + i] / C;
     for (int row = first; row <= last; row++) {
         for (int i = 0; i < end; i++) {
-            number v = at_or_nan(x, (long)row * C + i, (size_t)c->T * C), mean = 0;
-            for (int k = 0; k < C && no_mean; k++) mean += x[row * C + k] / C;
-            sum += no_square ? v : (v - mean) * (v - mean);
+            number v = at_or_nan(x, (long)row * C + i, (size_t)N * C) - mean;
+            sum += no_square ? v : v * v;
         }
     }
-    if (slip("the sum of the squares is not divided by C")) count = 1;
-    if (slip("eps is missing under the root")) eps = 0;
-    if (slip("eps is another one than in the comment")) eps = variant ? 1e-6 : 1e-5;
-    number m = sum / count + eps;
-    if (slip("eps belongs under the root")) return 1 / (csqrt(sum / count) + eps);
+    number m = sum * over + term("eps", eps);
+    if (slip("eps belongs under the root")) return 1 / (csqrt(sum / C) + eps);
     if (slip("the square root is missing in r = 1 / sqrt(...)")) return 1 / m;
     if (slip("r is 1 / sqrt(...), not sqrt(...)")) return csqrt(m);
+    if (slip("this is the mean of the squares; r is 1 / sqrt(...)")) return m;
     return creal(m) < 0 ? NAN : 1 / csqrt(m);
 }
 
-// An element of the output, with the slopes of whoever makes a mistake in the backward pass.
-static number norm_sloped(number x, number w, number r, int C) {
-    number h = hold(r), d = r - h, second = w * x;  // second: of the term through r
-    if (slip("r depends on every x of its row: the term through r is missing")) d = 0;
-    if (slip("the sign of the term through r is wrong")) d = -d;
-    if (slip("the factor r^2 is missing in the term through r")) d /= h * h;
-    if (slip("one factor r is missing in the term through r")) d /= h;
-    if (slip("the sum in the term through r is not divided by C")) d *= C;
-    if (slip("the weight is missing in the sum of the term through r")) second = x;
-    if (slip("x is missing in the sum of the term through r")) second = w;
-    number direct = x * w * h;
-    if (slip("the direct term, that with r held, is missing")) direct = hold(direct);
-    if (slip("the factor r is missing in the direct term")) direct /= h;
-    if (slip("the weight is missing in the direct term")) direct = x * h;
-    if (slip("the weight is missing")) return x * r;
-    if (slip("x is missing in dweight")) direct = w * h;
-    return direct + hold(second) * d;
+// The slopes of a row y, as somebody gets them who makes a mistake in the backward pass. through:
+// the slope of 1 / r^3, of which a sum that is not set to 0 keeps that of the rows behind.
+static void norm_sloped(number *y, number *through, const number *x, const number *seen,
+                        const number *w, number r, int C) {
+    number moved = 0, h = hold(r);
+    if (!slip("the sum in the term through r is not set to 0 for each row")) *through = 0;
+    for (int i = 0; i < C; i++) {
+        moved += x[i] - hold(x[i]);
+        *through -= factor("x, outside of its sum, in the term through r", hold(seen[i])) *
+                    (x[i] - hold(x[i])) * factor("1 / C in the term through r", 1.0 / C) *
+                    h * factor("r^2 in the term through r", h * h);
+    }
+    number d = *through * fault("r in the term through r", h);
+    if (slip("1 / C is 0 in whole numbers: the term through r vanishes unless C is 1")) d *= C == 1;
+    if (slip("the mean of w dy is subtracted, as in LayerNorm; RMSNorm has no such term"))
+        moved /= C;
+    else moved = 0;
+    for (int i = 0; i < C; i++) {
+        number a = hold(seen[i]), b = hold(w[i]), in_direct = factor("weight in the direct term", b);
+        in_direct *= (x[i] - hold(x[i])) * factor("r in the direct term", h);
+        y[i] = term("direct, that with r held,", in_direct) +
+               (w[i] - b) * factor("x in dweight", a) * factor("r in dweight", h) - b * h * moved +
+               term("through r (r depends on every x of its row)",
+                    factor("x in the sum of the term through r", a) *
+                    factor("weight in the sum of the term through r", b) * d);
+    }
+}
+
+// seen: what the backward pass takes for x.
+static void norm(number *out, number *rstd, const number *x, const number *seen, const number *w,
+                 int N, int C) {
+    int own = forward_slip("the sum over the block is missing: a thread uses its own part");
+    number through = 0;
+    for (int n = N - 1; n >= 0; n--) {
+        number r = rstd[n] = norm_r(x, n, N, C), *y = out + n * C;
+        for (int i = 0; i < C; i++) {
+            number v = x[n * C + i], s = own ? 1 / csqrt(v * v / C + 1e-6) : r, u = w[i];
+            if (slip("it is multiplied by 1 + weight")) u += 1;
+            y[i] = factor("weight", u) * factor("inp", v) * factor("r", s);
+        }
+        if (backward && (chosen.name || collecting))
+            norm_sloped(y, &through, x + n * C, seen + n * C, w, r, C);
+    }
 }
 
 static void rmsnorm(number *out, number *const *in, const Case *c) {
-    int C = c->C, own = slip("the sum over the block is missing: a thread uses its own part");
-    for (int n = 0; n < c->T; n++) {
-        number r = norm_r(in[0], c, n);
-        for (int i = 0; i < C; i++) {
-            number x = in[0][n * C + i], w = in[1][i], *y = &out[n * C + i], s = r;
-            if (own) s = 1 / csqrt(x * x / C + 1e-6);
-            *y = backward && (chosen || collecting) ? norm_sloped(x, w, s, C) : w * x * s;
-            if (slip("the factor r is missing")) *y = w * x;
-            if (forward_slip("weight is missing")) *y = x * r;
-        }
-        out[c->T * C + n] = r;
-    }
+    norm(out, out + c->T * c->C, in[0], in[0], in[1], c->T, c->C);
 }
 
 static void adjust_rmsnorm(Case *c, int k) {
@@ -702,13 +1070,19 @@ static void adjust_rmsnorm(Case *c, int k) {
 }
 
 // ---- rope: in[0] qkv (B,T,3C), in[1] the table (T,hs). factor -1: rotates the other way.
-static void rope_pair(number *out, long first, int j, int t, number *const *in, const Case *c) {
+static void rope_pair(number *out, long first, long second, int j, int t, number *const *in,
+                      const Case *c) {
     size_t n = c->out_size, size = input_size(&c->in[1]);
-    int hs = c->C / c->NH, halves = slip("channel j is paired with j + hs/2, not with the next");
-    long second = first + (halves ? hs / 2 : 1);
-    long at = (long)t * hs + (slip("all pairs are rotated by the angle of the first") ? 0 : j);
-    number cosine = at_or_nan(in[1], at, size), sine = at_or_nan(in[1], at + 1, size), x = cosine;
-    if (slip("the cosine is used in place of the sine")) sine = cosine;
+    int hs = c->C / c->NH;
+    long row = (long)t * hs, cos_at = row + j, sin_at = cos_at + 1;
+    if (slip("all pairs are rotated by the angle of the first")) cos_at = row, sin_at = row + 1;
+    if (slip("a row of the table is hs long, not hs / 2")) cos_at -= row / 2, sin_at -= row / 2;
+    if (slip("the cosine is used in place of the sine")) sin_at = cos_at;
+    if (slip("the sine is used in place of the cosine")) cos_at = sin_at;
+    if (slip("a row of the table holds pairs (cos, sin); it is read as all cosines, then all sines"))
+        cos_at = row + j / 2, sin_at = cos_at + hs / 2;
+    if (slip("pair k is at 2 k of the table's row, not at k")) cos_at = row + j / 2, sin_at = cos_at + 1;
+    number cosine = at_or_nan(in[1], cos_at, size), sine = at_or_nan(in[1], sin_at, size), x = cosine;
     int exchanged = slip("sine and cosine are exchanged; in the table the cosine comes first");
     if (exchanged) cosine = sine;
     if (exchanged) sine = x;
@@ -716,34 +1090,39 @@ static void rope_pair(number *out, long first, int j, int t, number *const *in, 
     if (backward_slip("it is rotated the same way as in the forward pass")) sine /= c->factor;
     if (forward_slip("it is rotated the wrong way: the sign of the sine")) sine = -sine;
     long read = second + slip("the second of the pair is read one place too far");
-    number x0 = out[first], x1 = at_or_nan(out, read, n), y0 = x0 * cosine - x1 * sine;
-    if (slip("the sign of the sine in the first of the pair")) y0 = x0 * cosine + x1 * sine;
+    number x0 = out[first], x1 = at_or_nan(out, read, n), y1 = x0 * sine + x1 * cosine;
+    if (slip("x1 is overwritten before the other line of the rotation reads it")) x1 = y1;
+    number y0 = term("x0 cos", x0 * cosine) - term("x1 sin", x1 * sine);
     if (slip("x0 is overwritten before the second line of the rotation reads it")) x0 = y0;
-    number y1 = x0 * sine + x1 * cosine;
-    if (slip("the sign of the sine in the second of the pair")) y1 = x1 * cosine - x0 * sine;
-    if (slip("the sign of the cosine in the second of the pair")) y1 = x0 * sine - x1 * cosine;
     out[first] = y0;
-    if (second < (long)n) out[second] = y1;
+    if (second < (long)n) out[second] = term("x0 sin", x0 * sine) + term("x1 cos", x1 * cosine);
 }
 
 // In place, as the layer does it: so a pair that is read too late is what has been made of it.
 static void rope(number *out, number *const *in, const Case *c) {
-    int C = c->C, hs = C / c->NH, begin = 0, end = 2 * C;
+    int C = c->C, hs = C / c->NH, begin = 0, end = 2 * C, next = 2;
     int step = slip("a row of qkv is 3 C long, not C") ? C : 3 * C;
     if (slip("only the queries are rotated; the keys are too")) end = C;
+    if (slip("only the keys are rotated; the queries are too")) begin = C;
     if (slip("the values are rotated too; only queries and keys are")) end = 3 * C;
+    if (slip("every second pair is left out: j += 2 is to the next pair")) next = 4;
     int halves = slip("channel j is paired with j + hs/2, not with the next");
     int through = slip("the table's columns continue from head to head; each head begins with 0");
+    int one_head = slip("only the first head is rotated");
     for (size_t i = 0; i < c->out_size; i++) out[i] = in[0][i];
     for (int n = 0; n < c->B * c->T; n++) {
         int t = n % c->T;
         if (slip("the position is the row n; in each sequence it begins anew: n % T")) t = n;
         if (slip("the position is n % T, not n / T, which counts the sequences")) t = n / c->T;
+        if (slip("the position is n % T, not n / B: qkv is (B,T,3C)")) t = n / c->B;
+        if (slip("the position is n % T, not n % B")) t = n % c->B;
         if (slip("the angles of position t + 1: off by one")) t++;
-        for (int head = begin; head < end; head += hs) {
-            for (int j = 0; j < hs; j += 2)
-                rope_pair(out, (long)n * step + head + (halves ? j / 2 : j),
-                          through ? head % C + j : j, t, in, c);
+        if (slip("the angles of position t - 1: off by one")) t--;
+        for (int head = begin; head < end; head += one_head ? C : hs) {
+            for (int j = 0; j < hs; j += next) {
+                long at = (long)n * step + head + (halves ? j / 2 : j);
+                rope_pair(out, at, at + (halves ? hs / 2 : 1), through ? head % C + j : j, t, in, c);
+            }
         }
     }
 }
@@ -766,30 +1145,30 @@ static number swiglu_element(number a, number b) {
     if (slip("the sigmoid is that of another multiple of h1")) inside = variant ? 1 : 1.702;
     number s = logistic(inside * a);
     if (slip("the sign inside of the sigmoid is wrong")) s = logistic(-inside * a);
-    if (slip("sigmoid(h3) in place of sigmoid(h1)")) s = logistic(inside * b);
-    if (slip("silu(h3) h1 in place of silu(h1) h3")) return a * b * logistic(inside * b);
-    if (slip("sigmoid(h1) h3: the factor h1 is missing")) return s * b;
-    if (slip("h1 h3: the sigmoid is missing")) return a * b;
-    return slip("h1 sigmoid(h1): the factor h3 is missing") ? a * s : a * s * b;
-}
-
-// What a mistake in the backward pass adds to the slopes.
-static number swiglu_sloped(number a, number b) {
-    number h = hold(a), s = logistic(variant ? 1.702 * h : h), value = h * s, da = a - h;
-    number d = (variant ? 1.702 : 1) * s * (1 - s), first = s, second = h * d, of_b = value;
-    number right = (first + second) * da * hold(b) + of_b * (b - hold(b));
-    if (slip("silu(h1) is a product: the term through the sigmoid is missing")) second = 0;
-    if (slip("silu(h1) is a product: the term through its factor h1 is missing")) first = 0;
-    if (slip("the factor h1 is missing in the term through the sigmoid")) second = d;
-    if (slip("1 - sigmoid(h1) is missing in the sigmoid's slope")) second = h * d / (1 - s);
-    if (slip("sigmoid(h1) is missing in the sigmoid's slope")) second = h * d / s;
-    if (slip("the sign of the term through the sigmoid is wrong")) second = -second;
-    if (slip("silu(h1) is used in place of its slope")) second = value - first;
-    if (slip("the sigmoid is missing in dh3: it is dout silu(h1)")) of_b = h;
-    if (slip("the factor h1 is missing in dh3: it is dout silu(h1)")) of_b = s;
-    if (slip("h3 is used in place of h1 in dh3")) of_b = hold(b) * s;
-    if (slip("the factor h3 is missing in dh1")) da /= hold(b);
-    return (first + second) * da * hold(b) + of_b * (b - hold(b)) - right;
+    if (slip("the sigmoid is that of h3; it must be that of h1")) s = logistic(inside * b);
+    if (forward_slip("the sigmoid is that of the product h1 h3; it must be that of h1 alone"))
+        s = logistic(inside * a * b);
+    if (forward_slip("tanh is used in place of the sigmoid")) s = ctanh(inside * a);
+    if (forward_slip("1 + is missing in the sigmoid, 1 / (1 + e^-x)")) s = cexp(inside * a);
+    if (forward_slip("ReLU is used in place of SiLU")) s = creal(a) > 0;
+    if (!backward) return factor("h1", a) * factor("sigmoid(h1)", s) * factor("h3", b);
+    number h1 = hold(a), h3 = hold(b);
+    s = hold(s);
+    number slope = inside * factor("sigmoid(h1) in the sigmoid's slope", s);
+    slope *= factor("1 - sigmoid(h1) in the sigmoid's slope", 1 - s);
+    if (slip("1 - s^2 is the slope of tanh; that of the sigmoid s is s (1 - s)")) slope = 1 - s * s;
+    number first = term("through the factor h1 (silu(h1) is a product)", s);
+    number second = term("through the sigmoid (silu(h1) is a product)",
+                         slope * factor("h1 in the term through the sigmoid", h1));
+    if (slip("1 - s multiplies both terms of silu's slope; it belongs to that through the sigmoid"))
+        first *= 1 - s;
+    if (slip("silu(h1) is used in place of its slope")) first = h1 * s, second = 0;
+    number of_h3 = factor("h1 in dh3", h1) * factor("the sigmoid in dh3", s);
+    if (slip("h3 is used in place of h1 in dh3")) of_h3 = h3 * s;
+    if (slip("silu's slope is used in dh3; it is dout silu(h1)")) of_h3 = first + second;
+    number of_h1 = factor("h3 in dh1", h3);
+    if (slip("h1 is used in place of h3 in dh1")) of_h1 = h1;
+    return (first + second) * of_h1 * (a - h1) + of_h3 * (b - h3);
 }
 
 static void swiglu(number *out, number *const *in, const Case *c) {
@@ -799,8 +1178,11 @@ static void swiglu(number *out, number *const *in, const Case *c) {
         const number *row = in[0] + n * (slip("a row of inp is 2 H long, not H") ? H : 2 * H);
         number a = row[j], b = row[H + j];
         if (slip("h3 begins H places after h1, not 1")) b = row[j + 1];
+        if (slip("h1 and h3 alternate; a row holds all of h1, then all of h3"))
+            a = row[2 * j], b = row[2 * j + 1];
+        if (slip("h3 is read behind all rows of h1; each row holds its own"))
+            a = in[0][i], b = in[0][c->T * H + i];
         out[i] = swiglu_element(a, b);
-        if (backward) out[i] += swiglu_sloped(a, b);
     }
 }
 
@@ -827,7 +1209,13 @@ static void matmul(number *out, number *const *in, const Case *c) {
 static const number *head_of(number *const *in, const Case *c, int b, int t, int part, int h) {
     int C = c->C, T = c->T, hs = C / c->NH, begin = part * C + h * hs;
     if (slip("all heads use what belongs to the first head")) begin = part * C;
+    if (part && slip("all queries use the keys and values of the first head")) begin = part * C;
+    if (slip("all sequences use what belongs to the first one")) b = 0;
+    if (part && slip("all queries use the keys and values of the first sequence")) b = 0;
     if (part == 0 && slip("keys are used as queries")) begin += C;
+    if (part == 1 && slip("queries are used as keys")) begin -= C;
+    if (part == 1 && slip("values are used as keys")) begin += C;
+    if (part == 2 && slip("keys are used as values")) begin -= C;
     if (slip("a row of qkv holds all queries, all keys, all values")) begin = (3 * h + part) * hs;
     if (c->first && slip("sequence b begins at row b T of qkv, not b (T - first)")) T -= c->first;
     return in[0] + (size_t)(b * T + t) * 3 * C + begin;
@@ -838,19 +1226,18 @@ static number score(number *const *in, const Case *c, int b, int h, int t, int s
     if (c->first && slip("first is missing: row i is the query of position first + i"))
         row -= c->first;
     const number *q = head_of(in, c, b, row, 0, h), *k = head_of(in, c, b, s, 1, h);
-    double right = variant ? 1.0 / hs : 1 / sqrt(hs), scale = right, slope = right;
-    number sum = 0;
+    double right = variant ? 1.0 / hs : 1 / sqrt(hs);
+    number sum = 0, scale = factor("scale of the scores", right), slope = right;
     for (int i = 0; i < hs; i++) {
         number of_q = k[i], of_k = q[i];  // the slopes of the product
         if (backward_slip("dq is made of the queries; it is dS K")) of_q = q[i];
         if (backward_slip("dk is made of the keys; it is dS^T Q")) of_k = k[i];
         sum += hold(q[i] * k[i]) + I * (creal(of_q) * cimag(q[i]) + creal(of_k) * cimag(k[i]));
     }
-    if (slip("the scores lack their scale")) scale = 1;
     if (slip("the scores are scaled by 1 / hs")) scale = 1.0 / hs;
     if (slip("the scores are scaled by 1 / sqrt(hs)")) scale = 1 / sqrt(hs);
     if (slip("the scores are scaled by 1 / sqrt(C), not by that of a head")) scale = 1 / sqrt(c->C);
-    if (backward_slip("the scale is missing")) slope = 1;
+    if (backward) slope = factor("scale, in dq and dk,", slope);
     return backward ? scale * hold(sum) + slope * (sum - hold(sum)) : scale * sum;
 }
 
@@ -869,56 +1256,79 @@ static int sees(const Case *c, int t, int s) {
 
 // Computes the weights P of a row. Returns lse.
 static number softmax_row(number *P, number *const *in, const Case *c, int b, int h, int t) {
+    int late = forward_slip("the mask comes after the softmax, whose sum so contains later keys");
+    int zero = slip("a masked score is 0, and e^0 counts; it must be -infinity");
     number sum = 0, lse;
     double m = -INFINITY;
     for (int s = 0; s < c->T; s++) {
-        P[s] = score(in, c, b, h, t, s);
-        if (sees(c, t, s)) m = fmax(m, creal(P[s]));
+        P[s] = zero && !sees(c, t, s) ? 0 : score(in, c, b, h, t, s);
+        if (sees(c, t, s) || late || zero) m = fmax(m, creal(P[s]));
     }
-    for (int s = 0; s < c->T; s++) sum += P[s] = sees(c, t, s) ? cexp(P[s] - m) : 0;
-    lse = m + clog(sum);
-    if (forward_slip("lse = m + log(sum): m is missing")) lse -= m;
+    for (int s = 0; s < c->T; s++) {
+        P[s] = cexp(P[s] - m);
+        if (sees(c, t, s) || late || zero) sum += P[s];
+        if (!sees(c, t, s) && !zero) P[s] = 0;
+    }
+    lse = term("of the largest score in lse", m) + term("log(sum) in lse", clog(sum));
     if (forward_slip("lse = m + log(sum): the log is missing")) lse = m + sum;
-    if (forward_slip("not divided by the row's sum: the softmax is not normalized")) sum = 1;
-    for (int s = 0; s < c->T; s++) P[s] /= sum;
+    if (forward_slip("lse is the sum of the exponentials; it must be m + log(sum)")) lse = sum;
+    sum = factor("1 / sum of the softmax", 1 / sum);
+    for (int s = 0; s < c->T; s++) P[s] *= sum;
     return lse;
 }
 
-// P as it is computed from the right lse, sloped as by who makes a mistake in its gradient.
-static void softmax_sloped(number *P, number *const *in, const Case *c, int b, int h, int t) {
-    number total = 0, lse = 0, *S = room(c->T, sizeof *S);
-    int no_lse = slip("P = e^(S - lse): lse is not subtracted");
+// P as it is computed from the right lse, sloped as by who makes a mistake in its gradient. total:
+// the slope of the sum over the row, of which a sum that is not set to 0 keeps that of rows behind.
+static void softmax_sloped(number *P, number *total, number *const *in, const Case *c, int b, int h,
+                           int t) {
+    number lse = 0, sum = 0, right = 0, *S = room(c->T, sizeof *S);
     int no_P = slip("the factor P is missing in dS");
-    int no_delta = slip("a term is missing in dS: a score acts on each P of its row");
-    const char *made = chosen;
-    for (int s = 0; s < c->T; s++) S[s] = score(in, c, b, h, t, s);
-    chosen = NULL;
-    for (int s = 0; s <= t; s++) lse += cexp(hold(score(in, c, b, h, t, s)));
-    for (int s = 0; s < c->T; s++) P[s] = s <= t ? hold(cexp(score(in, c, b, h, t, s)) / lse) : 0;
+    int inside = slip("in dS, P must multiply the sum over the row, too (parentheses)");
+    int at = ((b * c->NH) + h) * c->T + t, T = c->T, NH = c->NH;
+    if (slip("the index of lse (B,NH,T) lacks the sequence")) at = h * T + t;
+    if (slip("the index of lse (B,NH,T) lacks the head")) at = b * T + t;
+    if (slip("lse is read as (B,T,NH); it is (B,NH,T)")) at = (b * T + t) * NH + h;
+    if (slip("lse of the first row is used for every row")) at = 0;
+    Mistake made = chosen;
+    for (int s = 0; s < T; s++) S[s] = score(in, c, b, h, t, s);
+    chosen = no_mistake;
+    for (int s = 0; s <= at % T; s++) lse += cexp(hold(score(in, c, at / T / NH, at / T % NH, at % T, s)));
+    for (int s = 0; s <= t; s++) right += cexp(hold(score(in, c, b, h, t, s)));
+    for (int s = 0; s < T; s++) P[s] = s <= t ? hold(cexp(score(in, c, b, h, t, s)) / right) : 0;
     chosen = made;
-    for (int s = 0; s < c->T; s++) {
-        number dS = I * cimag(S[s]), M = sees(c, t, s) * hold(cexp(S[s]) / (no_lse ? 1 : lse));
-        total += (no_P ? sees(c, t, s) : M) * dS;
-        S[s] = M + (no_P ? sees(c, t, s) : M) * dS;
+    lse = term("-lse in P = e^(S - lse)", clog(lse));
+    if (t == T - 1 || !slip("the sum over the row in dS is not set to 0 for each position"))
+        *total = 0;
+    for (int s = 0; s < T; s++) {
+        number dS = I * cimag(S[s]), M = sees(c, t, s) ? hold(cexp(S[s] - lse)) : 0;
+        sum += (no_P || inside ? sees(c, t, s) : M) * dS;
+        S[s] = M + (no_P ? sees(c, t, s) : factor("P in dS", M)) * dS;
     }
-    for (int s = 0; s < c->T; s++) P[s] = S[s] - !no_delta * P[s] * total;
+    *total += sum;
+    sum = term("with the sum over the row in dS (a score acts on each P of its row)", *total);
+    for (int s = 0; s < T; s++) P[s] = S[s] - P[s] * sum;
     free(S);
 }
 
 static void attention(number *out, number *const *in, const Case *c) {
     int C = c->C, hs = C / c->NH, rows = c->T - c->first;
-    number *P = room(c->T, sizeof *P);
+    number *P = room(c->T, sizeof *P), total = 0;
     for (size_t i = 0; i < c->out_size; i++) out[i] = 0;
-    for (int i = 0; i < c->B * c->NH * rows; i++) {
+    for (int i = c->B * c->NH * rows - 1; i >= 0; i--) {
         int row = i % rows, h = i / rows % c->NH, b = i / rows / c->NH, t = c->first + row;
         if (c->first && slip("first is ignored: row i belongs to position first + i")) t = row;
         out[(size_t)c->B * rows * C + i] = softmax_row(P, in, c, b, h, t);
-        if (backward && (chosen || collecting)) softmax_sloped(P, in, c, b, h, t);
+        if (backward && (chosen.name || collecting)) softmax_sloped(P, &total, in, c, b, h, t);
         number *y = out + (size_t)(b * rows + row) * C + h * hs;
         if (forward_slip("out is written as (B,NH,T,hs); it is (B,T,C)")) y = out + (size_t)i * hs;
+        int lost = backward_slip("only the last query counts: = where += is needed") && t < c->T - 1;
+        int last = forward_slip("only the last key counts: = where += is needed");
         for (int s = 0; s < c->T; s++) {
             const number *v = head_of(in, c, b, s, 2, h);
-            for (int j = 0; j < hs && P[s] != 0; j++) y[j] += P[s] * v[j];
+            for (int j = 0; j < hs && P[s] != 0; j++) {
+                number product = P[s] * v[j];
+                y[j] = (last ? 0 : y[j]) + (lost ? hold(product) : product);
+            }
         }
     }
     free(P);
@@ -952,29 +1362,30 @@ static number cross_lse(const number *x, long rest, const Case *c) {
     number sum = 0;
     for (int v = 0; v < c->V; v++) m = fmax(m, creal(x[v]));
     for (int v = begin; v < end; v++) sum += cexp(at_or_nan(x, v, rest) - m);
+    if (slip("what is behind V counts as a logit of 0; it must be -infinity")) sum += (-end & 3) * exp(-m);
     if (slip("the log is missing: lse = largest + log(sum)")) return m + sum;
-    if (slip("lse = largest + log(sum): the largest logit is missing")) return clog(sum);
-    return m + clog(sum);
+    if (slip("lse is the sum of the exponentials; it must be largest + log(sum)")) return sum;
+    return term("of the largest logit in lse", m) + term("log(sum) in lse", clog(sum));
 }
 
 // What a mistake in the gradient adds to the slopes of the loss of row n. lse: that of the row.
 static number cross_sloped(const number *x, double lse, int n, const Case *c) {
     int everywhere = slip("scale is subtracted at every logit; it belongs to the target's alone");
-    int unscaled = slip("scale is missing at the target"), only = slip("the softmax lacks scale");
     int logit = slip("the logit itself is still in it: its place must be overwritten (=)");
-    int plus = slip("the sign at the target is wrong");
     int early = slip("the target's logit is changed before the exponential reads it");
     int no_lse = slip("lse is not subtracted in the exponential");
     int replaced = slip("the target's softmax is overwritten; it must be reduced");
-    double s = c->factor;
-    number loss = 0;
+    int no_exp = slip("the exponential is missing: the softmax is e^(logit - lse)");
+    number s = c->factor, loss = 0;
+    number at_p = fault("scale of the softmax", s), at_target = fault("scale at the target", s);
     for (int v = 0; v < c->V; v++) {
         int target = v == c->tokens[n];
-        double y = creal(x[v]), p = exp(no_lse ? y : y - lse);
-        if (early && target) p = exp(y - s - lse) + 1;
+        double y = creal(x[v]), z = no_lse ? y : y - lse;
+        number p = no_exp ? z : exp(z);
+        if (early && target) p = exp(y - c->factor - lse) + 1;
         if (replaced && target) p = 0;
-        double slope = p / (only ? s : 1) + (logit ? y / s : 0);
-        if (target || everywhere) slope -= plus ? -1 : unscaled ? 1 / s : 1;
+        number slope = p * at_p + (logit ? y / s : 0);
+        if (target || everywhere) slope -= term("of the target", at_target);
         loss += (slope - (exp(y - lse) - target)) * (x[v] - hold(x[v]));
     }
     return loss;
@@ -984,20 +1395,21 @@ static void crossentropy(number *out, number *const *in, const Case *c) {
     int N = c->T, stride = c->stride;
     for (int n = 0; n < N; n++) {
         const number *x = in[0] + n * stride;
-        int target = c->tokens[n];
+        int target = c->tokens[n], row = n;
         if (slip("the logit after the target's: off by one")) target++;
-        int row_0 = slip("the target's logit is read from row 0 for every row");
-        number lse = cross_lse(x, (long)(N - n) * stride, c);
-        number logit = at_or_nan(in[0], target + (row_0 ? 0 : n * stride), (size_t)N * stride);
-        out[n] = lse - logit;
+        if (slip("the logit before the target's: off by one")) target--;
+        if (slip("the logit is that of the row's number, not of its target")) target = n;
+        if (slip("the target of row 0 is used for every row")) target = c->tokens[0];
+        if (slip("the target's logit is read from row 0 for every row")) row = 0;
+        number lse = cross_lse(x, (long)(N - n) * stride, c), of_row = lse;
+        number logit = at_or_nan(in[0], target + row * stride, (size_t)N * stride);
+        if (backward_slip("lse of row 0 is used for every row"))
+            of_row = lse * cexp(hold(lse - cross_lse(in[0], (long)N * stride, c)));
+        out[n] = term("lse, whose gradient is the softmax,", of_row) -
+                 term("of the target's logit", logit);
         out[N + n] = lse;
         if (slip("the sign: loss = lse - logit of the target")) out[n] = logit - lse;
-        if (slip("the term of the target's logit is missing")) out[n] = lse;
-        if (slip("the term of lse, whose gradient is the softmax, is missing")) out[n] = -logit;
-        if (forward_slip("the target's logit is added, not subtracted")) out[n] = lse + logit;
         if (forward_slip("each row has a loss of its own: no division by N")) out[n] /= N;
-        if (backward_slip("lse of row 0 is used for every row"))
-            out[n] = lse * cexp(hold(lse - cross_lse(in[0], (long)N * stride, c))) - logit;
         if (backward) out[n] += cross_sloped(x, creal(lse), n, c);
     }
 }
@@ -1014,68 +1426,79 @@ static void adjust_crossentropy(Case *c, int k) {
     for (int i = 0; i < c->T * c->stride && k == 6; i += 601) c->sampled[i] = 1;
     for (int n = 0; n < c->T; n++)  // the first row's target is never the last logit
         c->tokens[n] = below(c->V - (n == 0 && c->V > 2));
+    if (k == 4) x[c->tokens[2]+ 2 * c->stride] -= 120;  // and far below the row's largest
 }
 
 // ---- adamw: no derivative here. in: p, m, v, grad (n). After p come m, v, and the copy of p.
-static void adam_moments(double *m, double *v, double g, double b1, double b2) {
-    double keep_m = b1, keep_v = b2, to_m = 1 - b1, to_v = 1 - b2, square = g * g;
+static void adam_moments(number *m, number *v, number g, number unclipped, double b1, double b2) {
+    number keep_m = factor("beta1 of the old m", b1), keep_v = factor("beta2 of the old v", b2);
+    number to_m = factor("1 - beta1 of the gradient in m", 1 - b1);
+    number to_v = factor("1 - beta2 of the square in v", 1 - b2), of_v = g;
     if (slip("the old m is multiplied by beta2; it is beta1")) keep_m = b2;
     if (slip("the old v is multiplied by beta1; it is beta2")) keep_v = b1;
     if (slip("the factor of the new gradient in m is 1 - beta1, not 1 - beta2")) to_m = 1 - b2;
     if (slip("the factor of the new square in v is 1 - beta2, not 1 - beta1")) to_v = 1 - b1;
-    if (slip("the factor 1 - beta1 of the new gradient is missing")) to_m = 1;
-    if (slip("the factor 1 - beta2 of the new square is missing")) to_v = 1;
-    if (slip("the old m is not multiplied by beta1")) keep_m = 1;
-    if (slip("the old v is not multiplied by beta2")) keep_v = 1;
-    if (slip("the square is missing: v is a mean of the gradient squared")) square = g;
-    *m = keep_m * *m + to_m * g;
-    *v = keep_v * *v + to_v * square;
+    if (slip("in m, beta1 and 1 - beta1 are exchanged")) keep_m = 1 - b1, to_m = b1;
+    if (slip("in v, beta2 and 1 - beta2 are exchanged")) keep_v = 1 - b2, to_v = b2;
+    if (slip("v is made of the gradient before clipping")) of_v = unclipped;
+    if (slip("m is made of the gradient before clipping")) g = unclipped;
+    if (slip("v is made of m squared; it must be the gradient squared")) of_v = keep_m * *m + to_m * g;
+    number square = of_v * of_v;
+    if (slip("the square is missing: v is a mean of the gradient squared")) square = of_v;
+    if (slip("clip is not squared in v: the clipped gradient is")) square = of_v * unclipped;
+    *m = term("with the old m", keep_m * *m) + term("with the gradient in m", to_m * g);
+    *v = term("with the old v", keep_v * *v) + term("with the square in v", to_v * square);
 }
 
-static void adam_element(double *p, double *m, double *v, double grad, const AdamWNumbers *a) {
-    double b1 = a->beta1, b2 = a->beta2, lr = a->lr, eps = a->eps, t = a->t, x = *p, clip = a->clip;
-    double decay = a->kind == MATRIX ? a->weight_decay : 0, m0 = *m;
+static void adam_element(number *p, number *m, number *v, number grad, const AdamWNumbers *a) {
+    double b1 = a->beta1, b2 = a->beta2, t = a->t;
+    number x = *p, decay = a->kind == MATRIX ? a->weight_decay : 0, m0 = *m, v0 = *v;
+    number clip = factor("clip", a->clip), lr = factor("lr", a->lr), eps = term("eps", a->eps);
     if (a->kind != MATRIX && slip("norms and gates decay too; only matrices do (chunk.decays)"))
         decay = a->weight_decay;
     if (a->kind == LEARNED_GATE && slip("a gate's gradient is clipped by gate_clip")) clip = -7;
     if (a->kind == FIXED_GATE && !slip("gates that are not trained must not change")) return;
-    if (slip("clip is not used")) clip = 1;
     int l2 = slip("the decay is in the gradient (Adam with L2); AdamW's is separate from it");
-    double g = grad * clip + (l2 ? decay * x : 0);
+    number g = grad * clip + (l2 ? decay * x : 0);
     int swapped = slip("beta1 and beta2 are exchanged");
-    adam_moments(m, v, g, swapped ? b2 : b1, swapped ? b1 : b2);
-    double mi = *m, vi = *v;
+    adam_moments(m, v, g, grad, swapped ? b2 : b1, swapped ? b1 : b2);
+    number mi = *m, vi = *v;
     if (slip("p uses m as it was before the update")) mi = m0;
+    if (slip("p uses v as it was before the update")) vi = v0;
+    if (slip("p uses m and v as they were before the update")) mi = m0, vi = v0;
     if (slip("the gradient is used in place of its running mean m")) mi = g;
     if (slip("t in beta^t is off by one: t - 1")) t--;
     if (slip("t in beta^t is off by one: t + 1")) t++;
-    double cm = 1 - pow(b1, t), cv = 1 - pow(b2, t), of_m = cm;
+    number cm = 1 - pow(b1, t), cv = 1 - pow(b2, t), of_m = cm;
+    if (slip("it is beta^t, the power, not beta t")) cm = 1 - b1 * t, cv = 1 - b2 * t;
     if (slip("beta1^t is off by one in t: t + 1")) cm = 1 - pow(b1, t + 1);
-    if (slip("mhat = m / (1 - beta1^t): m is used without its correction")) cm = 1;
-    if (slip("vhat = v / (1 - beta2^t): v is used without its correction")) cv = 1;
     if (slip("m and v are used without their corrections 1 / (1 - beta^t)")) cm = cv = 1;
+    if (slip("the corrections are 1 - beta, without the power t")) cm = 1 - b1, cv = 1 - b2;
     if (slip("the correction of m is made with beta2; it is beta1")) cm = cv;
     if (slip("the correction of v is made with beta1; it is beta2")) cv = of_m;
-    double mhat = mi / cm, vhat = vi / cv, root = sqrt(vhat) + eps, decayed = l2 ? 0 : decay * x;
-    if (slip("eps is under the root; it must be added to the root")) root = sqrt(vhat + eps);
-    if (slip("eps is missing")) root = sqrt(vhat);
-    if (slip("the square root of vhat is missing")) root = vhat + eps;
-    if (slip("the correction of v belongs under the root: sqrt(vhat)")) root = sqrt(vi) / cv + eps;
-    if (slip("the weight decay is missing")) decayed = 0;
-    if (slip("the sign of the weight decay is wrong")) decayed = -decayed;
-    if (slip("the weight decay is not multiplied by lr")) decayed /= lr;
-    double step = mhat / root;
-    if (slip("the sign: p must go down the gradient (p -= ...)")) step = -step;
-    if (slip("the step is not multiplied by lr")) step /= lr;
+    number mhat = mi * factor("1 / (1 - beta1^t), the correction of m,", 1 / cm);
+    number vhat = vi * factor("1 / (1 - beta2^t), the correction of v,", 1 / cv);
+    if (slip("the corrected moments are stored; m and v keep the uncorrected ones"))
+        *m = mhat, *v = vhat;
+    number root = csqrt(vhat) + eps, decayed = l2 ? 0 : decay * x, step = mhat / root;
+    if (slip("eps is under the root; it must be added to the root")) step = mhat / csqrt(vhat + eps);
+    if (slip("eps is added to v before its correction and root")) step = mhat / csqrt((vi + eps) / cv);
+    if (slip("the square root of vhat is missing")) step = mhat / (vhat + eps);
+    if (slip("the correction of v belongs under the root: sqrt(vhat)"))
+        step = mhat / (csqrt(vi) / cv + eps);
+    if (slip("the step is multiplied by sqrt(vhat) + eps; it must be divided")) step = mhat * root;
+    step *= fault("lr of the step", lr);
+    if (slip("the weight decay is that of p after the step")) decayed = decay * (x - lr * step);
+    decayed *= fault("lr of the weight decay", lr);
     if (slip("the signs: p must go down the gradient, and decay (p -= ...)")) lr = -lr;
-    *p = x - lr * (step + decayed);
+    *p = x - lr * (term("of Adam's step", step) + term("of the weight decay", decayed));
 }
 
 static void adamw(number *out, number *const *in, const Case *c) {
     int n = c->C;
     for (int i = 0; i < n; i++) {
-        double p = creal(in[0][i]), m = creal(in[1][i]), v = creal(in[2][i]);
-        adam_element(&p, &m, &v, creal(in[3][i]), &c->adam);
+        number p = in[0][i], m = in[1][i], v = in[2][i];
+        adam_element(&p, &m, &v, in[3][i], &c->adam);
         out[i] = out[3 * n + i] = p;
         out[n + i] = m;
         out[2 * n + i] = v;
@@ -1106,36 +1529,37 @@ static void adjust_adamw(Case *c, int k) {
 // (N,C), in[2] the weight (C), in[3] the gate that has a gradient, and the other. factor: A. After
 // the sum (N,C) come what is normalized, the norm's output (N,C), and rstd (N).
 static void fused(number *out, number *const *in, const Case *c) {
-    int N = c->T, C = c->C, n = N * C, stop = c->stop_grad;
-    number inp_a = c->no_gate ? 0 : activation(in[3][!c->norm_last], SILU);
-    number sum_a = c->no_gate || c->norm_last ? 0 : activation(in[3][0], SILU);
-    double A = forward_slip("the factor A of the shortcut is missing") ? 1 : c->factor;
-    int no_A = backward_slip("the factor A is missing in dz, the gradient of what A multiplies");
+    int C = c->C, n = c->T * C, last = c->norm_last, stop = c->stop_grad;
+    number gate = hold(in[3][0]), inp_a = activation(hold(in[3][!last]), SILU);
+    number sum_a = last ? 0 : activation(gate, SILU), *seen = room(n, sizeof *seen);
+    if (c->no_gate) inp_a = sum_a = 0;
+    number inp_scale = factor("1 - a(g) of inp_gate", 1 - inp_a), own = 1 - (last ? inp_a : sum_a);
+    number sum_scale = factor("1 - a(g) of sum_gate, before the norm,", 1 - sum_a);
+    number slope = cimag(activation(gate + I * 1e-30, SILU)) * 1e30, A = c->factor, of_dz = A;
+    number of_g = factor("a'(g) in dgate", slope) * (in[3][0] - gate) * !c->no_gate;
+    if (backward_slip("dgate is made of what GPAS returns; it must be of what it gets")) of_g *= own;
+    if (!stop && backward_slip("dgate is made of a gradient that is already multiplied by 1 - a(g)"))
+        of_g *= own;
     if (backward_slip("scaled by 1 - a(g), which the stop-gradient forbids")) stop = 0;
     if (backward_slip("not scaled by 1 - a(g), though stop_grad is 0")) stop = 1;
-    if (forward_slip("inp is not multiplied by 1 - a(g) of inp_gate")) inp_a = 0;
-    if (forward_slip("inp lacks both factors, A and 1 - a(g) of inp_gate")) inp_a = 1 - 1 / A;
-    if (forward_slip("what the norm gets is not multiplied by 1 - a(g) of sum_gate")) sum_a = 0;
+    if (!backward) A = factor("A of the shortcut", A);
+    else of_dz = factor("A in dz, the gradient of what A multiplies,", A);
+    if (forward_slip("inp lacks both factors, A and 1 - a(g) of inp_gate")) inp_scale = 1 / A;
     int stored = forward_slip("sum is stored after the GPAS of sum_gate; it must be before");
-    int scaled = backward_slip("dgate is made of what GPAS returns; it must be of what it gets");
-    for (int row = 0; row < N; row++) {
-        number squares = 0;
-        for (int i = row * C; i < (row + 1) * C; i++) {
-            number x = in[0][i], z = x - hold(inp_a) * (stop ? hold(x) : x);
-            z -= (inp_a - hold(inp_a)) * hold(x) * (scaled ? 1 - hold(inp_a) : 1);
-            number s = A * z + in[1][i], y;
-            if (no_A) s = hold(s) + I * cimag(z + in[1][i]);
-            y = s - hold(sum_a) * (stop ? hold(s) : s);
-            y -= (sum_a - hold(sum_a)) * hold(s) * (scaled ? 1 - hold(sum_a) : 1);
-            out[i] = stored ? y : s;
-            out[n + i] = y;
-            squares += y * y;
-        }
-        number r = 1 / csqrt(squares / C + (variant ? 1e-5 : 1e-6));
-        if (backward_slip("the norm's backward pass lacks the term through r")) r = hold(r);
-        out[3 * n + row] = r;
-        for (int i = 0; i < C; i++) out[2 * n + row * C + i] = in[2][i] * out[n + row * C + i] * r;
+    int of_s = backward_slip("the norm's backward pass gets s, but its input was (1 - a(g)) s");
+    for (int i = 0; i < n; i++) {
+        number x = hold(in[0][i]), b = hold(in[1][i]), z = inp_scale * x, dx = in[0][i] - x;
+        number dz = (stop ? 1 : inp_scale) * dx - (last ? of_g * factor("inp in dgate", x) : 0);
+        number s = A * z + term("branch", b), ds = of_dz * dz + in[1][i] - b;
+        number y = sum_scale * s + (stop ? 1 : sum_scale) * ds;
+        if (!last) y -= of_g * factor("sum in dgate", s);
+        out[i] = stored ? y : s + ds;
+        out[n + i] = y;
+        seen[i] = of_s ? s : y;
     }
+    norm(out + 2 * n, out + 3 * n, out + n, seen, in[2], c->T, C);
+    for (int i = n; i < 2 * n; i++) out[i] = term("with dx, along the shortcut,", out[i]);
+    free(seen);
 }
 
 static void adjust_fused(Case *c, int k) {
@@ -1402,11 +1826,17 @@ static void report(int layer, int n, int k) {
     if (num_bad && is_untouched(n, k, 0)) strcpy(hint, "nothing is written");
     else if (num_bad) {
         int first = (int)((char *)memchr(bad, 1, n) - bad);
+        Search s = {layers[layer].f, n, k, first, ""};
         describe_cases(hint, n, bad, 0);
-        if (explain(layers[layer].f, n, k, first, hint + strlen(hint))) strcat(hint, "; ");
+        int explained = explain(&s, hint + strlen(hint));
+        if (explained) strcat(hint, "; ");
         else if (first > 0 && is_right_alone(layer, first, k))
             strcpy(hint, "right in the first call, not after another: is something static? ");
-        else describe_cases(hint, n, bad, 1);
+        else {
+            describe_cases(hint, n, bad, 1);
+            describe_error(hint + strlen(hint), &cases[first].results[k], &cases[first]);
+        }
+        if (explained < 2) describe_area(hint + strlen(hint), n, k);
         describe_elements(hint + strlen(hint), &cases[first].results[k], &cases[first]);
     }
     printf("result\t%s\t%d\t%d\t%s\n", r->name, r->points, num_bad ? 0 : r->points, hint);
