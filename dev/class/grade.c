@@ -313,144 +313,113 @@ static void compare(Result *r, const Case *c, Definition f) {
 // ---- 3. Explaining ------------------------------------------------------------------------------
 // Of a result in all cases, tries one hypothesis after another: a mistake of the layer's definition;
 // a factor, or a term too many; the right numbers in wrong places; an input, or dout, that is read
-// wrongly, the mistakes of indices that any loop can have; and that it is added where it must be
-// written, or written where it must be added. What explains all wrong elements, but would make right
-// ones wrong, is told too, if nothing explains both: the mistake is made in some places only.
+// wrongly, as can happen in any loop; and that it is added where it must be written, or written
+// where it must be added. If nothing explains all elements, it may still explain all that are wrong.
 
-enum { LAST_ROW, FIRST_ROW, ONLY_LAST, SAME_ROW, TRANSPOSED, STEP_1, STEP_ROWS, LAST_COLUMN,
-       FIRST_COLUMN, ONLY_LAST_COLUMN, TAIL_4, TAIL_8, TAIL_32, HEAD_32, SAME_COLUMN, REVERSED,
-       NOT_READ, ROW_AFTER, ROW_BEFORE, TOO_FAR, TOO_EARLY,
-       READINGS };  // from here on: dout or an input in its place
-static const char *const readings[READINGS] = {
-    "the last row of %s is left out", "the first row of %s is left out",
-    "only the last row of %s counts: is a sum set (=) in the loop instead of added to (+=)?",
-    "row 0 of %s is read for every row", "%s is read transposed: rows and columns are exchanged",
+// How an input is read wrongly: along its rows or columns; as a whole; or another in its place.
+enum { LAST, FIRST, ONLY_LAST, SAME, AFTER, BEFORE, BLOCKS_4, BLOCKS_32, ONLY_32, REVERSED, ALONG,
+       TRANSPOSED = ALONG, STEP_1, STEP_ROWS, NOT_READ, READINGS };
+static const char *const axes[] = {"row", "column"}, *const readings[READINGS + 1] = {
+    "the last %s of %s is left out", "the first %s of %s is left out",
+    "only the last %s of %s counts: is a sum set (=) in the loop instead of added to (+=)?",
+    "the first %s of %s is read for every one", "the %s after the right one is read from %s",
+    "the %s before the right one is read from %s", "each %s of %s behind the last 4 is left out",
+    "each %s of %s behind the last 32 is left out", "only 32 %ss of %s are read",
+    "the %ss of %s are read in reverse order",
+    "%s is read transposed: rows and columns are exchanged",
     "row n of %s is read from element n on: n must be multiplied by the row's length",
-    "row n of %s is read from n times the number of rows on; rows are as long as there are columns",
-    "the last column of %s is left out", "the first column of %s is left out",
-    "only the last column of %s counts: is a sum set (=) in the loop instead of added to (+=)?",
-    "the last columns of %s, behind the last 4 that are complete, are left out",
-    "the last columns of %s, behind the last 8 that are complete, are left out",
-    "the last columns of %s, behind the last 32 that are complete, are left out",
-    "only the first 32 columns of %s count: is a loop or a sum over the block missing?",
-    "%s is read at [0] for every index", "%s is read in reverse order",
-    "%s is missing: 1 is used in its place", "the row after the right one is read from %s",
-    "the row before the right one is read from %s", "%s is read one place too far",
-    "%s is read one place too early"};
+    "row n of %s is read from n times the number of rows on: that is not the row's length",
+    "%s is missing: 1 is used in its place", "%s is read in place of %s"};
 
-enum { IN_PLACE, RUNNING_IN_ROW, RUNNING_ROWS, RUNNING, WRITTEN_TRANSPOSED, PART_BY_PART, EXCHANGED,
-       HEADS_FIRST, ROWS_REVERSED, PLACES };
-static const char *const places[PLACES] = {
-    NULL, "each element of a row contains those before it: the sum must be set to 0 for each one",
-    "each row contains the rows before it: the sum must be set to 0 for each row",
-    "each element contains all before it: the sum must be set to 0 for each one",
-    "it is written transposed", "its array is written part by part, first one part of all rows, "
-    "then the next; each row holds its own parts", "the parts of a row are exchanged",
-    "it is written as (B,NH,T,hs); it is (B,T,C)", "its rows are written in reverse order"};
-
-enum { TIMES = 1, OVER, PLUS, MINUS, OPERATIONS };
-static const char *const operations[OPERATIONS] = {
-    NULL, "it is multiplied by %s", "it is divided by %s", "%s is added to it",
-    "%s is subtracted from it"};
+// How right numbers are written, or what is done with them.
+enum { WRITTEN_TRANSPOSED = 1, PART_BY_PART, SUMS_IN_ROW, SUMS_OF_ROWS, SUMS, TIMES, OVER, PLUS,
+       MINUS, WRITINGS };
+static const char *const writings[WRITINGS] = {
+    NULL, "it is written transposed", "its array is written part by part, one part of all rows, "
+    "then the next; each row holds its own parts",
+    "an element contains those before it in its row: a sum is not set to 0 for each one",
+    "a row contains the rows before it: a sum is not set to 0 for each row",
+    "an element contains all before it: a sum is not set to 0 for each one",
+    "it is multiplied by %s", "it is divided by %s", "%s is added to it", "%s is subtracted from it"};
 
 typedef struct {
-    Mistake mistake;           // of the definition
-    const char *reading;       // a text, or NULL
-    int view, how;             // the input that is read wrongly: -1 is dout, or in[view]
-    int place;                 // where the right numbers are written
-    int operation, quantity;   // what else is done with them
+    Mistake mistake;         // of the definition
+    const char *reading;     // a text, or NULL
+    int view, how, axis;     // the input that is read wrongly: -1 is dout, or in[view]
+    int writing, quantity;
     double factor;
-    int other_mode;            // it is added where it must be set, or set where it must be added
+    int other_mode;          // it is added where it must be set, or set where it must be added
 } Hypothesis;
 static const Hypothesis nothing_wrong = {.factor = 1};
 
-static double read_wrongly(const Input *in, int how, int row, int column) {
-    int last_row = in->rows - 1, last = in->columns - 1;
-    int block = how == TAIL_4 ? 4 : how == TAIL_8 ? 8 : how == TAIL_32 ? 32 : 1;
-    if ((how == LAST_ROW && row == last_row) || (how == FIRST_ROW && row == 0) ||
-        (how == ONLY_LAST && row < last_row) || (how == LAST_COLUMN && column == last) ||
-        (how == FIRST_COLUMN && column == 0) || (how == ONLY_LAST_COLUMN && column < last) ||
-        (how == HEAD_32 && column >= 32) || column >= in->columns - in->columns % block)
-        return 0;
-    if (how == SAME_ROW) row = 0;
-    if (how == SAME_COLUMN) column = 0;
-    if (how == REVERSED) column = last - column;
-    row += (how == ROW_AFTER) - (how == ROW_BEFORE);
-    long at = (long)row * in->columns + column + (how == TOO_FAR) - (how == TOO_EARLY);
-    if (how == TRANSPOSED) at = (long)column * in->rows + row;
-    if (how == STEP_1) at = row + column;
-    if (how == STEP_ROWS) at = (long)row * in->rows + column;
-    return how == NOT_READ ? 1 : at < 0 || at >= (long)input_size(in) ? NAN : in->x[at];
+static double read_wrongly(const Input *in, int how, int axis, int row, int column) {
+    int *at = axis ? &column : &row, size = axis ? in->columns : in->rows, i = *at;
+    int block = how == BLOCKS_4 ? 4 : how == BLOCKS_32 ? 32 : 1;
+    if ((how == LAST && i == size - 1) || (how == FIRST && i == 0) || i >= size - size % block ||
+        (how == ONLY_LAST && i < size - 1) || (how == ONLY_32 && i >= 32)) return 0;
+    if (how == SAME) *at = 0;
+    if (how == REVERSED) *at = size - 1 - i;
+    *at += (how == AFTER) - (how == BEFORE);
+    long p = (long)row * in->columns + column;
+    if (how == TRANSPOSED) p = (long)column * in->rows + row;
+    if (how == STEP_1) p = row + column;
+    if (how == STEP_ROWS) p = (long)row * in->rows + column;
+    return how == NOT_READ ? 1 : p < 0 || p >= (long)input_size(in) ? NAN : in->x[p];
 }
 
 static Input *view_of(Case *c, int view) { return view < 0 ? &c->dout : &c->in[view]; }
 
 // Puts what is read in the place of what should be. Returns whether there is a difference.
-static int misread(Case *c, int view, int how) {
-    Input *in = view_of(c, view), *from = how < READINGS ? in : view_of(c, how - READINGS - 1);
+static int misread(Case *c, const Hypothesis *h) {
+    Input *in = view_of(c, h->view), *from = h->how < READINGS ? in : view_of(c, h->axis);
     size_t n = input_size(in), changed = 0;
     if (!in->x || !from->x || from->rows != in->rows || from->columns != in->columns) return 0;
-    double *x = room(view < 0 ? c->out_size : n, sizeof *x);
+    double *x = room(h->view < 0 ? c->out_size : n, sizeof *x);
     for (size_t i = 0; i < n; i++) {
-        x[i] = read_wrongly(from, how, (int)(i / in->columns), (int)(i % in->columns));
+        int row = (int)(i / in->columns), column = (int)(i % in->columns);
+        x[i] = h->how < READINGS ? read_wrongly(in, h->how, h->axis, row, column) : from->x[i];
         changed += !(x[i] == in->x[i]);
     }
     in->x = x;
-    if (view < 0) c->out_weight = x;
+    if (h->view < 0) c->out_weight = x;
     return changed > 0;
 }
 
-// The right number that is written in the place of element (i,j) of a result.
-static double written(const Case *c, const Result *r, int place, int i, int j) {
-    int rows = r->rows, w = r->columns, start = r->pitch > w ? (int)r->offset : 0, hs = w / c->NH;
-    int first_row = place == RUNNING_ROWS || place == RUNNING ? 0 : i;
-    long p = (long)i * r->pitch + start + j, size = (long)rows * r->pitch, at = p;
-    double sum = 0;
-    if (place >= RUNNING_IN_ROW && place <= RUNNING) {
-        for (int k = first_row; k <= i; k++)
-            for (int l = place == RUNNING_ROWS ? j : 0; l <= (k < i ? w - 1 : j); l++)
-                if (place != RUNNING_ROWS || l == j) sum += r->expected[k * w + l];
-        return sum;
-    }
-    if (place == WRITTEN_TRANSPOSED) at = p % rows * r->pitch + p / rows;
-    if (place == PART_BY_PART) at = p / w % rows * r->pitch + p / ((long)w * rows) * w + p % w;
-    if (place == EXCHANGED) at = p - start + (r->pitch - w - start);
-    if (place == ROWS_REVERSED) at = (rows - 1 - i) * (long)r->pitch + start + j;
-    if (place == HEADS_FIRST && w % c->NH == 0 && rows % c->B == 0) {
-        long T = rows / c->B, head = p / (T * hs);
-        at = (head / c->NH * T + p / hs % T) * w + head % c->NH * hs + p % hs;
-    }
-    return at < 0 || at >= size ? NAN : r->all[r->offset - start + at];
+// What a result may be multiplied by, or contain: 1, an input, dout, or a number. NaN if there is
+// none for an element of this shape.
+enum { CONSTANT = MAX_INPUTS + 1, QUANTITIES = CONSTANT + 4 };
+static double quantity(const Case *c, const Result *r, int q, int i, int j, const char **name) {
+    static const char *const names[] = {"1", "the length of a row", "the number of rows", "A or scale"};
+    const double number_of[] = {1, c->C, c->T, c->factor ? c->factor : NAN};
+    const Input *in = q < c->num_inputs ? &c->in[q] : q == MAX_INPUTS ? &c->dout : NULL;
+    *name = q >= CONSTANT ? names[q - CONSTANT] : in ? in->name : "";
+    if (q >= CONSTANT) return number_of[q - CONSTANT];
+    if (!in || !in->x || (in->rows > 1 && in->rows != r->rows) ||
+        (in->columns > 1 && in->columns != r->columns)) return NAN;
+    return in->x[(long)(in->rows > 1 ? i : 0) * in->columns + (in->columns > 1 ? j : 0)];
 }
 
-// Numbers that a result may be multiplied by, or that may be added to it: the parts of the inputs
-// and of dout, and a case's sizes. NaN if there is none for an element of this shape.
-enum { ARRAYS = 3 * (MAX_INPUTS + 1), QUANTITIES = ARRAYS + 4 };
-static double quantity(const Case *c, const Result *r, int q, int i, int j, const char **name) {
-    static const char *const names[] = {"the length of a row", "the number of rows",
-                                        "the root of the length of a row", "A (or scale)"};
-    static const char *const part_names[] = {"h1", "h3", "the query", "the key", "the value"};
-    const double numbers_of[] = {c->C, c->T, sqrt(c->C), c->factor};
-    if (q >= ARRAYS) {
-        *name = names[q - ARRAYS];
-        return numbers_of[q - ARRAYS];
-    }
-    const Input *in = q / 3 < c->num_inputs ? &c->in[q / 3] : &c->dout;
-    int parts = in->columns / r->columns, part = q % 3;
-    if (!in->x || (q / 3 >= c->num_inputs && q / 3 < MAX_INPUTS) || part >= (parts ? parts : 1) ||
-        parts > 3 || (in->rows != 1 && in->rows != r->rows)) return NAN;
-    if (in->columns != 1 && in->columns != parts * r->columns) return NAN;
-    *name = parts > 1 ? part_names[part + 2 * (parts == 3)] : in->name;
-    long row = in->rows > 1 ? i : 0;
-    return in->x[row * in->columns + (in->columns > 1 ? part * r->columns + j : 0)];
+// The right number i of a result as it is written, or what is made of it.
+static double rewritten(const Case *c, const Result *r, const Hypothesis *h, const double *x, int i) {
+    int w = r->columns, row = i / w, start = r->pitch > w ? (int)r->offset : 0, how = h->writing;
+    const double *all = r->all + r->offset - start;
+    long p = (long)row * r->pitch + start + i % w;
+    const char *name;
+    double q = how < TIMES ? 0 : quantity(c, r, h->quantity, row, i % w, &name);
+    int back = how == SUMS_IN_ROW ? i % w > 0 : how == SUMS ? i > 0 : row > 0 ? w : 0;
+    if (how == WRITTEN_TRANSPOSED) return all[p % r->rows * r->pitch + p / r->rows];
+    if (how == PART_BY_PART)
+        return all[p / w % r->rows * r->pitch + p / ((long)w * r->rows) * w + p % w];
+    if (how < TIMES) return r->expected[i] + (back ? x[i - back] : 0);
+    double y = r->expected[i];
+    return how == TIMES ? y * q : how == OVER ? y / q : how == PLUS ? y + q : y - q;
 }
 
 // What the hypothesis predicts for r->got. NULL: nothing but what is right.
 static double *predict(Definition f, const Case *original, const Result *r, const Hypothesis *h) {
     Case c = *original;
     int plain = !h->mistake.name && !h->reading, n = r->rows * r->columns;
-    const char *name;
-    if (h->reading && !misread(&c, h->view, h->how) && !h->other_mode) return NULL;
+    if (h->reading && !misread(&c, h) && !h->other_mode) return NULL;
     if (c.rotates_dout && !plain) {
         c.in[0].x = c.dout.x;
         c.factor = -1;
@@ -461,49 +430,45 @@ static double *predict(Definition f, const Case *original, const Result *r, cons
                       : evaluate_result(f, &c, r, c.rotates_dout);
     chosen = no_mistake;
     for (int i = 0; i < n; i++) {
-        int row = i / r->columns, column = i % r->columns, o = h->operation;
-        double y = h->place ? written(&c, r, h->place, row, column) : x[i];
-        double q = o ? quantity(original, r, h->quantity, row, column, &name) : 0;
-        y = o == TIMES ? y * q : o == OVER ? y / q : o == PLUS ? y + q : o == MINUS ? y - q : y;
+        double y = h->writing ? rewritten(&c, r, h, x, i) : x[i];
         x[i] = h->factor * y + (kept_factor - 1) * r->old[i];
         if (h->other_mode) x[i] += !r->adds ? r->old[i] : y != 0 || r->rows == 1 ? -r->old[i] : 0;
     }
     return x;
 }
 
-// How well numbers explain a result: of the wrong elements, how many they explain, with how many
-// different numbers; of how many elements they say anything (NaN has been read from outside); and
-// whether they are right about those that are right.
-typedef struct {
-    int seen, different, sure, guessed, contradicted;
-} Evidence;
-
-static int explains(const Result *r, const double *x, Evidence *e) {
-    double last = NAN;
-    for (int i = 0; i < r->rows * r->columns; i++) {
-        double allowed = 5e-4 * (fabs(x[i]) + (r->columns * r->rows > 1 ? 0.5 * r->scale : 0));
-        if (isnan(r->expected[i])) continue;
-        double error = fabs(r->got[i] - x[i]);
-        int known = fabs(x[i]) < 1e30;  // that is, neither NaN nor larger than a float
-        int wrong = known && !(error <= allowed + 1e-7 * r->scale + 1e-6 * r->adds);
-        if (wrong && r->wrong[i]) return 0;
-        e->contradicted += wrong;
-        e->seen += r->wrong[i] && known == (isfinite(r->got[i]) != 0);
-        e->different += r->wrong[i] && known && !(fabs(x[i] - last) <= 2 * allowed);
-        e->guessed += r->wrong[i] && !known;
-        e->sure += known;
-        last = r->wrong[i] ? x[i] : last;
-    }
-    return 1;
-}
-
-// Where somebody looks for an explanation of result k in n cases. first: one that is wrong. partly:
-// the first text that explains what is wrong, but contradicts what is right.
+// Where an explanation is looked for: result k in n cases, of which `first` is wrong, and small
+// enough. partly: the first text that explains all that is wrong, but contradicts what is right.
 typedef struct {
     Definition f;
     int n, k, first;
     char partly[HINT];
 } Search;
+
+// What was found: wrong elements that are explained, with so many different numbers; elements of
+// which anything is said (NaN has been read from outside); right ones that should not be.
+typedef struct {
+    int seen, different, sure, guessed, contradicted;
+} Evidence;
+
+// Do the numbers x explain what is wrong in this result?
+static int explains(const Result *r, const double *x, Evidence *e) {
+    double last = NAN;
+    for (int i = 0; i < r->rows * r->columns; i++) {
+        double allowed = 5e-4 * (fabs(x[i]) + (r->columns * r->rows > 1 ? 0.5 * r->scale : 0));
+        if (isnan(r->expected[i])) continue;
+        int known = fabs(x[i]) < 1e30, wrong = r->wrong[i];  // neither NaN nor larger than a float
+        int good = fabs(r->got[i] - x[i]) <= allowed + 1e-7 * r->scale + 1e-6 * r->adds;
+        if (known && wrong && !good) return 0;
+        e->contradicted += known && !good;
+        e->seen += wrong && known == (isfinite(r->got[i]) != 0);
+        e->different += wrong && known && !(fabs(x[i] - last) <= 2 * allowed);
+        e->guessed += wrong && !known;
+        e->sure += known;
+        if (wrong) last = x[i];
+    }
+    return 1;
+}
 
 // Is this hypothesis true of the result in all cases? 2: yes; 1: where it is wrong. The fused layer
 // has a kernel for each place of the norm, of which the other may be right.
@@ -513,49 +478,44 @@ static int is_true(const Search *s, const Hypothesis *h) {
         const Case *c = &cases[(s->first + i) % s->n];
         const Result *r = &c->results[s->k];
         int other = c->norm_last != cases[s->first].norm_last;
-        if (c->large || (other && !r->num_wrong)) continue;
+        if (c->large || (!r->num_wrong && (other || e.contradicted))) continue;
         double *x = predict(s->f, c, r, h);
         int good = x ? explains(r, x, &e) : !r->num_wrong;
         free(x);
-        if (!good) return 0;
+        if (!good || (e.contradicted && *s->partly)) return 0;
     }
     if (!e.contradicted) return e.seen && e.sure ? 2 : 0;
     return e.different >= 4 && !e.guessed;
 }
 
-// Tries a hypothesis. Returns whether it is true; then `hint` says it, in the words of the format.
+// Tries a hypothesis. Returns whether all of it is true; then `hint` says it.
 static int holds(Search *s, const Hypothesis *h, char *hint, const char *format, const char *name,
                  const char *other) {
-    char text[HINT];
-    int truth = is_true(s, h);
+    char text[HINT / 2];
+    int truth = is_true(s, h), adds = cases[0].results[s->k].adds;
     snprintf(text, sizeof text, format, name, other);
-    if (h->other_mode && *text) strcat(text, "; and ");
-    if (h->other_mode) strcat(text, cases[0].results[s->k].adds ? "it is set (=); a parameter's "
-        "gradient must be added (+=) to what the array holds" : "it adds to what was there (+=); it "
-        "must write (=)");
-    if (truth == 2) strcpy(hint, text);
-    if (truth == 1 && !*s->partly) strcpy(s->partly, text);
+    snprintf(truth == 2 ? hint : s->partly, truth ? HINT / 2 : 0, "%s%s%s", text, h->other_mode && *text
+             ? "; and " : "", !h->other_mode ? "" : adds ? "it is set (=); a parameter's gradient must "
+             "be added (+=) to what the array holds" : "it adds to what was there (+=); it must write (=)");
     return truth == 2;
 }
 
 // Is it multiplied by the same number in all cases? Of a single number any factor would be true.
 static int explain_factor(Search *s, char *hint) {
-    static const struct { double factor; const char *name; } known[] = {
-        {-1, "it has the wrong sign"}, {0, "it is all zeros"}, {2, "it is twice what it must be"},
-        {0.5, "it is half of what it must be"}, {1.442695, "it is multiplied by log2(e): a "
-        "logarithm to the base 2 is not the natural one"}, {0.693147, "it is multiplied by ln(2): "
-        "a natural logarithm is needed"}};
+    static const struct { double x; const char *text; } known[] = {
+        {-1, "it has the wrong sign"}, {0, "it is all zeros"}, {1.442695, "it is multiplied by "
+        "log2(e): is a logarithm to base 2 where a natural one must be?"}, {0, NULL}};
     const Result *r = &cases[s->first].results[s->k];
-    int at = (int)((char *)memchr(r->wrong, 1, r->rows * r->columns) - r->wrong), num_wrong = 0;
+    int at = (int)((char *)memchr(r->wrong, 1, r->rows * r->columns) - r->wrong), num_wrong = 0, i = 0;
     Hypothesis h = nothing_wrong;
-    char number_text[60];
+    char text[60];
     h.factor = r->got[at] / r->expected[at];
-    for (int i = 0; i < s->n; i++) num_wrong += cases[i].results[s->k].num_wrong;
+    for (int k = 0; k < s->n; k++) num_wrong += cases[k].results[s->k].num_wrong;
     if (!isfinite(h.factor) || (h.factor == 0 && r->adds)) return 0;
-    for (int i = 0; i < 6; i++)
-        if (fabs(h.factor - known[i].factor) < 1e-3) return holds(s, &h, hint, known[i].name, "", "");
-    sprintf(number_text, "it is multiplied by %.4g", h.factor);
-    return num_wrong > 2 && holds(s, &h, hint, number_text, "", "");
+    while (known[i].text && !(fabs(h.factor - known[i].x) < 1e-3)) i++;
+    sprintf(text, "it is multiplied by %.4g", h.factor);
+    return (known[i].text || num_wrong > 2) &&
+           holds(s, &h, hint, known[i].text ? known[i].text : text, "", "");
 }
 
 // Does result k hold what it held before: where it is wrong (or, if not only_wrong, everywhere)?
@@ -582,18 +542,16 @@ static int explain_mistake(Search *s, char *hint) {
     return 0;
 }
 
-// Are the right numbers written in wrong places, or is something done with them?
-static int explain_result(Search *s, char *hint) {
+static int explain_writing(Search *s, char *hint) {
     Hypothesis h = nothing_wrong;
-    const Case *c = &cases[s->first];
-    for (h.place = 1; h.place < PLACES; h.place++)
-        if (holds(s, &h, hint, places[h.place], "", "")) return 1;
-    h.place = IN_PLACE;
-    for (h.quantity = 0; h.quantity < QUANTITIES; h.quantity++) {
-        const char *name;
-        if (isnan(quantity(c, &c->results[s->k], h.quantity, 0, 0, &name))) continue;
-        for (h.operation = TIMES; h.operation < OPERATIONS; h.operation++)
-            if (holds(s, &h, hint, operations[h.operation], name, "")) return 1;
+    const char *name = "";
+    const Result *r = &cases[s->first].results[s->k];
+    for (h.writing = 1; h.writing < WRITINGS; h.writing++) {
+        for (h.quantity = 0; h.quantity < (h.writing < TIMES ? 1 : QUANTITIES); h.quantity++) {
+            double x = quantity(&cases[s->first], r, h.quantity, 0, 0, &name);
+            if (h.writing >= TIMES && isnan(x)) continue;
+            if (holds(s, &h, hint, writings[h.writing], name, "")) return 1;
+        }
     }
     return 0;
 }
@@ -602,134 +560,118 @@ static int explain_reading(Search *s, char *hint) {
     Hypothesis h = nothing_wrong;
     for (h.view = -1; h.view < cases[0].num_inputs; h.view++) {
         const Input *in = view_of(&cases[0], h.view);
-        for (h.how = 0; h.how < READINGS + 1 + cases[0].num_inputs; h.how++) {
-            const Input *other = h.how < READINGS ? in : view_of(&cases[0], h.how - READINGS - 1);
-            h.reading = h.how < READINGS ? readings[h.how] : "%s is read in place of %s";
-            int possible = h.how >= NOT_READ && (h.how < ROW_AFTER || h.how >= READINGS);
-            if (input_size(in) == 1 && !possible) continue;  // of a number that is no array
-            if (holds(s, &h, hint, h.reading, other->name, in->name)) return 1;
+        for (h.how = input_size(in) > 1 ? 0 : NOT_READ; h.how <= READINGS; h.how++) {
+            int end = h.how < ALONG ? 2 : h.how < READINGS ? 1 : cases[0].num_inputs;
+            h.reading = readings[h.how];
+            for (h.axis = h.how < READINGS ? 0 : -1; h.axis < end; h.axis++) {
+                const char *other = h.how < READINGS ? in->name : view_of(&cases[0], h.axis)->name;
+                if (holds(s, &h, hint, h.reading, h.how < ALONG ? axes[h.axis] : other, in->name))
+                    return 1;
+            }
         }
     }
     return 0;
 }
 
-// Tries what is known to go wrong. Returns whether something explains the result: 2, in all cases;
-// 1, where it is wrong.
+// Tries what is known to go wrong. Returns 2 if something explains the result in all cases; 1, if
+// where it is wrong.
 static int explain(Search *s, char *hint) {
     const Result *r = &cases[0].results[s->k];
-    Hypothesis h = nothing_wrong;
+    Hypothesis h = nothing_wrong, only_last = {{NULL, SLIP}, "", -1, ONLY_LAST, 0, 0, 0, 1, 1};
+    if (is_untouched(s->n, s->k, 1)) return sprintf(hint, "%s is not written", r->name) > 0 ? 2 : 0;
+    while (s->first < s->n && (cases[s->first].large || !cases[s->first].results[s->k].num_wrong))
+        s->first++;
+    if (s->first == s->n) return 0;
     h.other_mode = 1;
     if (holds(s, &h, hint, "", "", "")) return 2;
-    int added = *s->partly;
+    char added[HINT];
+    strcpy(added, s->partly);
     if (explain_factor(s, hint)) return 2;
-    if (!added) *s->partly = 0;  // a number is the last that we tell
+    strcpy(s->partly, added);  // a number is the last that we tell
     h.factor = -1;
-    if (holds(s, &h, hint, "it has the wrong sign", "", "") || explain_mistake(s, hint)) return 2;
-    h = (Hypothesis){.reading = "", .view = -1, .how = ONLY_LAST, .factor = 1, .other_mode = 1};
-    if (r->adds && is_true(s, &h) == 2)  // of dout, in a loop
-        return sprintf(hint, "only the last row counts: = where += is needed") > 0 ? 2 : 0;
-    if (is_untouched(s->n, s->k, 1)) return sprintf(hint, "%s is not written", r->name) > 0 ? 2 : 0;
-    if (explain_result(s, hint) || explain_reading(s, hint)) return 2;
+    if (holds(s, &h, hint, "it has the wrong sign", "", "") || explain_mistake(s, hint) ||
+        (r->adds && holds(s, &only_last, hint, "only the last row counts", "", "")) ||
+        explain_writing(s, hint) || explain_reading(s, hint)) return 2;
     if (!*s->partly) explain_factor(s, hint);
     if (*s->partly) sprintf(hint, "where it is wrong, %s", s->partly);
     return *s->partly != 0;
 }
 
-// What is known of where a result is wrong, if nothing explains it. With a number m from `steps`
-// after the texts of the first kind.
-enum { AREAS = 20, STEPPED = 4 };
-static const char *const areas[AREAS + STEPPED] = {
-    "at the targets", "at all places but the targets", "in the first row",
-    "in all rows but the first", "in the last row", "in all rows but the last",
-    "in the first column", "in all columns but the first", "in the last column",
-    "in all columns but the last", "in columns with an odd number", "in columns with an even number",
-    "in the first half of the columns", "in the second half of the columns",
-    "in the first third of the columns (queries)", "in the second third of the columns (keys)",
-    "in the last third of the columns (values)", "in heads after the first",
-    "in sequences after the first", "in rows with an odd number",
-    "in the last C %% %d columns, a block that is not full", "from column %d on",
-    "in the last rows, behind a multiple of %d", "from row %d on"};
+// Areas of a result in which alone it may be wrong: along its rows or columns; or others.
+enum { NOT_FIRST, AT_FIRST, NOT_LAST, AT_LAST, ODD, EVEN, HALF_1, HALF_2, THIRD_1, THIRD_2, THIRD_3,
+       TAIL_8, TAIL_32, FROM_32, FROM_256, AREAS, TARGETS = 2 * AREAS, NO_TARGETS, HEADS, SEQUENCES,
+       ALL_AREAS };
+static const char *const areas[AREAS] = {
+    "all %ss but the first", "the first %s", "all %ss but the last", "the last %s",
+    "%ss with an odd number", "%ss with an even number", "the first half of the %ss",
+    "the second half of the %ss", "the first third of the %ss", "the second third of the %ss",
+    "the last third of the %ss", "%ss behind the last full 8", "%ss behind the last full 32",
+    "%ss from 32 on", "%ss from 256 on"}, *const other_areas[] = {
+    "the targets' places", "places other than the targets'", "heads after the first",
+    "sequences after the first"};
 
-static int is_in(int area, int m, const Case *c, const Result *r, int i, int j) {
-    int rows = r->rows, columns = r->columns, third = columns / 3;
-    int target = c->in[0].columns == columns ? c->tokens[i % c->T] : -1;
-    const int in[] = {
-        j == target, target >= 0 && j != target, i == 0, i > 0, i == rows - 1, i < rows - 1, j == 0,
-        j > 0, j == columns - 1, j < columns - 1, j % 2, j % 2 == 0, j < columns / 2,
-        j >= columns / 2, j < third, j >= third && j < 2 * third, j >= 2 * third,
-        c->NH > 1 && j % c->C >= c->C / c->NH, i >= rows / c->B, i % 2, j >= columns - columns % m,
-        j >= m, i >= rows - rows % m, i >= m};
-    return in[area];
+static int is_in(int area, const Case *c, const Result *r, int row, int column) {
+    int i = area % 2 ? column : row, n = area % 2 ? r->columns : r->rows, third = n / 3;
+    int target = c->in[0].columns == r->columns && column == c->tokens[row % c->T];
+    const int in[] = {i > 0, i == 0, i < n - 1, i == n - 1, i % 2, i % 2 == 0, i < n / 2, i >= n / 2,
+                      i < third, i >= third && i < 2 * third, i >= 2 * third, i >= n - n % 8,
+                      i >= n - n % 32, i >= 32, i >= 256},
+        other[] = {target, !target, c->NH > 1 && column % c->C >= c->C / c->NH, row >= r->rows / c->B};
+    return area < TARGETS ? in[area / 2] : other[area - TARGETS];
 }
 
-// Finds the smallest area that holds all wrong elements, in the cases in which there are some.
+// Names the smallest area that holds all wrong elements of the cases in which there are some.
 static void describe_area(char *text, int n, int k) {
-    static const int steps[] = {4, 8, 16, 24, 32, 64, 128, 256};
     double best = 0.4;
-    for (int a = 0; a < AREAS + 8 * STEPPED; a++) {
-        int area = a < AREAS ? a : AREAS + (a - AREAS) / 8, m = steps[a < AREAS ? 0 : (a - AREAS) % 8];
-        int inside = 0, outside = 0, wrong = 0, good = 1;
-        for (int i = 0; i < n && good; i++) {
+    char name[100];
+    for (int area = 0; area < ALL_AREAS; area++) {
+        int inside = 0, outside = 0, wrong = 0, missed = 0;
+        for (int i = 0; i < n && !missed; i++) {
             const Result *r = &cases[i].results[k];
-            for (int at = 0; at < r->rows * r->columns && r->num_wrong && good; at++) {
-                int in = is_in(area, m, &cases[i], r, at / r->columns, at % r->columns);
-                good = in || !r->wrong[at];
+            for (int at = 0; at < r->rows * r->columns && r->num_wrong && !missed; at++) {
+                int in = is_in(area, &cases[i], r, at / r->columns, at % r->columns);
+                missed += !in && r->wrong[at];
                 inside += in && !isnan(r->expected[at]);
                 outside += !in && !isnan(r->expected[at]);
                 wrong += in && r->wrong[at];
             }
         }
-        if (!good || outside < 3 || wrong < best * inside) continue;
+        if (missed || outside < 3 || wrong < best * inside) continue;
         best = 1e-9 + (double)wrong / inside;
-        strcpy(text, "it is wrong only ");
-        sprintf(text + strlen(text), areas[area], m);
-        strcat(text, "; ");
+        if (area < TARGETS) snprintf(name, sizeof name, areas[area / 2], axes[area % 2]);
+        else strcpy(name, other_areas[area - TARGETS]);
+        sprintf(text, "it is wrong only in %s; ", name);
     }
 }
 
-// Is the error, in each row, a number times something that we know: 1, what is expected, or one or
-// two of the inputs? Then a term, or a factor, of the row is wrong.
-static int is_multiple(const Case *c, const Result *r, int p, int q, const char **of, const char **by) {
-    int seen = 0;
+// Is the error of each row a number times q: a quantity, or (-1) what is expected?
+static int is_multiple(const Case *c, const Result *r, int q, const char **name) {
+    int rows = 0, n = r->columns;
     for (int i = 0; i < r->rows; i++) {
-        double up = 0, down = 0, most = 0, worst = 0;
-        for (int pass = 0; pass < 2; pass++) {
-            for (int j = 0; j < r->columns; j++) {
-                int at = i * r->columns + j;
-                double error = r->got[at] - r->expected[at], x = 1;
-                if (p == QUANTITIES) x = r->expected[at];
-                else if (p >= 0) x = quantity(c, r, p, i, j, of);
-                if (q >= 0) x *= quantity(c, r, q, i, j, by);
-                if (pass) worst = fmax(worst, fabs(error - up / down * x));
-                up += pass ? 0 : error * x;
-                down += pass ? 0 : x * x;
-                most = fmax(most, fabs(error));
-            }
+        double up = 0, down = 0, most = 0, factor = 0;
+        for (int j = 0; j < 2 * n; j++) {
+            double y = r->expected[i * n + j % n], error = r->got[i * n + j % n] - y;
+            double x = q < 0 ? y : quantity(c, r, q, i, j % n, name);
+            if (j == n) factor = up / down;
+            if (j >= n && most > 1e-3 * r->scale && !(fabs(error - factor * x) < 2e-3 * most)) return 0;
+            up += error * x;
+            down += x * x;
+            most = fmax(most, fabs(error));
         }
-        if (most < 1e-3 * r->scale) continue;
-        if (!(worst < 2e-3 * most)) return 0;
-        seen++;
+        rows += most > 1e-3 * r->scale;
     }
-    return seen >= (r->rows > 1 ? 2 : 1);
+    return n > 3 && rows > 0;
 }
 
 static void describe_error(char *text, const Result *r, const Case *c) {
-    const char *of = "", *by = "";
-    if (r->columns < 4 || r->num_wrong < 4 || c->large) return;
-    if (is_multiple(c, r, QUANTITIES, -1, &of, &by)) {
-        strcpy(text, "each row is multiplied by a number, so one of its factors is wrong; ");
-        return;
-    }
-    if (is_multiple(c, r, -1, -1, &of, &by))
-        strcpy(text, "each row has the same number too much or too little everywhere: one that its "
-               "elements share, as a sum or a mean; ");
-    for (int p = 0; p < ARRAYS && !*text; p++) {
-        for (int q = -1; q < p && !*text; q++) {
-            if (is_multiple(c, r, p, q, &of, &by))
-                sprintf(text, "the error of each row is a number times %s%s%s, so look at the term "
-                        "with %s; ", of, q < 0 ? "" : " and ", q < 0 ? "" : by,
-                        q < 0 ? "it" : "them");
-        }
+    const char *name = "what is right";
+    for (int q = -1; q <= CONSTANT && !*text; q++) {
+        if (!is_multiple(c, r, q, &name)) continue;
+        if (q < 0) strcpy(text, "each row is multiplied by a number: one of its factors is wrong; ");
+        else if (q == CONSTANT) strcpy(text, "the error is the same in a whole row: a term that its "
+                                       "elements share, as a sum or a mean, is wrong; ");
+        else sprintf(text, "the error is, in each row, a number times %s: look at the term with it; ",
+                     name);
     }
 }
 
@@ -741,25 +683,24 @@ static void print_index(char *text, const Result *r, int at) {
     else sprintf(text, "[%d][%d]", row, column);
 }
 
-// Do wrong elements hold the numbers that belong in other places? Says so of the first one.
-static void find_elsewhere(char *text, const Result *r, const Case *c) {
-    int found = 0, n = r->rows * r->columns, at = -1, from = -1;
+// Do wrong elements hold what belongs in other places, if they were written? Names one.
+static void find_elsewhere(char *text, const Result *r) {
+    int found = 0, missing = 0, n = r->rows * r->columns, at = -1, from = -1;
     char here[60], there[60];
-    for (int i = 0; i < n && !c->large; i++) {
+    for (int i = 0; i < n && n < 3000; i++) {
         int k = 0;
         while (k < n && !(fabs(r->got[i] - r->expected[k]) <= 1e-5 * fabs(r->expected[k]))) k++;
-        if (!r->wrong[i] || k == n || r->expected[k] == 0) continue;
-        if (!found++ || k == from) {
-            found -= k == from && found > 1;  // one number in many places proves little
-            at = at < 0 ? i : at;
-            from = k;
-        }
+        if (!r->wrong[i] || r->got[i] == (r->adds ? 0 : r->old[i])) continue;
+        missing += k == n;
+        if (k == n || k == from || r->expected[k] == 0) continue;  // a number in many places
+        found++;                                                    // proves little
+        at = i;
+        from = k;
     }
-    if (found < 2 || 2 * found < r->num_wrong) return;
+    if (found < 2 || found < missing) return;
     print_index(here, r, at);
     print_index(there, r, from);
-    sprintf(text, "; numbers are in wrong places: %s%s holds what belongs in %s%s", r->name, here,
-            r->name, there);
+    sprintf(text, "; %s%s holds what belongs in %s, and so on", r->name, here, there);
 }
 
 // The first wrong element of a case, where the wrong ones are, and what they have in common.
@@ -786,47 +727,40 @@ static void describe_elements(char *text, const Result *r, const Case *c) {
     if (last_row - row + 1 < r->rows && !c->sampled)
         text += sprintf(text, ", rows %d to %d of %d", row, last_row, r->rows);
     text += sprintf(text, ")%s", kept ? "; the wrong elements hold what they held before" :
-                    zero ? "; the wrong elements are 0" :
-                    minus ? "; the wrong elements have the wrong sign" : !nans ? "" :
-                    "; NaN or infinity comes from what is read outside of an input, from an "
-                    "exponential that overflows, a negative root or log, or 0 / 0");
-    if (!kept && !nans) find_elsewhere(text, r, c);
+                    zero ? "; the wrong elements are 0" : minus ? "; the wrong elements have the wrong "
+                    "sign" : !nans ? "" : "; NaN or infinity comes from what is read outside of an "
+                    "input, from an exponential that overflows, a negative root or log, or 0 / 0");
+    if (!kept && !nans) find_elsewhere(text, r);
 }
 
 // Says in which cases something is wrong, if it is not so in all: what all of them have in common,
 // and no other has, which may be two things; or, at length, their names.
-enum { MODES = 12, FEATURES = 24 };  // only modes are combined: of sizes, two would be luck
-
-static int nobody_has(int mask, const int *masks, int n) {
-    while (n > 0 && (masks[n - 1] & mask) != mask) n--;
-    return n == 0;
-}
+enum { MODES = 11, FEATURES = 23 };  // only modes are combined: of sizes, two would be luck
+static const char *const features[FEATURES] = {
+    "output and input are the same array", "first is not 0", "stop_grad is 0", "stop_grad is 1",
+    "the gate's gradient, or the gates, are NULL", "the norm comes last", "the norm comes first",
+    "the activation is not silu", "the activation is silu", "A is 1",
+    "output and input are different arrays",
+    "rows are longer than 256 (is each sum one over the whole row, the whole block?)",
+    "sizes are large (look at what happens between blocks)",
+    "V is not a multiple of 8: rows are padded", "V is not a multiple of 4", "t is above 1",
+    "there are several heads", "there are several sequences", "there are several rows",
+    "there are several columns", "there are more than 32 columns",
+    "the length of a row is not a multiple of 4", "first is 0"};
 
 static int features_of(const Case *c) {
     const int has[FEATURES] = {
-        c->alias, c->first > 0, !c->stop_grad, c->stop_grad, c->no_gate, c->norm_last,
-        !c->norm_last, c->act > 0, c->act == 0, c->elementwise && c->in[1].name[0] == 'g' &&
-        c->in[1].x[0] < 0, c->factor == 1, !c->alias,
-        c->C > 256, c->large, c->stride > c->V, c->V % 4, c->adam.t > 1, c->NH > 1, c->B > 1,
-        c->T > 1, c->C > 1, c->C > 32, c->C % 4, !c->first};
+        c->alias, c->first > 0, !c->stop_grad, c->stop_grad, c->no_gate, c->norm_last, !c->norm_last,
+        c->act > 0, c->act == 0, c->factor == 1, !c->alias, c->C > 256 && c->T > 1, c->large,
+        c->stride > c->V, c->V % 4, c->adam.t > 1, c->NH > 1, c->B > 1, c->T > 1, c->C > 1,
+        c->C > 32, c->C % 4, !c->first};
     int mask = 0;
     for (int k = 0; k < FEATURES; k++) mask |= (has[k] != 0) << k;
     return mask;
 }
 
 static void describe_cases(char *text, int n, const char *bad, int at_length) {
-    const char *const features[FEATURES] = {
-        "output and input are the same array", "first is not 0", "stop_grad is 0",
-        "stop_grad is 1", backward ? "dgate is NULL" : "the gates are NULL", "the norm comes last",
-        "the norm comes first", "the activation is not silu", "the activation is silu",
-        "the gate is negative", "A is 1", "output and input are different arrays",
-        "rows are longer than 256 (is each sum one over the whole row, the whole block?)",
-        "sizes are large (look at what happens between blocks)",
-        "V is not a multiple of 8: rows are padded", "V is not a multiple of 4", "t is above 1",
-        "there are several heads", "there are several sequences", "there are several rows",
-        "there are several columns", "there are more than 32 columns",
-        "the length of a row is not a multiple of 4", "first is 0"};
-    int num_bad = 0, num_good = 0, named = 0, all = ~0, first = -1, second = -1, good[MAX_CASES];
+    int num_good = 0, num_bad = 0, named = 0, all = ~0, one = -1, other = -1, good[MAX_CASES];
     const char *special = cases[(char *)memchr(bad, 1, n) - bad].special;
     for (int i = 0; i < n; i++) {
         if (bad[i] == ABSENT) continue;
@@ -837,19 +771,15 @@ static void describe_cases(char *text, int n, const char *bad, int at_length) {
     }
     *text = 0;
     if (!num_good) return;
-    for (int a = 0; a < FEATURES && first < 0; a++) {
-        int luck = a >= 19 && num_good < 2;  // a single case
-        if (all >> a & 1 && !luck && nobody_has(1 << a, good, num_good)) first = second = a;
+    for (int i = 0; i < FEATURES + MODES * MODES && one < 0; i++) {
+        int a = i < FEATURES ? i : (i - FEATURES) / MODES, b = i < FEATURES ? i : (i - FEATURES) % MODES;
+        int mask = 1 << a | 1 << b, same = (all & mask) != mask || (b > 17 && num_good < 2);
+        for (int k = 0; k < num_good; k++) same |= (good[k] & mask) == mask;
+        if (!same) one = a, other = b;
     }
-    for (int pair = 0; pair < MODES * MODES && first < 0; pair++) {
-        int mask = 1 << pair / MODES | 1 << pair % MODES;
-        if ((all & mask) != mask || !nobody_has(mask, good, num_good)) continue;
-        first = pair / MODES;
-        second = pair % MODES;
-    }
-    if (special) sprintf(text, "only where %s: ", special);
-    else if (first >= 0) sprintf(text, "only where %s%s%s: ", features[first], second == first ? "" :
-                                 " and ", second == first ? "" : features[second]);
+    if (special || one >= 0)
+        sprintf(text, "only where %s%s%s: ", special ? special : features[one], special || one == other ?
+                "" : " and ", special || one == other ? "" : features[other]);
     else if (at_length) {
         int tells_right = num_bad > num_good;
         strcpy(text, tells_right ? "right in the cases: " : "wrong only in the cases: ");
@@ -1826,7 +1756,7 @@ static void report(int layer, int n, int k) {
     if (num_bad && is_untouched(n, k, 0)) strcpy(hint, "nothing is written");
     else if (num_bad) {
         int first = (int)((char *)memchr(bad, 1, n) - bad);
-        Search s = {layers[layer].f, n, k, first, ""};
+        Search s = {layers[layer].f, n, k, 0, ""};
         describe_cases(hint, n, bad, 0);
         int explained = explain(&s, hint + strlen(hint));
         if (explained) strcat(hint, "; ");
