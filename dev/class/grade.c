@@ -180,17 +180,17 @@ static void check_arrays(Case *c) {
 typedef void (*Definition)(number *out, number *const *in, const Case *c);
 
 // Mistakes that a definition knows. slip(): its text says what is wrong. factor() and term() mark a
-// part of a formula by its name: such a mark stands for all that can go wrong with any factor, or
-// any term.
-enum { SLIP, NO_FACTOR, SQUARED, DIVIDES, NEGATIVE, NO_TERM, TWICE, SUBTRACTED, KINDS };
-static const char *const kinds[KINDS] = {
+// part of a formula by its name, which stands for all that can go wrong with any factor, or term.
+// pick("right|other|...", x, y, ...) is x, or what somebody gets who takes y in its place.
+enum { SLIP, NO_FACTOR, SQUARED, DIVIDES, NEGATIVE, NO_TERM, TWICE, SUBTRACTED, PICKED };
+static const char *const kinds[PICKED] = {
     "%s", "the factor %s is missing", "the factor %s is there twice",
     "it is divided by the factor %s, not multiplied", "the sign of the factor %s is wrong",
     "the term %s is missing", "the term %s is there twice", "the sign of the term %s is wrong"};
 
 typedef struct {
     const char *name;  // or text
-    int kind;
+    int kind;          // PICKED + i: y is the one behind the i-th |
 } Mistake;
 
 enum { MAX_MISTAKES = 400 };
@@ -220,8 +220,23 @@ static number factor(const char *name, number x) {
 
 static number term(const char *name, number x) {
     if (is_chosen(name, NO_TERM)) return 0;
-    if (is_chosen(name, TWICE)) return 2 * x;
-    return is_chosen(name, SUBTRACTED) ? -x : x;
+    return is_chosen(name, TWICE) ? 2 * x : is_chosen(name, SUBTRACTED) ? -x : x;
+}
+
+static number picked(const char *names, const number *x) {
+    int i = 0, found = 0;
+    for (const char *p = names; *p; p++)
+        if (*p == '|' && is_chosen(names, PICKED + ++i)) found = i;
+    return x[found];
+}
+#define pick(names, ...) picked(names, (const number[]){__VA_ARGS__})
+
+static void tell_mistake(char *text, const Mistake *m) {
+    const char *p = m->name;
+    if (m->kind < PICKED) sprintf(text, kinds[m->kind], p);
+    if (m->kind < PICKED) return;
+    for (int i = PICKED; i < m->kind; i++) p = strchr(p, '|') + 1;
+    sprintf(text, "%.*s in place of %.*s", (int)strcspn(p, "|"), p, (int)strcspn(m->name, "|"), m->name);
 }
 
 // By what a mistake with the factor x multiplies.
@@ -531,12 +546,14 @@ static int is_untouched(int n, int k, int only_wrong) {
 // Is it one of the definition's mistakes? Those that have a text of their own come first.
 static int explain_mistake(Search *s, char *hint) {
     Hypothesis h = nothing_wrong;
+    char text[HINT / 2];
     for (int pass = 0; pass < 4; pass++) {
         for (int i = 0; i < num_mistakes; i++) {
             h.mistake = mistakes[i];
             h.other_mode = pass > 1;
-            if ((h.mistake.kind == SLIP) == pass % 2) continue;
-            if (holds(s, &h, hint, kinds[h.mistake.kind], h.mistake.name, "")) return 1;
+            if ((h.mistake.kind == SLIP || h.mistake.kind >= PICKED) == pass % 2) continue;
+            tell_mistake(text, &h.mistake);
+            if (holds(s, &h, hint, "%s", text, "")) return 1;
         }
     }
     return 0;
@@ -803,36 +820,31 @@ static number activation(number g, int act) {
 }
 
 static void gpas(number *out, number *const *in, const Case *c) {
-    int stop = c->stop_grad, own = 1, alias = c->alias && !stop;
-    int act = slip("the activation is always SiLU: `activation` is not used") ? SILU : c->act;
-    number g = hold(in[1][0]), a = activation(g, act), of_g = 1;  // of_g: multiplies dgate
-    number slope = cimag(activation(g + I * 1e-30, act)) * 1e30;
-    if (forward_slip("a'(g) is used; it must be a(g)")) a = slope;
-    if (backward_slip("a(g) is used in place of a'(g) in dgate")) slope = a;
-    if (slip("a(g) is missing (the gate is used as it is)")) a = g;
+    int act = pick("`activation`|always SiLU", c->act, SILU), own = 1;
+    number g = hold(in[1][0]), a0 = activation(g, act), of_g = 1;  // of_g: multiplies dgate
+    number slope0 = cimag(activation(g + I * 1e-30, act)) * 1e30, slope = slope0, a = a0;
+    if (!backward) a = pick("a(g)|a'(g)|g", a0, slope0, g);
+    else slope = pick("a'(g), in dgate,|a(g)", slope0, a0);
     number scale = factor("1 - a(g)", 1 - term("a(g)", a));
     if (forward_slip("this is a(g) x; it must be x - a(g) x")) scale = a;
-    if (backward_slip("it is scaled by 1 - a(g): with the stop-gradient (stop_grad 1) it must be "
-                      "dout itself, because sg(x) is a constant to the derivative")) stop = 0;
-    if (backward_slip("with stop_grad 0, too, dinp is dout; there it must be (1 - a(g)) dout"))
-        stop = 1;
-    if (backward_slip("stop_grad is taken the wrong way round")) stop = !stop;
+    int stop = pick("stop_grad|1|its opposite", c->stop_grad, 1, !c->stop_grad);
+    if (backward_slip("it is scaled by 1 - a(g), but sg(x) is a constant: dinp must be dout"))
+        stop = 0;
     if (c->stop_grad && backward_slip("dinp is 0; sg(x) is a constant, but x itself still has "
                                       "derivative 1")) own = 0;
-    if (backward_slip("inp is multiplied by 1 - a(g) in dgate; it must not be")) of_g = scale;
     if (backward_slip("dout is read for dgate after dinp was written; the two may be the same "
-                      "array")) of_g = alias ? scale : 1;
+                      "array")) of_g = c->alias && !c->stop_grad ? scale : 1;
     if (backward_slip("the factor 1 - a(g) does not belong in dgate, even with stop_grad 0"))
         of_g = c->stop_grad ? 1 : scale;
     if (backward_slip("only where stop_grad is 1: dgate is not written; the stop-gradient is on x, "
                       "not on g, so dgate is needed in both cases")) of_g = !c->stop_grad;
-    if (backward_slip("it is the mean of x_i dy_i; it must be their sum")) of_g = 1.0 / c->C;
     if (backward_slip("what dgate held before is multiplied by -a'(g), too"))
         kept_factor = -creal(slope);
     of_g *= factor("a'(g)", slope) * (in[1][0] - g);
     for (int i = 0; i < c->C; i++) {
         number x = hold(in[0][i]), dx = own * (in[0][i] - x);
-        out[i] = scale * x + (stop ? dx : scale * dx) - of_g * factor("inp", x);
+        number in_dgate = pick("inp, in dgate,|the output", factor("inp in dgate", x), scale * x);
+        out[i] = scale * x + (stop ? dx : scale * dx) - of_g * in_dgate;
     }
 }
 
@@ -861,14 +873,15 @@ static void adjust_gpas(Case *c, int k) {
 static void residual(number *out, number *const *in, const Case *c) {
     number A = factor("A", c->factor);
     for (int i = 0; i < c->C; i++) {
-        number x = in[0][i], b = in[1][i];
-        out[i] = term("A shortcut", A * x) + term("branch", b);
-        if (forward_slip("A scales the branch; it must scale the shortcut")) out[i] = x + A * b;
-        if (forward_slip("A scales the branch too")) out[i] = A * (x + b);
+        number x = in[0][i], b = in[1][i], sum = term("A shortcut", A * x) + term("branch", b);
+        if (!backward)
+            sum = pick("A shortcut + branch|shortcut + A branch: A scales the branch|A (shortcut + "
+                       "branch)", sum, x + A * b, A * (x + b));
         if (forward_slip("out is written before shortcut is read: they may be the same array"))
-            out[i] = A * (c->alias ? b : x) + b;
+            sum = A * (c->alias ? b : x) + b;
         if (backward_slip("dout is added, the branch's gradient; it is the shortcut's alone"))
-            out[i] += x;
+            sum += x;
+        out[i] = sum;
     }
 }
 
@@ -889,19 +902,15 @@ static void embedding(number *out, number *const *in, const Case *c) {
             before += m < n && c->tokens[m] == c->tokens[n];
             later += m > n && c->tokens[m] == c->tokens[n];
         }
-        int lost = backward_slip("of a token's several places only the last one counts") && later;
-        lost |= backward_slip("of a token's several places only the first one counts") && before;
-        int mean = backward_slip("it is the mean over a token's places; it must be their sum");
+        double share = pick("all of a token's places|the last one alone|the first one alone|their "
+                            "mean", 1, !later, !before, 1.0 / (1 + before + later));
         for (int i = n * C; i < n * C + C; i++) {
-            int v = c->tokens[n];
-            if (slip("row n of the table in place of row tokens[n]")) v = n % V;
-            if (slip("element i belongs to row i / C, not i % N")) v = c->tokens[i % T];
-            if (slip("element i belongs to row i / C, not i / N")) v = i / T < T ? c->tokens[i / T] : V;
-            if (slip("the token after the right one is read")) v = n + 1 < T ? c->tokens[n + 1] : V;
-            if (slip("the token before the right one is read")) v = n > 0 ? c->tokens[n - 1] : V;
+            int next = n + 1 < T ? c->tokens[n + 1] : V, last = n > 0 ? c->tokens[n - 1] : V;
+            int v = pick("row tokens[n] of the table|row n|row tokens[i % N] for element i|row "
+                         "tokens[n + 1]|row tokens[n - 1]", c->tokens[n], n % V, c->tokens[i % T],
+                         next, last);
             number x = v < V ? in[0][v * C + i % C] : NAN;
-            if (mean) x /= 1 + before + later;
-            out[i] = scale * (lost ? hold(x) : x);
+            out[i] = scale * (backward ? share * x : x);
         }
     }
 }
@@ -916,31 +925,24 @@ static void adjust_embedding(Case *c, int k) {
 
 // ---- rmsnorm: in[0] x (N,C), in[1] the weight (C). After out (N,C) comes rstd (N).
 static number norm_r(const number *x, int n, int N, int C) {
-    int first = n, last = n, end = C;
-    double eps = variant ? 1e-5 : 1e-6;
-    number sum = 0, mean = 0, over = factor("1 / C", 1.0 / C);
-    if (slip("r of row 0 is used for every row")) first = last = 0;
-    if (slip("r of the row before is used")) first = last = n > 0 ? n - 1 : N;
-    if (slip("the sum of squares is not set to 0 for each row")) first = 0;
-    if (slip("the last channel is left out of the mean")) end--;
-    if (slip("one channel too many in the mean: c < C")) end++;
-    if (slip("the sum of squares is divided by N, not C")) over = 1.0 / N;
-    if (slip("eps is another one than in the comment")) eps = variant ? 1e-6 : 1e-5;
-    int no_square = slip("the square is missing in the mean of x^2");
+    int row = pick("r of row n|that of row 0|that of row n - 1", n, 0, n > 0 ? n - 1 : N);
+    int first = slip("the sum of squares is not set to 0 for each row") ? 0 : row;
+    int end = pick("all C channels in the mean|all but the last|one more", C, C - 1, C + 1);
+    double eps = pick("the eps of the comment|another one", variant ? 1e-5 : 1e-6,
+                      variant ? 1e-6 : 1e-5);
+    number sum = 0, mean = 0, over = pick("1 / C|1 / N", factor("1 / C", 1.0 / C), 1.0 / N);
     for (int i = 0; i < C && slip("the mean is subtracted, as in LayerNorm; RMSNorm does not"); i++)
         mean += x[n * C + i] / C;
-    for (int row = first; row <= last; row++) {
+    for (; first <= row; first++) {
         for (int i = 0; i < end; i++) {
-            number v = at_or_nan(x, (long)row * C + i, (size_t)N * C) - mean;
-            sum += no_square ? v : v * v;
+            number v = at_or_nan(x, (long)first * C + i, (size_t)N * C) - mean;
+            sum += pick("x^2|x", v * v, v);
         }
     }
-    number m = sum * over + term("eps", eps);
-    if (slip("eps belongs under the root")) return 1 / (csqrt(sum / C) + eps);
-    if (slip("the square root is missing in r = 1 / sqrt(...)")) return 1 / m;
-    if (slip("r is 1 / sqrt(...), not sqrt(...)")) return csqrt(m);
-    if (slip("this is the mean of the squares; r is 1 / sqrt(...)")) return m;
-    return creal(m) < 0 ? NAN : 1 / csqrt(m);
+    number m = sum * over + term("eps", eps), r = creal(m) < 0 ? NAN : 1 / csqrt(m);
+    return pick("r = 1 / sqrt(mean + eps)|1 / (sqrt(mean) + eps): eps belongs under the root,|1 / "
+                "(mean + eps), without the root,|sqrt(mean + eps)|mean + eps",
+                r, 1 / (csqrt(sum / C) + eps), 1 / m, csqrt(m), m);
 }
 
 // The slopes of a row y, as somebody gets them who makes a mistake in the backward pass. through:
@@ -957,9 +959,7 @@ static void norm_sloped(number *y, number *through, const number *x, const numbe
     }
     number d = *through * fault("r in the term through r", h);
     if (slip("1 / C is 0 in whole numbers: the term through r vanishes unless C is 1")) d *= C == 1;
-    if (slip("the mean of w dy is subtracted, as in LayerNorm; RMSNorm has no such term"))
-        moved /= C;
-    else moved = 0;
+    moved *= slip("the mean of w dy is subtracted, as in LayerNorm; RMSNorm has no such term") / (double)C;
     for (int i = 0; i < C; i++) {
         number a = hold(seen[i]), b = hold(w[i]), in_direct = factor("weight in the direct term", b);
         in_direct *= (x[i] - hold(x[i])) * factor("r in the direct term", h);
@@ -979,9 +979,9 @@ static void norm(number *out, number *rstd, const number *x, const number *seen,
     for (int n = N - 1; n >= 0; n--) {
         number r = rstd[n] = norm_r(x, n, N, C), *y = out + n * C;
         for (int i = 0; i < C; i++) {
-            number v = x[n * C + i], s = own ? 1 / csqrt(v * v / C + 1e-6) : r, u = w[i];
-            if (slip("it is multiplied by 1 + weight")) u += 1;
-            y[i] = factor("weight", u) * factor("inp", v) * factor("r", s);
+            number v = x[n * C + i], s = own ? 1 / csqrt(v * v / C + 1e-6) : r;
+            number u = pick("weight|1 + weight", factor("weight", w[i]), 1 + w[i]);
+            y[i] = u * factor("inp", v) * factor("r", s);
         }
         if (backward && (chosen.name || collecting))
             norm_sloped(y, &through, x + n * C, seen + n * C, w, r, C);
@@ -1003,20 +1003,18 @@ static void adjust_rmsnorm(Case *c, int k) {
 static void rope_pair(number *out, long first, long second, int j, int t, number *const *in,
                       const Case *c) {
     size_t n = c->out_size, size = input_size(&c->in[1]);
-    int hs = c->C / c->NH;
-    long row = (long)t * hs, cos_at = row + j, sin_at = cos_at + 1;
-    if (slip("all pairs are rotated by the angle of the first")) cos_at = row, sin_at = row + 1;
-    if (slip("a row of the table is hs long, not hs / 2")) cos_at -= row / 2, sin_at -= row / 2;
-    if (slip("the cosine is used in place of the sine")) sin_at = cos_at;
-    if (slip("the sine is used in place of the cosine")) cos_at = sin_at;
+    int hs = c->C / c->NH, k = j / 2;
+    long row = (long)t * pick("hs, a row of the table,|hs / 2", hs, hs / 2);
+    long cos_at = row + pick("table[j] for the cosine|table[0]|table[j + 1], the sine,|table[j / 2]",
+                             j, 0, j + 1, k);
+    long sin_at = row + pick("table[j + 1] for the sine|table[1]|table[j], the cosine,|table[j / 2 + 1]"
+                             "|table[hs / 2 + j / 2]", j + 1, 1, j, k + 1, hs / 2 + k);
     if (slip("a row of the table holds pairs (cos, sin); it is read as all cosines, then all sines"))
-        cos_at = row + j / 2, sin_at = cos_at + hs / 2;
-    if (slip("pair k is at 2 k of the table's row, not at k")) cos_at = row + j / 2, sin_at = cos_at + 1;
-    number cosine = at_or_nan(in[1], cos_at, size), sine = at_or_nan(in[1], sin_at, size), x = cosine;
-    int exchanged = slip("sine and cosine are exchanged; in the table the cosine comes first");
-    if (exchanged) cosine = sine;
-    if (exchanged) sine = x;
-    sine *= c->factor;
+        cos_at = row + k, sin_at = row + hs / 2 + k;
+    if (slip("sine and cosine are exchanged; in the table the cosine comes first"))
+        cos_at = row + j + 1, sin_at = row + j;
+    if (slip("all pairs are rotated by the angle of the first")) cos_at = row, sin_at = row + 1;
+    number cosine = at_or_nan(in[1], cos_at, size), sine = at_or_nan(in[1], sin_at, size) * c->factor;
     if (backward_slip("it is rotated the same way as in the forward pass")) sine /= c->factor;
     if (forward_slip("it is rotated the wrong way: the sign of the sine")) sine = -sine;
     long read = second + slip("the second of the pair is read one place too far");
@@ -1030,28 +1028,23 @@ static void rope_pair(number *out, long first, long second, int j, int t, number
 
 // In place, as the layer does it: so a pair that is read too late is what has been made of it.
 static void rope(number *out, number *const *in, const Case *c) {
-    int C = c->C, hs = C / c->NH, begin = 0, end = 2 * C, next = 2;
-    int step = slip("a row of qkv is 3 C long, not C") ? C : 3 * C;
-    if (slip("only the queries are rotated; the keys are too")) end = C;
-    if (slip("only the keys are rotated; the queries are too")) begin = C;
-    if (slip("the values are rotated too; only queries and keys are")) end = 3 * C;
-    if (slip("every second pair is left out: j += 2 is to the next pair")) next = 4;
+    int C = c->C, B = c->B, T = c->T, hs = C / c->NH;
+    int step = pick("3 C, the length of a row of qkv,|C|2 C", 3 * C, C, 2 * C);
+    int begin = slip("only the keys are rotated; the queries are too") ? C : 0;
+    int end = pick("queries and keys|queries alone|queries, keys and values", 2 * C, C, 3 * C);
+    int next = pick("j += 2, to the next pair,|j += 4|j += 1", 2, 4, 1);
     int halves = slip("channel j is paired with j + hs/2, not with the next");
     int through = slip("the table's columns continue from head to head; each head begins with 0");
-    int one_head = slip("only the first head is rotated");
+    int heads = pick("all heads|the first head alone", hs, C);
     for (size_t i = 0; i < c->out_size; i++) out[i] = in[0][i];
-    for (int n = 0; n < c->B * c->T; n++) {
-        int t = n % c->T;
-        if (slip("the position is the row n; in each sequence it begins anew: n % T")) t = n;
-        if (slip("the position is n % T, not n / T, which counts the sequences")) t = n / c->T;
-        if (slip("the position is n % T, not n / B: qkv is (B,T,3C)")) t = n / c->B;
-        if (slip("the position is n % T, not n % B")) t = n % c->B;
-        if (slip("the angles of position t + 1: off by one")) t++;
-        if (slip("the angles of position t - 1: off by one")) t--;
-        for (int head = begin; head < end; head += one_head ? C : hs) {
+    for (int n = 0; n < B * T; n++) {
+        int t = pick("n % T, the position,|n|n / T, which counts the sequences,|n / B|n % B|n % T + 1|"
+                     "n % T - 1", n % T, n, n / T, n / B, n % B, n % T + 1, n % T - 1);
+        for (int head = begin; head < end; head += heads) {
             for (int j = 0; j < hs; j += next) {
-                long at = (long)n * step + head + (halves ? j / 2 : j);
-                rope_pair(out, at, at + (halves ? hs / 2 : 1), through ? head % C + j : j, t, in, c);
+                long at = (long)n * step + head + (halves ? j / 2 : j), to = halves ? hs / 2 : 1;
+                if (at + to < (long)c->out_size)
+                    rope_pair(out, at, at + to, through ? head % C + j : j, t, in, c);
             }
         }
     }
@@ -1071,47 +1064,43 @@ static void adjust_rope(Case *c, int k) {
 // ---- swiglu: in[0] (N,2H), a row holds h1, then h3; in the code here they are a and b. The
 // variant has sigmoid(1.702 h1), which is close to GELU.
 static number swiglu_element(number a, number b) {
-    double inside = variant ? 1.702 : 1;
-    if (slip("the sigmoid is that of another multiple of h1")) inside = variant ? 1 : 1.702;
-    number s = logistic(inside * a);
-    if (slip("the sign inside of the sigmoid is wrong")) s = logistic(-inside * a);
-    if (slip("the sigmoid is that of h3; it must be that of h1")) s = logistic(inside * b);
-    if (forward_slip("the sigmoid is that of the product h1 h3; it must be that of h1 alone"))
-        s = logistic(inside * a * b);
-    if (forward_slip("tanh is used in place of the sigmoid")) s = ctanh(inside * a);
-    if (forward_slip("1 + is missing in the sigmoid, 1 / (1 + e^-x)")) s = cexp(inside * a);
-    if (forward_slip("ReLU is used in place of SiLU")) s = creal(a) > 0;
-    if (!backward) return factor("h1", a) * factor("sigmoid(h1)", s) * factor("h3", b);
+    double k = pick("the sigmoid of the comment|that of another multiple of h1", variant ? 1.702 : 1,
+                    variant ? 1 : 1.702);
+    number s = pick("sigmoid(h1)|sigmoid(-h1)|sigmoid(h3)", logistic(k * a), logistic(-k * a),
+                    logistic(k * b));
+    if (!backward) {
+        s = pick("sigmoid(h1)|sigmoid(h1 h3)|tanh(h1)|e^h1: 1 + is missing in the sigmoid,|ReLU", s,
+                 logistic(k * a * b), ctanh(a), cexp(k * a), creal(a) > 0);
+        return factor("h1", a) * factor("sigmoid(h1)", s) * factor("h3", b);
+    }
     number h1 = hold(a), h3 = hold(b);
     s = hold(s);
-    number slope = inside * factor("sigmoid(h1) in the sigmoid's slope", s);
-    slope *= factor("1 - sigmoid(h1) in the sigmoid's slope", 1 - s);
-    if (slip("1 - s^2 is the slope of tanh; that of the sigmoid s is s (1 - s)")) slope = 1 - s * s;
+    number slope = factor("sigmoid(h1) in the sigmoid's slope", s);
+    slope *= k * factor("1 - sigmoid(h1) in the sigmoid's slope", 1 - s);
+    slope = pick("the slope of the sigmoid, s (1 - s),|1 - s^2, that of tanh,", slope, 1 - s * s);
     number first = term("through the factor h1 (silu(h1) is a product)", s);
     number second = term("through the sigmoid (silu(h1) is a product)",
                          slope * factor("h1 in the term through the sigmoid", h1));
     if (slip("1 - s multiplies both terms of silu's slope; it belongs to that through the sigmoid"))
         first *= 1 - s;
-    if (slip("silu(h1) is used in place of its slope")) first = h1 * s, second = 0;
-    number of_h3 = factor("h1 in dh3", h1) * factor("the sigmoid in dh3", s);
-    if (slip("h3 is used in place of h1 in dh3")) of_h3 = h3 * s;
-    if (slip("silu's slope is used in dh3; it is dout silu(h1)")) of_h3 = first + second;
-    number of_h1 = factor("h3 in dh1", h3);
-    if (slip("h1 is used in place of h3 in dh1")) of_h1 = h1;
-    return (first + second) * of_h1 * (a - h1) + of_h3 * (b - h3);
+    number silu = factor("h1 in dh3", h1) * factor("the sigmoid in dh3", s);
+    number of_h3 = pick("silu(h1), in dh3,|its slope|silu(h3)|h3 sigmoid(h1)", silu, first + second,
+                        h3 * logistic(k * h3), h3 * s);
+    number of_h1 = pick("silu's slope, in dh1,|silu(h1)", first + second, h1 * s);
+    of_h1 *= pick("h3, in dh1,|h1", factor("h3 in dh1", h3), h1);
+    return of_h1 * (a - h1) + of_h3 * (b - h3);
 }
 
 static void swiglu(number *out, number *const *in, const Case *c) {
     int H = c->C;
     for (int i = 0; i < c->T * H; i++) {
         int n = i / H, j = i % H;
-        const number *row = in[0] + n * (slip("a row of inp is 2 H long, not H") ? H : 2 * H);
-        number a = row[j], b = row[H + j];
-        if (slip("h3 begins H places after h1, not 1")) b = row[j + 1];
+        const number *row = in[0] + n * (int)creal(pick("2 H, the length of a row of inp,|H", 2 * H, H));
+        number a = row[j];
+        number b = pick("h3 from H on|from 1 on|behind all rows of h1", row[H + j], row[j + 1],
+                        in[0][c->T * H + i]);
         if (slip("h1 and h3 alternate; a row holds all of h1, then all of h3"))
             a = row[2 * j], b = row[2 * j + 1];
-        if (slip("h3 is read behind all rows of h1; each row holds its own"))
-            a = in[0][i], b = in[0][c->T * H + i];
         out[i] = swiglu_element(a, b);
     }
 }
@@ -1139,13 +1128,12 @@ static void matmul(number *out, number *const *in, const Case *c) {
 static const number *head_of(number *const *in, const Case *c, int b, int t, int part, int h) {
     int C = c->C, T = c->T, hs = C / c->NH, begin = part * C + h * hs;
     if (slip("all heads use what belongs to the first head")) begin = part * C;
-    if (part && slip("all queries use the keys and values of the first head")) begin = part * C;
+    if (part && slip("all heads use the keys and values of the first head")) begin = part * C;
     if (slip("all sequences use what belongs to the first one")) b = 0;
-    if (part && slip("all queries use the keys and values of the first sequence")) b = 0;
-    if (part == 0 && slip("keys are used as queries")) begin += C;
-    if (part == 1 && slip("queries are used as keys")) begin -= C;
-    if (part == 1 && slip("values are used as keys")) begin += C;
-    if (part == 2 && slip("keys are used as values")) begin -= C;
+    if (part && slip("all sequences use the keys and values of the first one")) b = 0;
+    if (part == 0) begin += pick("queries|keys", 0, C);
+    if (part == 1) begin += pick("keys|queries|values", 0, -C, C);
+    if (part == 2) begin += pick("values|keys", 0, -C);
     if (slip("a row of qkv holds all queries, all keys, all values")) begin = (3 * h + part) * hs;
     if (c->first && slip("sequence b begins at row b T of qkv, not b (T - first)")) T -= c->first;
     return in[0] + (size_t)(b * T + t) * 3 * C + begin;
@@ -1164,24 +1152,20 @@ static number score(number *const *in, const Case *c, int b, int h, int t, int s
         if (backward_slip("dk is made of the keys; it is dS^T Q")) of_k = k[i];
         sum += hold(q[i] * k[i]) + I * (creal(of_q) * cimag(q[i]) + creal(of_k) * cimag(k[i]));
     }
-    if (slip("the scores are scaled by 1 / hs")) scale = 1.0 / hs;
-    if (slip("the scores are scaled by 1 / sqrt(hs)")) scale = 1 / sqrt(hs);
-    if (slip("the scores are scaled by 1 / sqrt(C), not by that of a head")) scale = 1 / sqrt(c->C);
+    scale = pick("the scale of the scores|1 / hs|1 / sqrt(hs)|1 / sqrt(C)", scale, 1.0 / hs,
+                 1 / sqrt(hs), 1 / sqrt(c->C));
     if (backward) slope = factor("scale, in dq and dk,", slope);
     return backward ? scale * hold(sum) + slope * (sum - hold(sum)) : scale * sum;
 }
 
 static int sees(const Case *c, int t, int s) {
+    int first = c->first;
     if (slip("the causal mask is missing: a query sees later keys (future tokens)")) return 1;
-    if (slip("the mask is off by one: a query sees the key after it (a future token)"))
-        return s <= t + 1;
-    if (slip("the mask is off by one: a query must see the key at its own position")) return s < t;
-    if (slip("the mask is the wrong way round: a query sees the keys up to it")) return s >= t;
-    if (c->first && slip("first is missing in the mask: row i sees all keys s <= first + i"))
-        return s <= t - c->first;
-    if (c->first && slip("the keys before position first are left out; every query sees them"))
-        return s >= c->first && s <= t;
-    return s <= t;
+    if (first && slip("first is missing in the mask: row i sees all keys s <= first + i"))
+        return s <= t - first;
+    return pick("s <= t, what a query sees,|s <= t + 1, the key after it, too,|s < t, not that at its "
+                "own position,|s >= t|s >= first", s <= t, s <= t + 1, s < t, s >= t,
+                s >= first && s <= t);
 }
 
 // Computes the weights P of a row. Returns lse.
@@ -1200,8 +1184,7 @@ static number softmax_row(number *P, number *const *in, const Case *c, int b, in
         if (!sees(c, t, s) && !zero) P[s] = 0;
     }
     lse = term("of the largest score in lse", m) + term("log(sum) in lse", clog(sum));
-    if (forward_slip("lse = m + log(sum): the log is missing")) lse = m + sum;
-    if (forward_slip("lse is the sum of the exponentials; it must be m + log(sum)")) lse = sum;
+    if (!backward) lse = pick("lse = m + log(sum)|m + sum|sum|m", lse, m + sum, sum, m);
     sum = factor("1 / sum of the softmax", 1 / sum);
     for (int s = 0; s < c->T; s++) P[s] *= sum;
     return lse;
@@ -1209,20 +1192,19 @@ static number softmax_row(number *P, number *const *in, const Case *c, int b, in
 
 // P as it is computed from the right lse, sloped as by who makes a mistake in its gradient. total:
 // the slope of the sum over the row, of which a sum that is not set to 0 keeps that of rows behind.
-static void softmax_sloped(number *P, number *total, number *const *in, const Case *c, int b, int h,
-                           int t) {
+static void softmax_sloped(number *P, number *total, number *const *in, const Case *c, int b,
+                           int h, int t) {
     number lse = 0, sum = 0, right = 0, *S = room(c->T, sizeof *S);
     int no_P = slip("the factor P is missing in dS");
     int inside = slip("in dS, P must multiply the sum over the row, too (parentheses)");
-    int at = ((b * c->NH) + h) * c->T + t, T = c->T, NH = c->NH;
-    if (slip("the index of lse (B,NH,T) lacks the sequence")) at = h * T + t;
-    if (slip("the index of lse (B,NH,T) lacks the head")) at = b * T + t;
-    if (slip("lse is read as (B,T,NH); it is (B,NH,T)")) at = (b * T + t) * NH + h;
-    if (slip("lse of the first row is used for every row")) at = 0;
+    int T = c->T, NH = c->NH, at = (b * NH + h) * T + t;
+    at = pick("lse at (b NH + h) T + t|at h T + t|at b T + t|at (b T + t) NH + h|at t|at 0", at,
+              h * T + t, b * T + t, (b * T + t) * NH + h, t, 0);
     Mistake made = chosen;
     for (int s = 0; s < T; s++) S[s] = score(in, c, b, h, t, s);
     chosen = no_mistake;
-    for (int s = 0; s <= at % T; s++) lse += cexp(hold(score(in, c, at / T / NH, at / T % NH, at % T, s)));
+    for (int s = 0; s <= at % T; s++)
+        lse += cexp(hold(score(in, c, at / T / NH, at / T % NH, at % T, s)));
     for (int s = 0; s <= t; s++) right += cexp(hold(score(in, c, b, h, t, s)));
     for (int s = 0; s < T; s++) P[s] = s <= t ? hold(cexp(score(in, c, b, h, t, s)) / right) : 0;
     chosen = made;
@@ -1285,38 +1267,33 @@ static void adjust_attention(Case *c, int k) {
 
 // ---- crossentropy: in[0] the logits (N,stride), of which V are read. After losses (N) comes lse.
 static number cross_lse(const number *x, long rest, const Case *c) {
-    int begin = slip("the first logit is left out"), end = c->V;
-    if (slip("the last logit is left out")) end--;
-    if (c->stride > c->V && slip("the padding, logits from V on, is in the sum")) end += -end & 3;
+    int begin = slip("the first logit is left out"), padding = c->stride > c->V ? -c->V & 3 : 0;
+    int end = pick("all V logits|all but the last|V and the padding behind them", c->V, c->V - 1,
+                   c->V + padding);
     double m = creal(x[0]);
     number sum = 0;
     for (int v = 0; v < c->V; v++) m = fmax(m, creal(x[v]));
     for (int v = begin; v < end; v++) sum += cexp(at_or_nan(x, v, rest) - m);
-    if (slip("what is behind V counts as a logit of 0; it must be -infinity")) sum += (-end & 3) * exp(-m);
-    if (slip("the log is missing: lse = largest + log(sum)")) return m + sum;
-    if (slip("lse is the sum of the exponentials; it must be largest + log(sum)")) return sum;
-    return term("of the largest logit in lse", m) + term("log(sum) in lse", clog(sum));
+    if (slip("what is behind V counts as 0; it must be -infinity")) sum += padding * exp(-m);
+    number lse = term("of the largest logit in lse", m) + term("log(sum) in lse", clog(sum));
+    return pick("lse = largest + log(sum)|largest + sum|sum|largest", lse, m + sum, sum, m);
 }
 
 // What a mistake in the gradient adds to the slopes of the loss of row n. lse: that of the row.
 static number cross_sloped(const number *x, double lse, int n, const Case *c) {
     int everywhere = slip("scale is subtracted at every logit; it belongs to the target's alone");
-    int logit = slip("the logit itself is still in it: its place must be overwritten (=)");
     int early = slip("the target's logit is changed before the exponential reads it");
-    int no_lse = slip("lse is not subtracted in the exponential");
-    int replaced = slip("the target's softmax is overwritten; it must be reduced");
-    int no_exp = slip("the exponential is missing: the softmax is e^(logit - lse)");
     number s = c->factor, loss = 0;
     number at_p = fault("scale of the softmax", s), at_target = fault("scale at the target", s);
     for (int v = 0; v < c->V; v++) {
         int target = v == c->tokens[n];
-        double y = creal(x[v]), z = no_lse ? y : y - lse;
-        number p = no_exp ? z : exp(z);
-        if (early && target) p = exp(y - c->factor - lse) + 1;
-        if (replaced && target) p = 0;
-        number slope = p * at_p + (logit ? y / s : 0);
+        number y = hold(x[v]), p = exp(y - lse), at_y = p - (target && early) * (p - p * exp(-s) - 1);
+        p = pick("e^(logit - lse)|e^logit|logit - lse|logit", at_y, exp(y), y - lse, y);
+        if (target) p = pick("the target's softmax, reduced by 1,|-1 alone", p, 0);
+        number slope = p * at_p + pick("a gradient in its place (=)|a gradient that is added to the "
+                                       "logit", 0, y / s);
         if (target || everywhere) slope -= term("of the target", at_target);
-        loss += (slope - (exp(y - lse) - target)) * (x[v] - hold(x[v]));
+        loss += (slope - (exp(creal(x[v]) - lse) - target)) * (x[v] - hold(x[v]));
     }
     return loss;
 }
@@ -1325,12 +1302,9 @@ static void crossentropy(number *out, number *const *in, const Case *c) {
     int N = c->T, stride = c->stride;
     for (int n = 0; n < N; n++) {
         const number *x = in[0] + n * stride;
-        int target = c->tokens[n], row = n;
-        if (slip("the logit after the target's: off by one")) target++;
-        if (slip("the logit before the target's: off by one")) target--;
-        if (slip("the logit is that of the row's number, not of its target")) target = n;
-        if (slip("the target of row 0 is used for every row")) target = c->tokens[0];
-        if (slip("the target's logit is read from row 0 for every row")) row = 0;
+        int right = c->tokens[n], row = pick("row n|row 0, for the target's logit,", n, 0);
+        int target = pick("targets[n]|targets[n] + 1|targets[n] - 1|n|targets[0]", right, right + 1,
+                          right - 1, n, c->tokens[0]);
         number lse = cross_lse(x, (long)(N - n) * stride, c), of_row = lse;
         number logit = at_or_nan(in[0], target + row * stride, (size_t)N * stride);
         if (backward_slip("lse of row 0 is used for every row"))
@@ -1361,23 +1335,21 @@ static void adjust_crossentropy(Case *c, int k) {
 
 // ---- adamw: no derivative here. in: p, m, v, grad (n). After p come m, v, and the copy of p.
 static void adam_moments(number *m, number *v, number g, number unclipped, double b1, double b2) {
-    number keep_m = factor("beta1 of the old m", b1), keep_v = factor("beta2 of the old v", b2);
-    number to_m = factor("1 - beta1 of the gradient in m", 1 - b1);
-    number to_v = factor("1 - beta2 of the square in v", 1 - b2), of_v = g;
-    if (slip("the old m is multiplied by beta2; it is beta1")) keep_m = b2;
-    if (slip("the old v is multiplied by beta1; it is beta2")) keep_v = b1;
-    if (slip("the factor of the new gradient in m is 1 - beta1, not 1 - beta2")) to_m = 1 - b2;
-    if (slip("the factor of the new square in v is 1 - beta2, not 1 - beta1")) to_v = 1 - b1;
+    number keep_m = factor("beta1", b1), to_m = factor("1 - beta1", 1 - b1), of_v = g;
+    number keep_v = factor("beta2", b2), to_v = factor("1 - beta2", 1 - b2);
+    keep_m = pick("beta1, of the old m,|beta2|1 - beta1", keep_m, b2, 1 - b1);
+    keep_v = pick("beta2, of the old v,|beta1|1 - beta2", keep_v, b1, 1 - b2);
+    to_m = pick("1 - beta1, of the gradient in m,|1 - beta2|beta1", to_m, 1 - b2, b1);
+    to_v = pick("1 - beta2, of the square in v,|1 - beta1|beta2", to_v, 1 - b1, b2);
     if (slip("in m, beta1 and 1 - beta1 are exchanged")) keep_m = 1 - b1, to_m = b1;
     if (slip("in v, beta2 and 1 - beta2 are exchanged")) keep_v = 1 - b2, to_v = b2;
-    if (slip("v is made of the gradient before clipping")) of_v = unclipped;
-    if (slip("m is made of the gradient before clipping")) g = unclipped;
-    if (slip("v is made of m squared; it must be the gradient squared")) of_v = keep_m * *m + to_m * g;
-    number square = of_v * of_v;
-    if (slip("the square is missing: v is a mean of the gradient squared")) square = of_v;
-    if (slip("clip is not squared in v: the clipped gradient is")) square = of_v * unclipped;
-    *m = term("with the old m", keep_m * *m) + term("with the gradient in m", to_m * g);
+    g = pick("the clipped gradient in m|that before clipping", g, unclipped);
+    number new_m = term("with the old m", keep_m * *m) + term("with the gradient in m", to_m * g);
+    of_v = pick("the clipped gradient, in v,|that before clipping|m", of_v, unclipped, new_m);
+    number square = pick("the gradient squared, in v,|the gradient|clip times its square", of_v * of_v,
+                         of_v, of_v * unclipped);
     *v = term("with the old v", keep_v * *v) + term("with the square in v", to_v * square);
+    *m = new_m;
 }
 
 static void adam_element(number *p, number *m, number *v, number grad, const AdamWNumbers *a) {
@@ -1392,31 +1364,26 @@ static void adam_element(number *p, number *m, number *v, number grad, const Ada
     number g = grad * clip + (l2 ? decay * x : 0);
     int swapped = slip("beta1 and beta2 are exchanged");
     adam_moments(m, v, g, grad, swapped ? b2 : b1, swapped ? b1 : b2);
-    number mi = *m, vi = *v;
-    if (slip("p uses m as it was before the update")) mi = m0;
-    if (slip("p uses v as it was before the update")) vi = v0;
-    if (slip("p uses m and v as they were before the update")) mi = m0, vi = v0;
-    if (slip("the gradient is used in place of its running mean m")) mi = g;
-    if (slip("t in beta^t is off by one: t - 1")) t--;
-    if (slip("t in beta^t is off by one: t + 1")) t++;
-    number cm = 1 - pow(b1, t), cv = 1 - pow(b2, t), of_m = cm;
-    if (slip("it is beta^t, the power, not beta t")) cm = 1 - b1 * t, cv = 1 - b2 * t;
-    if (slip("beta1^t is off by one in t: t + 1")) cm = 1 - pow(b1, t + 1);
+    int both = slip("p uses m and v as they were before the update");
+    number mi = pick("the new m|the old m|the gradient", both ? m0 : *m, m0, g);
+    number vi = pick("the new v|the old v", both ? v0 : *v, v0);
+    t = pick("t in beta^t|t - 1|t + 1", t, t - 1, t + 1);
+    number right_m = 1 - cpow(b1, t), right_v = 1 - cpow(b2, t);
+    number cm = pick("1 - beta1^t|1 - beta2^t|1 - beta1 t|1 - beta1|1 - beta1^(t + 1)", right_m,
+                     right_v, 1 - b1 * t, 1 - b1, 1 - cpow(b1, t + 1));
+    number cv = pick("1 - beta2^t|1 - beta1^t|1 - beta2 t|1 - beta2", right_v, right_m, 1 - b2 * t,
+                     1 - b2);
     if (slip("m and v are used without their corrections 1 / (1 - beta^t)")) cm = cv = 1;
     if (slip("the corrections are 1 - beta, without the power t")) cm = 1 - b1, cv = 1 - b2;
-    if (slip("the correction of m is made with beta2; it is beta1")) cm = cv;
-    if (slip("the correction of v is made with beta1; it is beta2")) cv = of_m;
     number mhat = mi * factor("1 / (1 - beta1^t), the correction of m,", 1 / cm);
     number vhat = vi * factor("1 / (1 - beta2^t), the correction of v,", 1 / cv);
     if (slip("the corrected moments are stored; m and v keep the uncorrected ones"))
         *m = mhat, *v = vhat;
-    number root = csqrt(vhat) + eps, decayed = l2 ? 0 : decay * x, step = mhat / root;
-    if (slip("eps is under the root; it must be added to the root")) step = mhat / csqrt(vhat + eps);
-    if (slip("eps is added to v before its correction and root")) step = mhat / csqrt((vi + eps) / cv);
-    if (slip("the square root of vhat is missing")) step = mhat / (vhat + eps);
-    if (slip("the correction of v belongs under the root: sqrt(vhat)"))
-        step = mhat / (csqrt(vi) / cv + eps);
-    if (slip("the step is multiplied by sqrt(vhat) + eps; it must be divided")) step = mhat * root;
+    number root = csqrt(vhat) + eps, decayed = l2 ? 0 : decay * x;
+    root = pick("sqrt(vhat) + eps|sqrt(vhat + eps)|sqrt((v + eps) / (1 - beta2^t))|vhat + eps|sqrt(v) "
+                "/ (1 - beta2^t) + eps|1 / (sqrt(vhat) + eps)", root, csqrt(vhat + eps),
+                csqrt((vi + eps) / cv), vhat + eps, csqrt(vi) / cv + eps, 1 / root);
+    number step = mhat / root;
     step *= fault("lr of the step", lr);
     if (slip("the weight decay is that of p after the step")) decayed = decay * (x - lr * step);
     decayed *= fault("lr of the weight decay", lr);
