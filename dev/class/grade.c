@@ -34,9 +34,9 @@ written as hold(y) + slope * (x - hold(x)): the value y, with whatever slope.
 typedef double complex number;
 
 enum { SILU, IDENTITY, RELU, LEAKY_RELU, TANH };
-enum { GUARD = 1024, MAX_CASES = 24, MAX_RESULTS = 4, MAX_INPUTS = 4, HINT = 4000 };
+enum { GUARD = 1024, MAX_CASES = 24, MAX_RESULTS = 4, MAX_INPUTS = 4, HINT = 4000, MOST_TOLD = 1500 };
 enum { ARENA_BYTES = 256 << 20, MEGABYTES = 512, CPU_SECONDS = 4, WALL_SECONDS = 120 };
-enum { OUTPUT = -1, ABSENT = 2 };  // a Result that is no gradient; of a case: without the result
+enum { OUTPUT = -1 };  // of a Result that is no gradient
 
 // The arrays of a call: inputs, the output's gradient, outputs (in a backward pass those of the
 // right forward pass), gradients, and what belongs to one layer alone.
@@ -225,6 +225,7 @@ static number term(const char *name, number x) {
 
 static number picked(const char *names, const number *x) {
     int i = 0, found = 0;
+    if (!collecting && chosen.name != names) return x[0];
     for (const char *p = names; *p; p++)
         if (*p == '|' && is_chosen(names, PICKED + ++i)) found = i;
     return x[found];
@@ -236,7 +237,7 @@ static void tell_mistake(char *text, const Mistake *m) {
     if (m->kind < PICKED) sprintf(text, kinds[m->kind], p);
     if (m->kind < PICKED) return;
     for (int i = PICKED; i < m->kind; i++) p = strchr(p, '|') + 1;
-    sprintf(text, "%.*s in place of %.*s", (int)strcspn(p, "|"), p, (int)strcspn(m->name, "|"), m->name);
+    sprintf(text, "%.*s is used; it must be %.*s", (int)strcspn(p, "|"), p, (int)strcspn(m->name, "|"), m->name);
 }
 
 // By what a mistake with the factor x multiplies.
@@ -590,221 +591,62 @@ static int explain_reading(Search *s, char *hint) {
     return 0;
 }
 
-// Tries what is known to go wrong. Returns 2 if something explains the result in all cases; 1, if
-// where it is wrong.
-static int explain(Search *s, char *hint) {
+// Tries what is known to go wrong. Returns how much it explains: "all" cases, "partly", where it is
+// wrong, or "nothing".
+static const char *explain(Search *s, char *hint) {
     const Result *r = &cases[0].results[s->k];
     Hypothesis h = nothing_wrong, only_last = {{NULL, SLIP}, "", -1, ONLY_LAST, 0, 0, 0, 1, 1};
-    if (is_untouched(s->n, s->k, 1)) return sprintf(hint, "%s is not written", r->name) > 0 ? 2 : 0;
+    int untouched = is_untouched(s->n, s->k, 1);
     while (s->first < s->n && (cases[s->first].large || !cases[s->first].results[s->k].num_wrong))
         s->first++;
-    if (s->first == s->n) return 0;
-    h.other_mode = 1;
-    if (holds(s, &h, hint, "", "", "")) return 2;
-    char added[HINT];
-    strcpy(added, s->partly);
-    if (explain_factor(s, hint)) return 2;
-    strcpy(s->partly, added);  // a number is the last that we tell
-    h.factor = -1;
-    if (holds(s, &h, hint, "it has the wrong sign", "", "") || explain_mistake(s, hint) ||
-        (r->adds && holds(s, &only_last, hint, "only the last row counts", "", "")) ||
-        explain_writing(s, hint) || explain_reading(s, hint)) return 2;
-    if (!*s->partly) explain_factor(s, hint);
-    if (*s->partly) sprintf(hint, "where it is wrong, %s", s->partly);
-    return *s->partly != 0;
-}
-
-// Areas of a result in which alone it may be wrong: along its rows or columns; or others.
-enum { NOT_FIRST, AT_FIRST, NOT_LAST, AT_LAST, ODD, EVEN, HALF_1, HALF_2, THIRD_1, THIRD_2, THIRD_3,
-       TAIL_8, TAIL_32, FROM_32, FROM_256, AREAS, TARGETS = 2 * AREAS, NO_TARGETS, HEADS, SEQUENCES,
-       ALL_AREAS };
-static const char *const areas[AREAS] = {
-    "all %ss but the first", "the first %s", "all %ss but the last", "the last %s",
-    "%ss with an odd number", "%ss with an even number", "the first half of the %ss",
-    "the second half of the %ss", "the first third of the %ss", "the second third of the %ss",
-    "the last third of the %ss", "%ss behind the last full 8", "%ss behind the last full 32",
-    "%ss from 32 on", "%ss from 256 on"}, *const other_areas[] = {
-    "the targets' places", "places other than the targets'", "heads after the first",
-    "sequences after the first"};
-
-static int is_in(int area, const Case *c, const Result *r, int row, int column) {
-    int i = area % 2 ? column : row, n = area % 2 ? r->columns : r->rows, third = n / 3;
-    int target = c->in[0].columns == r->columns && column == c->tokens[row % c->T];
-    const int in[] = {i > 0, i == 0, i < n - 1, i == n - 1, i % 2, i % 2 == 0, i < n / 2, i >= n / 2,
-                      i < third, i >= third && i < 2 * third, i >= 2 * third, i >= n - n % 8,
-                      i >= n - n % 32, i >= 32, i >= 256},
-        other[] = {target, !target, c->NH > 1 && column % c->C >= c->C / c->NH, row >= r->rows / c->B};
-    return area < TARGETS ? in[area / 2] : other[area - TARGETS];
-}
-
-// Names the smallest area that holds all wrong elements of the cases in which there are some.
-static void describe_area(char *text, int n, int k) {
-    double best = 0.4;
-    char name[100];
-    for (int area = 0; area < ALL_AREAS; area++) {
-        int inside = 0, outside = 0, wrong = 0, missed = 0;
-        for (int i = 0; i < n && !missed; i++) {
-            const Result *r = &cases[i].results[k];
-            for (int at = 0; at < r->rows * r->columns && r->num_wrong && !missed; at++) {
-                int in = is_in(area, &cases[i], r, at / r->columns, at % r->columns);
-                missed += !in && r->wrong[at];
-                inside += in && !isnan(r->expected[at]);
-                outside += !in && !isnan(r->expected[at]);
-                wrong += in && r->wrong[at];
-            }
-        }
-        if (missed || outside < 3 || wrong < best * inside) continue;
-        best = 1e-9 + (double)wrong / inside;
-        if (area < TARGETS) snprintf(name, sizeof name, areas[area / 2], axes[area % 2]);
-        else strcpy(name, other_areas[area - TARGETS]);
-        sprintf(text, "it is wrong only in %s; ", name);
+    if (s->first < s->n) {
+        char added[HINT];
+        h.other_mode = 1;
+        if (holds(s, &h, hint, "", "", "")) return "all";
+        strcpy(added, s->partly);
+        if (explain_factor(s, hint)) return "all";
+        strcpy(s->partly, added);  // a number is the last that we tell
+        h.factor = -1;
+        if (holds(s, &h, hint, "it has the wrong sign", "", "") || explain_mistake(s, hint) ||
+            (r->adds && holds(s, &only_last, hint, "only the last row counts", "", "")) ||
+            (!untouched && (explain_writing(s, hint) || explain_reading(s, hint)))) return "all";
+        if (!*s->partly && !untouched) explain_factor(s, hint);
     }
+    if (untouched) sprintf(hint, "%s is not written", r->name);
+    else strcpy(hint, s->partly);
+    return untouched ? "all" : *hint ? "partly" : "nothing";
 }
 
-// Is the error of each row a number times q: a quantity, or (-1) what is expected?
-static int is_multiple(const Case *c, const Result *r, int q, const char **name) {
-    int rows = 0, n = r->columns;
-    for (int i = 0; i < r->rows; i++) {
-        double up = 0, down = 0, most = 0, factor = 0;
-        for (int j = 0; j < 2 * n; j++) {
-            double y = r->expected[i * n + j % n], error = r->got[i * n + j % n] - y;
-            double x = q < 0 ? y : quantity(c, r, q, i, j % n, name);
-            if (j == n) factor = up / down;
-            if (j >= n && most > 1e-3 * r->scale && !(fabs(error - factor * x) < 2e-3 * most)) return 0;
-            up += error * x;
-            down += x * x;
-            most = fmax(most, fabs(error));
-        }
-        rows += most > 1e-3 * r->scale;
-    }
-    return n > 3 && rows > 0;
+// Writes what feedback.py needs to say where result k is wrong: its elements in each case, but of
+// large ones only the first that is wrong; of the case `first` also their numbers, and the inputs.
+static void print_numbers(const char *name, const double *x, int n) {
+    printf("numbers\t%s\t", name);
+    for (int i = 0; i < n; i++) printf("%.9g ", x[i]);
+    puts("");
 }
 
-static void describe_error(char *text, const Result *r, const Case *c) {
-    const char *name = "what is right";
-    for (int q = -1; q <= CONSTANT && !*text; q++) {
-        if (!is_multiple(c, r, q, &name)) continue;
-        if (q < 0) strcpy(text, "each row is multiplied by a number: one of its factors is wrong; ");
-        else if (q == CONSTANT) strcpy(text, "the error is the same in a whole row: a term that its "
-                                       "elements share, as a sum or a mean, is wrong; ");
-        else sprintf(text, "the error is, in each row, a number times %s: look at the term with it; ",
-                     name);
-    }
-}
-
-// Writes the index of an element.
-static void print_index(char *text, const Result *r, int at) {
-    int row = at / r->columns, column = at % r->columns;
-    if (r->inner) sprintf(text, "[%d][%d][%d]", row / r->inner, row % r->inner, column);
-    else if (r->columns == 1 || r->rows == 1) sprintf(text, "[%d]", at);
-    else sprintf(text, "[%d][%d]", row, column);
-}
-
-// Do wrong elements hold what belongs in other places, if they were written? Names one.
-static void find_elsewhere(char *text, const Result *r) {
-    int found = 0, missing = 0, n = r->rows * r->columns, at = -1, from = -1;
-    char here[60], there[60];
-    for (int i = 0; i < n && n < 3000; i++) {
-        int k = 0;
-        while (k < n && !(fabs(r->got[i] - r->expected[k]) <= 1e-5 * fabs(r->expected[k]))) k++;
-        if (!r->wrong[i] || r->got[i] == (r->adds ? 0 : r->old[i])) continue;
-        missing += k == n;
-        if (k == n || k == from || r->expected[k] == 0) continue;  // a number in many places
-        found++;                                                    // proves little
-        at = i;
-        from = k;
-    }
-    if (found < 2 || found < missing) return;
-    print_index(here, r, at);
-    print_index(there, r, from);
-    sprintf(text, "; %s%s holds what belongs in %s, and so on", r->name, here, there);
-}
-
-// The first wrong element of a case, where the wrong ones are, and what they have in common.
-static void describe_elements(char *text, const Result *r, const Case *c) {
-    int first = -1, nans = 0, n = r->rows * r->columns, last = 0;
-    int kept = 1, minus = 1, zero = 1, known = 0;
-    char index[60];
-    for (int i = 0; i < n; i++) {
+static void print_facts(const Case *c, int k, int is_first) {
+    const Result *r = &c->results[k];
+    int n = r->rows * r->columns, known = 0, first = n, last = 0, small = n <= MOST_TOLD;
+    for (int i = n - 1; i >= 0; i--) {
         known += !isnan(r->expected[i]);
-        if (!r->wrong[i]) continue;
-        if (first < 0) first = i;
-        nans += !isfinite(r->got[i]);
-        kept &= r->got[i] == (r->adds ? 0 : r->old[i]);
-        zero &= r->got[i] == 0;
-        minus &= fabs(r->got[i] + r->expected[i]) < 1e-3 * fabs(r->expected[i]);
-        last = i;
+        if (r->wrong[i]) first = i;
+        if (r->wrong[i] && i > last) last = i;
     }
-    int row = first / r->columns, last_row = last / r->columns;
-    double old = r->adds ? r->old[first] : 0;
-    print_index(index, r, first);
-    text += sprintf(text, "%s%s is %.6g, should be %.6g (%s; %d of %d wrong", r->name, index,
-                    r->got[first] + old, r->expected[first] + old, c->name, r->num_wrong, known);
-    if (r->adds) text += sprintf(text, "; it held %.6g before", old);
-    if (last_row - row + 1 < r->rows && !c->sampled)
-        text += sprintf(text, ", rows %d to %d of %d", row, last_row, r->rows);
-    text += sprintf(text, ")%s", kept ? "; the wrong elements hold what they held before" :
-                    zero ? "; the wrong elements are 0" : minus ? "; the wrong elements have the wrong "
-                    "sign" : !nans ? "" : "; NaN or infinity comes from what is read outside of an "
-                    "input, from an exponential that overflows, a negative root or log, or 0 / 0");
-    if (!kept && !nans) find_elsewhere(text, r);
-}
-
-// Says in which cases something is wrong, if it is not so in all: what all of them have in common,
-// and no other has, which may be two things; or, at length, their names.
-enum { MODES = 11, FEATURES = 23 };  // only modes are combined: of sizes, two would be luck
-static const char *const features[FEATURES] = {
-    "output and input are the same array", "first is not 0", "stop_grad is 0", "stop_grad is 1",
-    "the gate's gradient, or the gates, are NULL", "the norm comes last", "the norm comes first",
-    "the activation is not silu", "the activation is silu", "A is 1",
-    "output and input are different arrays",
-    "rows are longer than 256 (is each sum one over the whole row, the whole block?)",
-    "sizes are large (look at what happens between blocks)",
-    "V is not a multiple of 8: rows are padded", "V is not a multiple of 4", "t is above 1",
-    "there are several heads", "there are several sequences", "there are several rows",
-    "there are several columns", "there are more than 32 columns",
-    "the length of a row is not a multiple of 4", "first is 0"};
-
-static int features_of(const Case *c) {
-    const int has[FEATURES] = {
-        c->alias, c->first > 0, !c->stop_grad, c->stop_grad, c->no_gate, c->norm_last, !c->norm_last,
-        c->act > 0, c->act == 0, c->factor == 1, !c->alias, c->C > 256 && c->T > 1, c->large,
-        c->stride > c->V, c->V % 4, c->adam.t > 1, c->NH > 1, c->B > 1, c->T > 1, c->C > 1,
-        c->C > 32, c->C % 4, !c->first};
-    int mask = 0;
-    for (int k = 0; k < FEATURES; k++) mask |= (has[k] != 0) << k;
-    return mask;
-}
-
-static void describe_cases(char *text, int n, const char *bad, int at_length) {
-    int num_good = 0, num_bad = 0, named = 0, all = ~0, one = -1, other = -1, good[MAX_CASES];
-    const char *special = cases[(char *)memchr(bad, 1, n) - bad].special;
-    for (int i = 0; i < n; i++) {
-        if (bad[i] == ABSENT) continue;
-        if (special && (cases[i].special == special) != bad[i]) special = NULL;
-        if (bad[i]) all &= features_of(&cases[i]);
-        else good[num_good++] = features_of(&cases[i]);
-        num_bad += bad[i];
-    }
-    *text = 0;
-    if (!num_good) return;
-    for (int i = 0; i < FEATURES + MODES * MODES && one < 0; i++) {
-        int a = i < FEATURES ? i : (i - FEATURES) / MODES, b = i < FEATURES ? i : (i - FEATURES) % MODES;
-        int mask = 1 << a | 1 << b, same = (all & mask) != mask || (b > 17 && num_good < 2);
-        for (int k = 0; k < num_good; k++) same |= (good[k] & mask) == mask;
-        if (!same) one = a, other = b;
-    }
-    if (special || one >= 0)
-        sprintf(text, "only where %s%s%s: ", special ? special : features[one], special || one == other ?
-                "" : " and ", special || one == other ? "" : features[other]);
-    else if (at_length) {
-        int tells_right = num_bad > num_good;
-        strcpy(text, tells_right ? "right in the cases: " : "wrong only in the cases: ");
-        for (int i = 0; i < n; i++) {
-            if (bad[i] == !tells_right && ++named <= 4)
-                sprintf(text + strlen(text), "%s\"%s\"", named > 1 ? "; " : "", cases[i].name);
-        }
-        strcat(text, named > 4 ? "; ...; " : "; ");
+    printf("wrong\t%d\t%d %d %d %d %d %d %d %d %d\t", (int)(c - cases), r->rows, r->columns, r->inner,
+           r->adds, c->sampled != NULL, r->num_wrong, known, first, last);
+    for (int i = 0; i < n && small; i++)
+        putchar(isnan(r->expected[i]) ? '-' : r->wrong[i] ? '1' : '0');
+    puts("");
+    if (!is_first) return;
+    int from = small ? 0 : first, count = small ? n : 1;
+    print_numbers("got", r->got + from, count);
+    print_numbers("expected", r->expected + from, count);
+    print_numbers("old", r->old + from, count);
+    for (int i = 0; i <= c->num_inputs && small; i++) {
+        const Input *in = i < c->num_inputs ? &c->in[i] : &c->dout;
+        int same = in->columns == r->columns && (in->rows == r->rows || in->rows == 1);
+        if (in->x && same) print_numbers(in->name, in->x, in->rows * in->columns);
     }
 }
 
@@ -1710,47 +1552,48 @@ static int is_right_alone(int layer, int i, int k) {
     return returned && !again.num_wrong;
 }
 
-// Writes the line of result k of n cases, and says what is wrong with it.
+// Writes the lines of result k of n cases, and what explains it.
 static void report(int layer, int n, int k) {
-    char hint[HINT] = "", bad[MAX_CASES];
+    char hint[HINT] = "", bad[MAX_CASES + 1] = "";
+    const char *kind = "nothing";
     const Result *r = &cases[0].results[k];
-    int num_bad = 0;
-    for (int i = 0; i < n; i++) {
+    int num_bad = 0, first = 0;
+    for (int i = n - 1; i >= 0; i--) {
         const Result *s = &cases[i].results[k];
-        bad[i] = s->points ? s->num_wrong > 0 : ABSENT;
-        num_bad += bad[i] == 1;
+        bad[i] = !s->points ? '-' : s->num_wrong > 0 ? '1' : '0';
+        num_bad += bad[i] == '1';
+        if (bad[i] == '1') first = i;
     }
-    if (num_bad && is_untouched(n, k, 0)) strcpy(hint, "nothing is written");
-    else if (num_bad) {
-        int first = (int)((char *)memchr(bad, 1, n) - bad);
+    if (num_bad && !is_untouched(n, k, 0)) {
         Search s = {layers[layer].f, n, k, 0, ""};
-        describe_cases(hint, n, bad, 0);
-        int explained = explain(&s, hint + strlen(hint));
-        if (explained) strcat(hint, "; ");
-        else if (first > 0 && is_right_alone(layer, first, k))
-            strcpy(hint, "right in the first call, not after another: is something static? ");
-        else {
-            describe_cases(hint, n, bad, 1);
-            describe_error(hint + strlen(hint), &cases[first].results[k], &cases[first]);
-        }
-        if (explained < 2) describe_area(hint + strlen(hint), n, k);
-        describe_elements(hint + strlen(hint), &cases[first].results[k], &cases[first]);
+        kind = explain(&s, hint);
+        if (!*hint && first > 0 && is_right_alone(layer, first, k)) kind = "static";
+        for (int i = 0; i < n; i++)
+            if (bad[i] == '1') print_facts(&cases[i], k, i == first);
     }
-    printf("result\t%s\t%d\t%d\t%s\n", r->name, r->points, num_bad ? 0 : r->points, hint);
+    printf("result\t%s\t%d\t%d\t%s\t%s\t%s\n", r->name, r->points, num_bad ? 0 : r->points, bad,
+           num_bad ? kind : "", hint);
 }
 
 // Complaints about memory cost all points, for then the process is no longer what it should be.
 static int report_complaints(int n) {
-    char bad[MAX_CASES], where[HINT];
+    char bad[MAX_CASES + 1] = "";
     for (int i = 0; i < n; i++) {
         check_arrays(&cases[i]);
-        bad[i] = *cases[i].complaint != 0;
+        bad[i] = *cases[i].complaint ? '1' : '0';
     }
-    char *first = memchr(bad, 1, n);
-    if (!first) return 0;
-    describe_cases(where, n, bad, 1);
-    printf("memory\t%s%s (%s)\n", where, cases[first - bad].complaint, cases[first - bad].name);
-    return 1;
+    const char *first = strchr(bad, '1');
+    if (first) printf("memory\t%s\t%s\t%s\n", bad, cases[first - bad].complaint, cases[first - bad].name);
+    return first != NULL;
+}
+
+// What distinguishes the cases, from which feedback.py says where something is wrong.
+static void print_case(const Case *c) {
+    printf("case\t%s\t%s\t%d %d %d %d %d %d %d %d %d %d %d %d %d %d %g\t", c->name, c->special ? c->special
+           : "", c->alias, c->first, c->stop_grad, c->no_gate, c->norm_last, c->act, c->large, c->stride,
+           c->V, c->adam.t, c->NH, c->B, c->T, c->C, c->factor);
+    for (int i = 0; i < c->T; i++) printf("%d ", c->tokens[i]);
+    puts("");
 }
 
 int main(int argc, char **argv) {
@@ -1773,6 +1616,7 @@ int main(int argc, char **argv) {
         if (!cases[i].large) free(evaluate(f, &cases[i], OUTPUT));
         collecting = 0;
     }
+    for (int i = 0; i < n; i++) print_case(&cases[i]);
     int returned = call_cases(layer, n), broken = report_complaints(returned);
     for (int i = 0; i < returned; i++) {
         for (int k = 0; k < cases[i].num_results; k++) compare(&cases[i].results[k], &cases[i], f);
@@ -1780,7 +1624,7 @@ int main(int argc, char **argv) {
     for (int k = 0; k < cases[0].num_results; k++) {
         const Result *r = &cases[0].results[k];
         if (returned && !broken) report(layer, returned, k);
-        else printf("result\t%s\t%d\t0\t\n", r->name, r->points);
+        else printf("result\t%s\t%d\t0\t\t\t\n", r->name, r->points);
     }
     puts("done");
     return 0;
