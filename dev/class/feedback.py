@@ -58,13 +58,22 @@ AREAS = [
     *[("{}s from %d on" % m, lambda i, n, m=m: i >= m) for m in (8, 24, 32, 64, 128, 256)]]
 
 
-def read_case(words):
-    numbers = [float(x) for x in words[2].split()]
-    return Case(words[0], words[1], *numbers, [int(x) for x in words[3].split()])
+class Facts:
+    """What grade.c prints: all cases, and of the result that follows, where it is wrong."""
 
+    def __init__(self):
+        self.cases, self.wrongs, self.numbers = [], {}, {}
 
-def read_wrong(words):
-    return Wrong(*[int(x) for x in words[0].split()], words[1])
+    def read(self, kind, *words):
+        if kind == "case":
+            self.cases.append(Case(words[0], words[1], *map(float, words[2].split()),
+                                   [int(x) for x in words[3].split()]))
+        elif kind == "wrong":
+            self.wrongs[int(words[0])] = Wrong(*map(int, words[1].split()), words[2])
+        elif kind == "numbers":
+            self.numbers[words[0]] = [float(x) for x in words[1].split()]
+        elif kind == "result":
+            self.wrongs, self.numbers = {}, {}
 
 
 def where(cases, bad, at_length):
@@ -134,16 +143,35 @@ def multiple_of(wrong, numbers, factors):
     return n > 3 and rows > 0
 
 
-def errors(wrong, numbers):
+def same(x, y):
+    return len(x) > 3 and all(abs(a - b) <= 1e-4 * abs(b) for a, b in zip(x, y))
+
+
+def errors(case, wrong, numbers):
     """What the errors of a case look like, if nothing explains them."""
-    if not wrong.elements or not all(map(math.isfinite, numbers["got"] + numbers["expected"])):
+    got, expected = numbers["got"], numbers["expected"]
+    if not wrong.elements or not all(map(math.isfinite, got + expected)):
         return ""
-    if multiple_of(wrong, numbers, [numbers["expected"]]):
+    names = [name for name in numbers if name not in ("got", "expected", "old")]
+    arrays = {name: [numbers[name][i % len(numbers[name])] for i in range(len(got))]
+              for name in names}
+    sizes = {"C": case.C, "T": case.T, "NH": case.NH, "V": case.V, "B": case.B,
+             "the root of C": math.sqrt(case.C)}
+    arrays.update({f"{name} = {x:.4g}": [x] * len(got) for name, x in sizes.items() if x > 1})
+    for name, x in arrays.items():
+        if same(got, [a * b for a, b in zip(expected, x)]):
+            return f"it is multiplied by {name}; "
+        if same([a * b for a, b in zip(got, x)], expected):
+            return f"it is divided by {name}; "
+    for name in names:
+        for word, sign in (("added to", 1), ("subtracted from", -1)):
+            if same(got, [a + sign * b for a, b in zip(expected, arrays[name])]):
+                return f"{name} is {word} it; "
+    if multiple_of(wrong, numbers, [expected]):
         return "each row is multiplied by a number: one of its factors is wrong; "
     if multiple_of(wrong, numbers, []):
         return ("the error is the same in a whole row: a term that its elements share, as a sum or "
                 "a mean, is wrong; ")
-    names = [name for name in numbers if name not in ("got", "expected", "old")]
     for a in names:
         if multiple_of(wrong, numbers, [numbers[a]]):
             return f"the error is, in each row, a number times {a}: look at the term with it; "
@@ -205,8 +233,9 @@ def elements(name, case, wrong, numbers):
     return text + elsewhere(name, wrong, got, expected, kept)
 
 
-def hint_of(name, bad, kind, text, cases, wrongs, numbers):
-    """The hint of a wrong result. kind: how much the text explains; numbers: of the first case."""
+def hint_of(name, bad, kind, text, facts):
+    """The hint of a wrong result. kind: how much the text explains."""
+    cases, wrongs, numbers = facts.cases, facts.wrongs, facts.numbers
     if not wrongs:
         return "nothing is written"
     first = bad.index("1")
@@ -214,7 +243,7 @@ def hint_of(name, bad, kind, text, cases, wrongs, numbers):
     if kind == "static":
         hint = "right in the first call, not after another: is something static? "
     elif kind == "nothing":
-        hint += errors(wrongs[first], numbers)
+        hint += errors(cases[first], wrongs[first], numbers)
     else:
         hint += ("where it is wrong, " if kind == "partly" and not hint else "") + text + "; "
     if kind != "all":

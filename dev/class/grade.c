@@ -34,9 +34,9 @@ written as hold(y) + slope * (x - hold(x)): the value y, with whatever slope.
 typedef double complex number;
 
 enum { SILU, IDENTITY, RELU, LEAKY_RELU, TANH };
-enum { GUARD = 1024, MAX_CASES = 24, MAX_RESULTS = 4, MAX_INPUTS = 4, HINT = 4000, MOST_TOLD = 1500 };
+enum { GUARD = 1024, MAX_CASES = 24, MAX_RESULTS = 4, MAX_INPUTS = 4, HINT = 4000 };
 enum { ARENA_BYTES = 256 << 20, MEGABYTES = 512, CPU_SECONDS = 4, WALL_SECONDS = 120 };
-enum { OUTPUT = -1 };  // of a Result that is no gradient
+enum { OUTPUT = -1 };  // in place of an input: of a Result that is no gradient
 
 // The arrays of a call: inputs, the output's gradient, outputs (in a backward pass those of the
 // right forward pass), gradients, and what belongs to one layer alone.
@@ -233,11 +233,11 @@ static number picked(const char *names, const number *x) {
 #define pick(names, ...) picked(names, (const number[]){__VA_ARGS__})
 
 static void tell_mistake(char *text, const Mistake *m) {
-    const char *p = m->name;
-    if (m->kind < PICKED) sprintf(text, kinds[m->kind], p);
-    if (m->kind < PICKED) return;
-    for (int i = PICKED; i < m->kind; i++) p = strchr(p, '|') + 1;
-    sprintf(text, "%.*s is used; it must be %.*s", (int)strcspn(p, "|"), p, (int)strcspn(m->name, "|"), m->name);
+    const char *wrong = m->name, *right = m->name;
+    for (int i = PICKED; i < m->kind; i++) wrong = strchr(wrong, '|') + 1;
+    if (m->kind < PICKED) sprintf(text, kinds[m->kind], right);
+    else sprintf(text, "%.*s is used; it must be %.*s", (int)strcspn(wrong, "|"), wrong,
+                 (int)strcspn(right, "|"), right);
 }
 
 // By what a mistake with the factor x multiplies.
@@ -286,17 +286,11 @@ static double *evaluate(Definition f, const Case *c, int of) {
     return result;
 }
 
-// What belongs to the result of all that the definition computes.
+// The part of all numbers that belongs to a result.
 static double *part_of(const double *all, const Result *r) {
     double *x = room((size_t)r->rows * r->columns, sizeof *x);
     for (int i = 0; i < r->rows * r->columns; i++)
         x[i] = all[r->offset + (size_t)(i / r->columns) * r->pitch + i % r->columns];
-    return x;
-}
-
-static double *evaluate_result(Definition f, const Case *c, const Result *r, int direct) {
-    double *all = evaluate(f, c, direct ? OUTPUT : r->of), *x = part_of(all, r);
-    free(all);
     return x;
 }
 
@@ -327,10 +321,10 @@ static void compare(Result *r, const Case *c, Definition f) {
 }
 
 // ---- 3. Explaining ------------------------------------------------------------------------------
-// Of a result in all cases, tries one hypothesis after another: a mistake of the layer's definition;
-// a factor, or a term too many; the right numbers in wrong places; an input, or dout, that is read
+// Of a result in all cases, tries one hypothesis after another: a mistake of the definition; a
+// factor, or a term too many; the right numbers in wrong places; an input, or dout, that is read
 // wrongly, as can happen in any loop; and that it is added where it must be written, or written
-// where it must be added. If nothing explains all elements, it may still explain all that are wrong.
+// where it must be added. If none explains all elements, one may still explain all that are wrong.
 
 // How an input is read wrongly: along its rows or columns; as a whole; or another in its place.
 enum { LAST, FIRST, ONLY_LAST, SAME, AFTER, BEFORE, BLOCKS_4, BLOCKS_32, ONLY_32, REVERSED, ALONG,
@@ -339,30 +333,29 @@ static const char *const axes[] = {"row", "column"}, *const readings[READINGS + 
     "the last %s of %s is left out", "the first %s of %s is left out",
     "only the last %s of %s counts: is a sum set (=) in the loop instead of added to (+=)?",
     "the first %s of %s is read for every one", "the %s after the right one is read from %s",
-    "the %s before the right one is read from %s", "each %s of %s behind the last 4 is left out",
-    "each %s of %s behind the last 32 is left out", "only 32 %ss of %s are read",
+    "the %s before the right one is read from %s",
+    "the %ss of %s behind the last full 4 are left out",
+    "the %ss of %s behind the last full 32 are left out", "only 32 %ss of %s are read",
     "the %ss of %s are read in reverse order",
     "%s is read transposed: rows and columns are exchanged",
     "row n of %s is read from element n on: n must be multiplied by the row's length",
     "row n of %s is read from n times the number of rows on: that is not the row's length",
     "%s is missing: 1 is used in its place", "%s is read in place of %s"};
 
-// How right numbers are written, or what is done with them.
-enum { WRITTEN_TRANSPOSED = 1, PART_BY_PART, SUMS_IN_ROW, SUMS_OF_ROWS, SUMS, TIMES, OVER, PLUS,
-       MINUS, WRITINGS };
+// How right numbers are written.
+enum { WRITTEN_TRANSPOSED = 1, PART_BY_PART, SUMS_IN_ROW, SUMS_OF_ROWS, SUMS, WRITINGS };
 static const char *const writings[WRITINGS] = {
     NULL, "it is written transposed", "its array is written part by part, one part of all rows, "
     "then the next; each row holds its own parts",
     "an element contains those before it in its row: a sum is not set to 0 for each one",
     "a row contains the rows before it: a sum is not set to 0 for each row",
-    "an element contains all before it: a sum is not set to 0 for each one",
-    "it is multiplied by %s", "it is divided by %s", "%s is added to it", "%s is subtracted from it"};
+    "an element contains all before it: a sum is not set to 0 for each one"};
 
 typedef struct {
     Mistake mistake;         // of the definition
     const char *reading;     // a text, or NULL
     int view, how, axis;     // the input that is read wrongly: -1 is dout, or in[view]
-    int writing, quantity;
+    int writing;
     double factor;
     int other_mode;          // it is added where it must be set, or set where it must be added
 } Hypothesis;
@@ -401,34 +394,15 @@ static int misread(Case *c, const Hypothesis *h) {
     return changed > 0;
 }
 
-// What a result may be multiplied by, or contain: 1, an input, dout, or a number. NaN if there is
-// none for an element of this shape.
-enum { CONSTANT = MAX_INPUTS + 1, QUANTITIES = CONSTANT + 4 };
-static double quantity(const Case *c, const Result *r, int q, int i, int j, const char **name) {
-    static const char *const names[] = {"1", "the length of a row", "the number of rows", "A or scale"};
-    const double number_of[] = {1, c->C, c->T, c->factor ? c->factor : NAN};
-    const Input *in = q < c->num_inputs ? &c->in[q] : q == MAX_INPUTS ? &c->dout : NULL;
-    *name = q >= CONSTANT ? names[q - CONSTANT] : in ? in->name : "";
-    if (q >= CONSTANT) return number_of[q - CONSTANT];
-    if (!in || !in->x || (in->rows > 1 && in->rows != r->rows) ||
-        (in->columns > 1 && in->columns != r->columns)) return NAN;
-    return in->x[(long)(in->rows > 1 ? i : 0) * in->columns + (in->columns > 1 ? j : 0)];
-}
-
-// The right number i of a result as it is written, or what is made of it.
-static double rewritten(const Case *c, const Result *r, const Hypothesis *h, const double *x, int i) {
-    int w = r->columns, row = i / w, start = r->pitch > w ? (int)r->offset : 0, how = h->writing;
-    const double *all = r->all + r->offset - start;
-    long p = (long)row * r->pitch + start + i % w;
-    const char *name;
-    double q = how < TIMES ? 0 : quantity(c, r, h->quantity, row, i % w, &name);
+// Number i of a result if the right ones are written so. x: those before it.
+static double written(const Result *r, int how, const double *x, int i) {
+    int w = r->columns, row = i / w, start = r->pitch > w ? (int)r->offset : 0;
     int back = how == SUMS_IN_ROW ? i % w > 0 : how == SUMS ? i > 0 : row > 0 ? w : 0;
-    if (how == WRITTEN_TRANSPOSED) return all[p % r->rows * r->pitch + p / r->rows];
-    if (how == PART_BY_PART)
-        return all[p / w % r->rows * r->pitch + p / ((long)w * r->rows) * w + p % w];
-    if (how < TIMES) return r->expected[i] + (back ? x[i - back] : 0);
-    double y = r->expected[i];
-    return how == TIMES ? y * q : how == OVER ? y / q : how == PLUS ? y + q : y - q;
+    long p = (long)row * r->pitch + start + i % w, rows = r->rows;
+    if (how == WRITTEN_TRANSPOSED) p = p % rows * r->pitch + p / rows;
+    else if (how == PART_BY_PART) p = p / w % rows * r->pitch + p / (w * rows) * w + p % w;
+    else return r->expected[i] + (back ? x[i - back] : 0);
+    return r->all[r->offset - start + p];
 }
 
 // What the hypothesis predicts for r->got. NULL: nothing but what is right.
@@ -442,11 +416,12 @@ static double *predict(Definition f, const Case *original, const Result *r, cons
     }
     chosen = h->mistake;
     kept_factor = 1;
-    double *x = plain ? memcpy(room(n, sizeof *x), r->expected, n * sizeof *x)
-                      : evaluate_result(f, &c, r, c.rotates_dout);
+    double *all = plain ? r->all : evaluate(f, &c, c.rotates_dout ? OUTPUT : r->of);
+    double *x = part_of(all, r);
+    if (!plain) free(all);
     chosen = no_mistake;
     for (int i = 0; i < n; i++) {
-        double y = h->writing ? rewritten(&c, r, h, x, i) : x[i];
+        double y = h->writing ? written(r, h->writing, x, i) : x[i];
         x[i] = h->factor * y + (kept_factor - 1) * r->old[i];
         if (h->other_mode) x[i] += !r->adds ? r->old[i] : y != 0 || r->rows == 1 ? -r->old[i] : 0;
     }
@@ -507,31 +482,30 @@ static int is_true(const Search *s, const Hypothesis *h) {
 // Tries a hypothesis. Returns whether all of it is true; then `hint` says it.
 static int holds(Search *s, const Hypothesis *h, char *hint, const char *format, const char *name,
                  const char *other) {
-    char text[HINT / 2];
-    int truth = is_true(s, h), adds = cases[0].results[s->k].adds;
-    snprintf(text, sizeof text, format, name, other);
-    snprintf(truth == 2 ? hint : s->partly, truth ? HINT / 2 : 0, "%s%s%s", text, h->other_mode && *text
-             ? "; and " : "", !h->other_mode ? "" : adds ? "it is set (=); a parameter's gradient must "
-             "be added (+=) to what the array holds" : "it adds to what was there (+=); it must write (=)");
+    const char *mode = !h->other_mode ? "" : cases[0].results[s->k].adds
+        ? "it is set (=); a parameter's gradient must be added (+=) to what the array holds"
+        : "it adds to what was there (+=); it must write (=)";
+    int truth = is_true(s, h);
+    if (!truth) return 0;
+    char *text = truth == 2 ? hint : s->partly;
+    sprintf(text, format, name, other);
+    strcat(strcat(text, *text && *mode ? "; and " : ""), mode);
     return truth == 2;
 }
 
 // Is it multiplied by the same number in all cases? Of a single number any factor would be true.
 static int explain_factor(Search *s, char *hint) {
-    static const struct { double x; const char *text; } known[] = {
-        {-1, "it has the wrong sign"}, {0, "it is all zeros"}, {1.442695, "it is multiplied by "
-        "log2(e): is a logarithm to base 2 where a natural one must be?"}, {0, NULL}};
     const Result *r = &cases[s->first].results[s->k];
-    int at = (int)((char *)memchr(r->wrong, 1, r->rows * r->columns) - r->wrong), num_wrong = 0, i = 0;
     Hypothesis h = nothing_wrong;
-    char text[60];
+    char text[60] = "it has the wrong sign";
+    int at = 0, num_wrong = 0;
+    while (!r->wrong[at]) at++;
     h.factor = r->got[at] / r->expected[at];
-    for (int k = 0; k < s->n; k++) num_wrong += cases[k].results[s->k].num_wrong;
+    for (int i = 0; i < s->n; i++) num_wrong += cases[i].results[s->k].num_wrong;
     if (!isfinite(h.factor) || (h.factor == 0 && r->adds)) return 0;
-    while (known[i].text && !(fabs(h.factor - known[i].x) < 1e-3)) i++;
-    sprintf(text, "it is multiplied by %.4g", h.factor);
-    return (known[i].text || num_wrong > 2) &&
-           holds(s, &h, hint, known[i].text ? known[i].text : text, "", "");
+    if (fabs(h.factor + 1) < 1e-3) return holds(s, &h, hint, text, "", "");
+    sprintf(text, h.factor == 0 ? "it is all zeros" : "it is multiplied by %.4g", h.factor);
+    return (num_wrong > 2 || h.factor == 0) && holds(s, &h, hint, text, "", "");
 }
 
 // Does result k hold what it held before: where it is wrong (or, if not only_wrong, everywhere)?
@@ -560,20 +534,6 @@ static int explain_mistake(Search *s, char *hint) {
     return 0;
 }
 
-static int explain_writing(Search *s, char *hint) {
-    Hypothesis h = nothing_wrong;
-    const char *name = "";
-    const Result *r = &cases[s->first].results[s->k];
-    for (h.writing = 1; h.writing < WRITINGS; h.writing++) {
-        for (h.quantity = 0; h.quantity < (h.writing < TIMES ? 1 : QUANTITIES); h.quantity++) {
-            double x = quantity(&cases[s->first], r, h.quantity, 0, 0, &name);
-            if (h.writing >= TIMES && isnan(x)) continue;
-            if (holds(s, &h, hint, writings[h.writing], name, "")) return 1;
-        }
-    }
-    return 0;
-}
-
 static int explain_reading(Search *s, char *hint) {
     Hypothesis h = nothing_wrong;
     for (h.view = -1; h.view < cases[0].num_inputs; h.view++) {
@@ -595,7 +555,7 @@ static int explain_reading(Search *s, char *hint) {
 // wrong, or "nothing".
 static const char *explain(Search *s, char *hint) {
     const Result *r = &cases[0].results[s->k];
-    Hypothesis h = nothing_wrong, only_last = {{NULL, SLIP}, "", -1, ONLY_LAST, 0, 0, 0, 1, 1};
+    Hypothesis h = nothing_wrong, only_last = {{NULL, SLIP}, "", -1, ONLY_LAST, 0, 0, 1, 1};
     int untouched = is_untouched(s->n, s->k, 1);
     while (s->first < s->n && (cases[s->first].large || !cases[s->first].results[s->k].num_wrong))
         s->first++;
@@ -609,7 +569,9 @@ static const char *explain(Search *s, char *hint) {
         h.factor = -1;
         if (holds(s, &h, hint, "it has the wrong sign", "", "") || explain_mistake(s, hint) ||
             (r->adds && holds(s, &only_last, hint, "only the last row counts", "", "")) ||
-            (!untouched && (explain_writing(s, hint) || explain_reading(s, hint)))) return "all";
+            (!untouched && explain_reading(s, hint))) return "all";
+        for (h = nothing_wrong; h.writing < WRITINGS; h.writing++)
+            if (h.writing && holds(s, &h, hint, writings[h.writing], "", "")) return "all";
         if (!*s->partly && !untouched) explain_factor(s, hint);
     }
     if (untouched) sprintf(hint, "%s is not written", r->name);
@@ -617,24 +579,25 @@ static const char *explain(Search *s, char *hint) {
     return untouched ? "all" : *hint ? "partly" : "nothing";
 }
 
-// Writes what feedback.py needs to say where result k is wrong: its elements in each case, but of
-// large ones only the first that is wrong; of the case `first` also their numbers, and the inputs.
 static void print_numbers(const char *name, const double *x, int n) {
     printf("numbers\t%s\t", name);
     for (int i = 0; i < n; i++) printf("%.9g ", x[i]);
     puts("");
 }
 
+// Writes what feedback.py needs to say where result k is wrong: what is right in each case, unless
+// it is large; and of the case `first` also the numbers, at least the first one that is wrong.
 static void print_facts(const Case *c, int k, int is_first) {
     const Result *r = &c->results[k];
-    int n = r->rows * r->columns, known = 0, first = n, last = 0, small = n <= MOST_TOLD;
-    for (int i = n - 1; i >= 0; i--) {
+    int n = r->rows * r->columns, known = 0, first = n, last = 0, small = n <= 1500;
+    for (int i = 0; i < n; i++) {
         known += !isnan(r->expected[i]);
-        if (r->wrong[i]) first = i;
-        if (r->wrong[i] && i > last) last = i;
+        if (!r->wrong[i]) continue;
+        first = i < first ? i : first;
+        last = i;
     }
-    printf("wrong\t%d\t%d %d %d %d %d %d %d %d %d\t", (int)(c - cases), r->rows, r->columns, r->inner,
-           r->adds, c->sampled != NULL, r->num_wrong, known, first, last);
+    printf("wrong\t%d\t%d %d %d %d %d %d %d %d %d\t", (int)(c - cases), r->rows, r->columns,
+           r->inner, r->adds, c->sampled != NULL, r->num_wrong, known, first, last);
     for (int i = 0; i < n && small; i++)
         putchar(isnan(r->expected[i]) ? '-' : r->wrong[i] ? '1' : '0');
     puts("");
@@ -643,10 +606,10 @@ static void print_facts(const Case *c, int k, int is_first) {
     print_numbers("got", r->got + from, count);
     print_numbers("expected", r->expected + from, count);
     print_numbers("old", r->old + from, count);
-    for (int i = 0; i <= c->num_inputs && small; i++) {
+    for (int i = 0; i <= c->num_inputs && count > 1; i++) {
         const Input *in = i < c->num_inputs ? &c->in[i] : &c->dout;
-        int same = in->columns == r->columns && (in->rows == r->rows || in->rows == 1);
-        if (in->x && same) print_numbers(in->name, in->x, in->rows * in->columns);
+        if (in->x && in->columns == r->columns && (in->rows == r->rows || in->rows == 1))
+            print_numbers(in->name, in->x, in->rows * in->columns);
     }
 }
 
@@ -666,7 +629,7 @@ static void gpas(number *out, number *const *in, const Case *c) {
     number g = hold(in[1][0]), a0 = activation(g, act), of_g = 1;  // of_g: multiplies dgate
     number slope0 = cimag(activation(g + I * 1e-30, act)) * 1e30, slope = slope0, a = a0;
     if (!backward) a = pick("a(g)|a'(g)|g", a0, slope0, g);
-    else slope = pick("a'(g), in dgate,|a(g)", slope0, a0);
+    else slope = pick("a'(g) in dgate|a(g)", slope0, a0);
     number scale = factor("1 - a(g)", 1 - term("a(g)", a));
     if (forward_slip("this is a(g) x; it must be x - a(g) x")) scale = a;
     int stop = pick("stop_grad|1|its opposite", c->stop_grad, 1, !c->stop_grad);
@@ -685,7 +648,7 @@ static void gpas(number *out, number *const *in, const Case *c) {
     of_g *= factor("a'(g)", slope) * (in[1][0] - g);
     for (int i = 0; i < c->C; i++) {
         number x = hold(in[0][i]), dx = own * (in[0][i] - x);
-        number in_dgate = pick("inp, in dgate,|the output", factor("inp in dgate", x), scale * x);
+        number in_dgate = pick("inp in dgate|the output", factor("inp in dgate", x), scale * x);
         out[i] = scale * x + (stop ? dx : scale * dx) - of_g * in_dgate;
     }
 }
@@ -717,8 +680,8 @@ static void residual(number *out, number *const *in, const Case *c) {
     for (int i = 0; i < c->C; i++) {
         number x = in[0][i], b = in[1][i], sum = term("A shortcut", A * x) + term("branch", b);
         if (!backward)
-            sum = pick("A shortcut + branch|shortcut + A branch: A scales the branch|A (shortcut + "
-                       "branch)", sum, x + A * b, A * (x + b));
+            sum = pick("A shortcut + branch|shortcut + A branch|A (shortcut + branch)", sum,
+                       x + A * b, A * (x + b));
         if (forward_slip("out is written before shortcut is read: they may be the same array"))
             sum = A * (c->alias ? b : x) + b;
         if (backward_slip("dout is added, the branch's gradient; it is the shortcut's alone"))
@@ -744,8 +707,8 @@ static void embedding(number *out, number *const *in, const Case *c) {
             before += m < n && c->tokens[m] == c->tokens[n];
             later += m > n && c->tokens[m] == c->tokens[n];
         }
-        double share = pick("all of a token's places|the last one alone|the first one alone|their "
-                            "mean", 1, !later, !before, 1.0 / (1 + before + later));
+        double share = pick("the sum over a token's places|the last of them|the first of them|"
+                            "their mean", 1, !later, !before, 1.0 / (1 + before + later));
         for (int i = n * C; i < n * C + C; i++) {
             int next = n + 1 < T ? c->tokens[n + 1] : V, last = n > 0 ? c->tokens[n - 1] : V;
             int v = pick("row tokens[n] of the table|row n|row tokens[i % N] for element i|row "
@@ -767,10 +730,10 @@ static void adjust_embedding(Case *c, int k) {
 
 // ---- rmsnorm: in[0] x (N,C), in[1] the weight (C). After out (N,C) comes rstd (N).
 static number norm_r(const number *x, int n, int N, int C) {
-    int row = pick("r of row n|that of row 0|that of row n - 1", n, 0, n > 0 ? n - 1 : N);
+    int row = pick("r of row n|r of row 0|r of row n - 1", n, 0, n > 0 ? n - 1 : N);
     int first = slip("the sum of squares is not set to 0 for each row") ? 0 : row;
-    int end = pick("all C channels in the mean|all but the last|one more", C, C - 1, C + 1);
-    double eps = pick("the eps of the comment|another one", variant ? 1e-5 : 1e-6,
+    int end = pick("the mean of C channels|that of C - 1|that of C + 1", C, C - 1, C + 1);
+    double eps = pick("the eps of the comment|another eps", variant ? 1e-5 : 1e-6,
                       variant ? 1e-6 : 1e-5);
     number sum = 0, mean = 0, over = pick("1 / C|1 / N", factor("1 / C", 1.0 / C), 1.0 / N);
     for (int i = 0; i < C && slip("the mean is subtracted, as in LayerNorm; RMSNorm does not"); i++)
@@ -778,13 +741,12 @@ static number norm_r(const number *x, int n, int N, int C) {
     for (; first <= row; first++) {
         for (int i = 0; i < end; i++) {
             number v = at_or_nan(x, (long)first * C + i, (size_t)N * C) - mean;
-            sum += pick("x^2|x", v * v, v);
+            sum += pick("x^2 in the mean|x", v * v, v);
         }
     }
     number m = sum * over + term("eps", eps), r = creal(m) < 0 ? NAN : 1 / csqrt(m);
-    return pick("r = 1 / sqrt(mean + eps)|1 / (sqrt(mean) + eps): eps belongs under the root,|1 / "
-                "(mean + eps), without the root,|sqrt(mean + eps)|mean + eps",
-                r, 1 / (csqrt(sum / C) + eps), 1 / m, csqrt(m), m);
+    return pick("r = 1 / sqrt(mean + eps)|1 / (sqrt(mean) + eps)|1 / (mean + eps)|sqrt(mean + eps)|"
+                "mean + eps", r, 1 / (csqrt(sum / C) + eps), 1 / m, csqrt(m), m);
 }
 
 // The slopes of a row y, as somebody gets them who makes a mistake in the backward pass. through:
@@ -801,15 +763,16 @@ static void norm_sloped(number *y, number *through, const number *x, const numbe
     }
     number d = *through * fault("r in the term through r", h);
     if (slip("1 / C is 0 in whole numbers: the term through r vanishes unless C is 1")) d *= C == 1;
-    moved *= slip("the mean of w dy is subtracted, as in LayerNorm; RMSNorm has no such term") / (double)C;
+    moved *= slip("the mean of w dy is subtracted, as in LayerNorm; RMSNorm does not");
     for (int i = 0; i < C; i++) {
-        number a = hold(seen[i]), b = hold(w[i]), in_direct = factor("weight in the direct term", b);
-        in_direct *= (x[i] - hold(x[i])) * factor("r in the direct term", h);
-        y[i] = term("direct, that with r held,", in_direct) +
-               (w[i] - b) * factor("x in dweight", a) * factor("r in dweight", h) - b * h * moved +
+        number a = hold(seen[i]), b = hold(w[i]), direct = x[i] - hold(x[i]);
+        direct *= factor("weight in the direct term", b) * factor("r in the direct term", h);
+        y[i] = term("direct, that with r held,", direct) +
+               (w[i] - b) * factor("x in dweight", a) * factor("r in dweight", h) +
                term("through r (r depends on every x of its row)",
                     factor("x in the sum of the term through r", a) *
-                    factor("weight in the sum of the term through r", b) * d);
+                    factor("weight in the sum of the term through r", b) * d) -
+               b * h * moved / C;
     }
 }
 
@@ -846,17 +809,14 @@ static void rope_pair(number *out, long first, long second, int j, int t, number
                       const Case *c) {
     size_t n = c->out_size, size = input_size(&c->in[1]);
     int hs = c->C / c->NH, k = j / 2;
-    long row = (long)t * pick("hs, a row of the table,|hs / 2", hs, hs / 2);
-    long cos_at = row + pick("table[j] for the cosine|table[0]|table[j + 1], the sine,|table[j / 2]",
-                             j, 0, j + 1, k);
-    long sin_at = row + pick("table[j + 1] for the sine|table[1]|table[j], the cosine,|table[j / 2 + 1]"
-                             "|table[hs / 2 + j / 2]", j + 1, 1, j, k + 1, hs / 2 + k);
-    if (slip("a row of the table holds pairs (cos, sin); it is read as all cosines, then all sines"))
-        cos_at = row + k, sin_at = row + hs / 2 + k;
-    if (slip("sine and cosine are exchanged; in the table the cosine comes first"))
-        cos_at = row + j + 1, sin_at = row + j;
-    if (slip("all pairs are rotated by the angle of the first")) cos_at = row, sin_at = row + 1;
-    number cosine = at_or_nan(in[1], cos_at, size), sine = at_or_nan(in[1], sin_at, size) * c->factor;
+    long row = (long)t * pick("hs for a row of the table|hs / 2", hs, hs / 2);
+    int layout = pick("the pair (cos, sin) at 2 k of the table's row|the pair (sin, cos)|a pair "
+                      "of all cosines, then all sines|the first pair|cos twice|sin twice|the pair "
+                      "at k", 0, 1, 2, 3, 4, 5, 6);
+    const int cos_at[] = {j, j + 1, k, 0, j, j + 1, k};
+    const int sin_at[] = {j + 1, j, hs / 2 + k, 1, j, j + 1, k + 1};
+    number cosine = at_or_nan(in[1], row + cos_at[layout], size);
+    number sine = at_or_nan(in[1], row + sin_at[layout], size) * c->factor;
     if (backward_slip("it is rotated the same way as in the forward pass")) sine /= c->factor;
     if (forward_slip("it is rotated the wrong way: the sign of the sine")) sine = -sine;
     long read = second + slip("the second of the pair is read one place too far");
@@ -871,17 +831,18 @@ static void rope_pair(number *out, long first, long second, int j, int t, number
 // In place, as the layer does it: so a pair that is read too late is what has been made of it.
 static void rope(number *out, number *const *in, const Case *c) {
     int C = c->C, B = c->B, T = c->T, hs = C / c->NH;
-    int step = pick("3 C, the length of a row of qkv,|C|2 C", 3 * C, C, 2 * C);
+    int step = pick("3 C for a row of qkv|C|2 C", 3 * C, C, 2 * C);
     int begin = slip("only the keys are rotated; the queries are too") ? C : 0;
-    int end = pick("queries and keys|queries alone|queries, keys and values", 2 * C, C, 3 * C);
-    int next = pick("j += 2, to the next pair,|j += 4|j += 1", 2, 4, 1);
+    int end = pick("rotating queries and keys|rotating queries alone|rotating the values, too,",
+                   2 * C, C, 3 * C);
+    int next = pick("j += 2 to the next pair|j += 4|j += 1", 2, 4, 1);
     int halves = slip("channel j is paired with j + hs/2, not with the next");
     int through = slip("the table's columns continue from head to head; each head begins with 0");
-    int heads = pick("all heads|the first head alone", hs, C);
+    int heads = pick("every head|the first head alone", hs, C);
     for (size_t i = 0; i < c->out_size; i++) out[i] = in[0][i];
     for (int n = 0; n < B * T; n++) {
-        int t = pick("n % T, the position,|n|n / T, which counts the sequences,|n / B|n % B|n % T + 1|"
-                     "n % T - 1", n % T, n, n / T, n / B, n % B, n % T + 1, n % T - 1);
+        int t = pick("n % T for the position|n|n / T|n / B|n % B|n % T + 1|n % T - 1",
+                     n % T, n, n / T, n / B, n % B, n % T + 1, n % T - 1);
         for (int head = begin; head < end; head += heads) {
             for (int j = 0; j < hs; j += next) {
                 long at = (long)n * step + head + (halves ? j / 2 : j), to = halves ? hs / 2 : 1;
@@ -906,12 +867,12 @@ static void adjust_rope(Case *c, int k) {
 // ---- swiglu: in[0] (N,2H), a row holds h1, then h3; in the code here they are a and b. The
 // variant has sigmoid(1.702 h1), which is close to GELU.
 static number swiglu_element(number a, number b) {
-    double k = pick("the sigmoid of the comment|that of another multiple of h1", variant ? 1.702 : 1,
-                    variant ? 1 : 1.702);
+    double k = pick("the sigmoid of the comment|that of another multiple of h1",
+                    variant ? 1.702 : 1, variant ? 1 : 1.702);
     number s = pick("sigmoid(h1)|sigmoid(-h1)|sigmoid(h3)", logistic(k * a), logistic(-k * a),
                     logistic(k * b));
     if (!backward) {
-        s = pick("sigmoid(h1)|sigmoid(h1 h3)|tanh(h1)|e^h1: 1 + is missing in the sigmoid,|ReLU", s,
+        s = pick("sigmoid(h1)|sigmoid(h1 h3)|tanh(h1)|e^h1 (without 1 +)|ReLU", s,
                  logistic(k * a * b), ctanh(a), cexp(k * a), creal(a) > 0);
         return factor("h1", a) * factor("sigmoid(h1)", s) * factor("h3", b);
     }
@@ -919,17 +880,17 @@ static number swiglu_element(number a, number b) {
     s = hold(s);
     number slope = factor("sigmoid(h1) in the sigmoid's slope", s);
     slope *= k * factor("1 - sigmoid(h1) in the sigmoid's slope", 1 - s);
-    slope = pick("the slope of the sigmoid, s (1 - s),|1 - s^2, that of tanh,", slope, 1 - s * s);
+    slope = pick("s (1 - s), the sigmoid's slope|1 - s^2 (the slope of tanh)", slope, 1 - s * s);
     number first = term("through the factor h1 (silu(h1) is a product)", s);
     number second = term("through the sigmoid (silu(h1) is a product)",
                          slope * factor("h1 in the term through the sigmoid", h1));
     if (slip("1 - s multiplies both terms of silu's slope; it belongs to that through the sigmoid"))
         first *= 1 - s;
     number silu = factor("h1 in dh3", h1) * factor("the sigmoid in dh3", s);
-    number of_h3 = pick("silu(h1), in dh3,|its slope|silu(h3)|h3 sigmoid(h1)", silu, first + second,
-                        h3 * logistic(k * h3), h3 * s);
-    number of_h1 = pick("silu's slope, in dh1,|silu(h1)", first + second, h1 * s);
-    of_h1 *= pick("h3, in dh1,|h1", factor("h3 in dh1", h3), h1);
+    number of_h3 = pick("silu(h1) in dh3|silu's slope|silu(h3)|h3 sigmoid(h1)", silu,
+                        first + second, h3 * logistic(k * h3), h3 * s);
+    number of_h1 = pick("silu's slope in dh1|silu(h1)", first + second, h1 * s);
+    of_h1 *= pick("h3 in dh1|h1", factor("h3 in dh1", h3), h1);
     return of_h1 * (a - h1) + of_h3 * (b - h3);
 }
 
@@ -937,10 +898,10 @@ static void swiglu(number *out, number *const *in, const Case *c) {
     int H = c->C;
     for (int i = 0; i < c->T * H; i++) {
         int n = i / H, j = i % H;
-        const number *row = in[0] + n * (int)creal(pick("2 H, the length of a row of inp,|H", 2 * H, H));
+        const number *row = in[0] + n * (int)creal(pick("2 H for a row of inp|H", 2 * H, H));
         number a = row[j];
-        number b = pick("h3 from H on|from 1 on|behind all rows of h1", row[H + j], row[j + 1],
-                        in[0][c->T * H + i]);
+        number b = pick("h3 from H on|h3 from 1 on|h3 behind all rows of h1", row[H + j],
+                        row[j + 1], in[0][c->T * H + i]);
         if (slip("h1 and h3 alternate; a row holds all of h1, then all of h3"))
             a = row[2 * j], b = row[2 * j + 1];
         out[i] = swiglu_element(a, b);
@@ -973,9 +934,9 @@ static const number *head_of(number *const *in, const Case *c, int b, int t, int
     if (part && slip("all heads use the keys and values of the first head")) begin = part * C;
     if (slip("all sequences use what belongs to the first one")) b = 0;
     if (part && slip("all sequences use the keys and values of the first one")) b = 0;
-    if (part == 0) begin += pick("queries|keys", 0, C);
-    if (part == 1) begin += pick("keys|queries|values", 0, -C, C);
-    if (part == 2) begin += pick("values|keys", 0, -C);
+    if (part == 0) begin += pick("q|k", 0, C);
+    if (part == 1) begin += pick("k|q|v", 0, -C, C);
+    if (part == 2) begin += pick("v|k", 0, -C);
     if (slip("a row of qkv holds all queries, all keys, all values")) begin = (3 * h + part) * hs;
     if (c->first && slip("sequence b begins at row b T of qkv, not b (T - first)")) T -= c->first;
     return in[0] + (size_t)(b * T + t) * 3 * C + begin;
@@ -1005,9 +966,8 @@ static int sees(const Case *c, int t, int s) {
     if (slip("the causal mask is missing: a query sees later keys (future tokens)")) return 1;
     if (first && slip("first is missing in the mask: row i sees all keys s <= first + i"))
         return s <= t - first;
-    return pick("s <= t, what a query sees,|s <= t + 1, the key after it, too,|s < t, not that at its "
-                "own position,|s >= t|s >= first", s <= t, s <= t + 1, s < t, s >= t,
-                s >= first && s <= t);
+    return pick("the mask s <= t|s <= t + 1|s < t|s >= t|first <= s <= t", s <= t, s <= t + 1,
+                s < t, s >= t, s >= first && s <= t);
 }
 
 // Computes the weights P of a row. Returns lse.
@@ -1040,8 +1000,8 @@ static void softmax_sloped(number *P, number *total, number *const *in, const Ca
     int no_P = slip("the factor P is missing in dS");
     int inside = slip("in dS, P must multiply the sum over the row, too (parentheses)");
     int T = c->T, NH = c->NH, at = (b * NH + h) * T + t;
-    at = pick("lse at (b NH + h) T + t|at h T + t|at b T + t|at (b T + t) NH + h|at t|at 0", at,
-              h * T + t, b * T + t, (b * T + t) * NH + h, t, 0);
+    at = pick("lse[(b NH + h) T + t]|lse[h T + t]|lse[b T + t]|lse[(b T + t) NH + h]|lse[t]|lse[0]",
+              at, h * T + t, b * T + t, (b * T + t) * NH + h, t, 0);
     Mistake made = chosen;
     for (int s = 0; s < T; s++) S[s] = score(in, c, b, h, t, s);
     chosen = no_mistake;
@@ -1075,7 +1035,7 @@ static void attention(number *out, number *const *in, const Case *c) {
         if (backward && (chosen.name || collecting)) softmax_sloped(P, &total, in, c, b, h, t);
         number *y = out + (size_t)(b * rows + row) * C + h * hs;
         if (forward_slip("out is written as (B,NH,T,hs); it is (B,T,C)")) y = out + (size_t)i * hs;
-        int lost = backward_slip("only the last query counts: = where += is needed") && t < c->T - 1;
+        int lost = t < c->T - 1 && backward_slip("only the last query counts: = is used, not +=");
         int last = forward_slip("only the last key counts: = where += is needed");
         for (int s = 0; s < c->T; s++) {
             const number *v = head_of(in, c, b, s, 2, h);
@@ -1110,8 +1070,8 @@ static void adjust_attention(Case *c, int k) {
 // ---- crossentropy: in[0] the logits (N,stride), of which V are read. After losses (N) comes lse.
 static number cross_lse(const number *x, long rest, const Case *c) {
     int begin = slip("the first logit is left out"), padding = c->stride > c->V ? -c->V & 3 : 0;
-    int end = pick("all V logits|all but the last|V and the padding behind them", c->V, c->V - 1,
-                   c->V + padding);
+    int end = pick("the sum over V logits|that over V - 1|that over the padding, too,", c->V,
+                   c->V - 1, c->V + padding);
     double m = creal(x[0]);
     number sum = 0;
     for (int v = 0; v < c->V; v++) m = fmax(m, creal(x[v]));
@@ -1129,11 +1089,12 @@ static number cross_sloped(const number *x, double lse, int n, const Case *c) {
     number at_p = fault("scale of the softmax", s), at_target = fault("scale at the target", s);
     for (int v = 0; v < c->V; v++) {
         int target = v == c->tokens[n];
-        number y = hold(x[v]), p = exp(y - lse), at_y = p - (target && early) * (p - p * exp(-s) - 1);
-        p = pick("e^(logit - lse)|e^logit|logit - lse|logit", at_y, exp(y), y - lse, y);
-        if (target) p = pick("the target's softmax, reduced by 1,|-1 alone", p, 0);
-        number slope = p * at_p + pick("a gradient in its place (=)|a gradient that is added to the "
-                                       "logit", 0, y / s);
+        number y = hold(x[v]), at_y = cexp(y - lse), p;
+        if (target && early) at_y = cexp(y - s - lse) + 1;
+        p = pick("e^(logit - lse)|e^logit|logit - lse|logit", at_y, cexp(y), y - lse, y);
+        if (target) p = pick("softmax - 1 at the target|-1", p, 0);
+        number slope = p * at_p + pick("the gradient in the logit's place (=)|the gradient "
+                                       "added to the logit", 0, y / s);
         if (target || everywhere) slope -= term("of the target", at_target);
         loss += (slope - (exp(creal(x[v]) - lse) - target)) * (x[v] - hold(x[v]));
     }
@@ -1144,7 +1105,7 @@ static void crossentropy(number *out, number *const *in, const Case *c) {
     int N = c->T, stride = c->stride;
     for (int n = 0; n < N; n++) {
         const number *x = in[0] + n * stride;
-        int right = c->tokens[n], row = pick("row n|row 0, for the target's logit,", n, 0);
+        int right = c->tokens[n], row = pick("row n for the target's logit|row 0", n, 0);
         int target = pick("targets[n]|targets[n] + 1|targets[n] - 1|n|targets[0]", right, right + 1,
                           right - 1, n, c->tokens[0]);
         number lse = cross_lse(x, (long)(N - n) * stride, c), of_row = lse;
@@ -1179,17 +1140,17 @@ static void adjust_crossentropy(Case *c, int k) {
 static void adam_moments(number *m, number *v, number g, number unclipped, double b1, double b2) {
     number keep_m = factor("beta1", b1), to_m = factor("1 - beta1", 1 - b1), of_v = g;
     number keep_v = factor("beta2", b2), to_v = factor("1 - beta2", 1 - b2);
-    keep_m = pick("beta1, of the old m,|beta2|1 - beta1", keep_m, b2, 1 - b1);
-    keep_v = pick("beta2, of the old v,|beta1|1 - beta2", keep_v, b1, 1 - b2);
-    to_m = pick("1 - beta1, of the gradient in m,|1 - beta2|beta1", to_m, 1 - b2, b1);
-    to_v = pick("1 - beta2, of the square in v,|1 - beta1|beta2", to_v, 1 - b1, b2);
+    keep_m = pick("beta1 of the old m|beta2|1 - beta1", keep_m, b2, 1 - b1);
+    keep_v = pick("beta2 of the old v|beta1|1 - beta2", keep_v, b1, 1 - b2);
+    to_m = pick("1 - beta1 of the gradient in m|1 - beta2|beta1", to_m, 1 - b2, b1);
+    to_v = pick("1 - beta2 of the square in v|1 - beta1|beta2", to_v, 1 - b1, b2);
     if (slip("in m, beta1 and 1 - beta1 are exchanged")) keep_m = 1 - b1, to_m = b1;
     if (slip("in v, beta2 and 1 - beta2 are exchanged")) keep_v = 1 - b2, to_v = b2;
-    g = pick("the clipped gradient in m|that before clipping", g, unclipped);
+    g = pick("the clipped gradient in m|the gradient before clipping", g, unclipped);
     number new_m = term("with the old m", keep_m * *m) + term("with the gradient in m", to_m * g);
-    of_v = pick("the clipped gradient, in v,|that before clipping|m", of_v, unclipped, new_m);
-    number square = pick("the gradient squared, in v,|the gradient|clip times its square", of_v * of_v,
-                         of_v, of_v * unclipped);
+    of_v = pick("the clipped gradient in v|the gradient before clipping|m", of_v, unclipped, new_m);
+    number square = pick("the gradient squared in v|the gradient|clip times its square",
+                         of_v * of_v, of_v, of_v * unclipped);
     *v = term("with the old v", keep_v * *v) + term("with the square in v", to_v * square);
     *m = new_m;
 }
@@ -1222,8 +1183,8 @@ static void adam_element(number *p, number *m, number *v, number grad, const Ada
     if (slip("the corrected moments are stored; m and v keep the uncorrected ones"))
         *m = mhat, *v = vhat;
     number root = csqrt(vhat) + eps, decayed = l2 ? 0 : decay * x;
-    root = pick("sqrt(vhat) + eps|sqrt(vhat + eps)|sqrt((v + eps) / (1 - beta2^t))|vhat + eps|sqrt(v) "
-                "/ (1 - beta2^t) + eps|1 / (sqrt(vhat) + eps)", root, csqrt(vhat + eps),
+    root = pick("sqrt(vhat) + eps|sqrt(vhat + eps)|sqrt((v + eps) / (1 - beta2^t))|vhat + eps|"
+                "sqrt(v) / (1 - beta2^t) + eps|1 / (sqrt(vhat) + eps)", root, csqrt(vhat + eps),
                 csqrt((vi + eps) / cv), vhat + eps, csqrt(vi) / cv + eps, 1 / root);
     number step = mhat / root;
     step *= fault("lr of the step", lr);
@@ -1276,9 +1237,8 @@ static void fused(number *out, number *const *in, const Case *c) {
     number sum_scale = factor("1 - a(g) of sum_gate, before the norm,", 1 - sum_a);
     number slope = cimag(activation(gate + I * 1e-30, SILU)) * 1e30, A = c->factor, of_dz = A;
     number of_g = factor("a'(g) in dgate", slope) * (in[3][0] - gate) * !c->no_gate;
-    if (backward_slip("dgate is made of what GPAS returns; it must be of what it gets")) of_g *= own;
-    if (!stop && backward_slip("dgate is made of a gradient that is already multiplied by 1 - a(g)"))
-        of_g *= own;
+    of_g *= pick("dgate of what GPAS gets|dgate of what it returns|dgate of a gradient that is "
+                 "already multiplied by 1 - a(g)", 1, own, stop ? 1 : own);
     if (backward_slip("scaled by 1 - a(g), which the stop-gradient forbids")) stop = 0;
     if (backward_slip("not scaled by 1 - a(g), though stop_grad is 0")) stop = 1;
     if (!backward) A = factor("A of the shortcut", A);
@@ -1583,15 +1543,16 @@ static int report_complaints(int n) {
         bad[i] = *cases[i].complaint ? '1' : '0';
     }
     const char *first = strchr(bad, '1');
-    if (first) printf("memory\t%s\t%s\t%s\n", bad, cases[first - bad].complaint, cases[first - bad].name);
-    return first != NULL;
+    const Case *c = first ? &cases[first - bad] : NULL;
+    if (c) printf("memory\t%s\t%s\t%s\n", bad, c->complaint, c->name);
+    return c != NULL;
 }
 
 // What distinguishes the cases, from which feedback.py says where something is wrong.
 static void print_case(const Case *c) {
-    printf("case\t%s\t%s\t%d %d %d %d %d %d %d %d %d %d %d %d %d %d %g\t", c->name, c->special ? c->special
-           : "", c->alias, c->first, c->stop_grad, c->no_gate, c->norm_last, c->act, c->large, c->stride,
-           c->V, c->adam.t, c->NH, c->B, c->T, c->C, c->factor);
+    printf("case\t%s\t%s\t%d %d %d %d %d %d %d %d %d %d %d %d %d %d %g\t", c->name,
+           c->special ? c->special : "", c->alias, c->first, c->stop_grad, c->no_gate, c->norm_last,
+           c->act, c->large, c->stride, c->V, c->adam.t, c->NH, c->B, c->T, c->C, c->factor);
     for (int i = 0; i < c->T; i++) printf("%d ", c->tokens[i]);
     puts("");
 }

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
 from command import Error, Parser, main
 from compiler import command, compile_submission, run_program
-from feedback import ending, hint_of, passes, print_table, read_case, read_wrong, where
+from feedback import Facts, ending, hint_of, passes, print_table, where
 
 LAYERS = "gpas residual embedding rmsnorm rope swiglu matmul attention crossentropy adamw".split()
 FUSED = "residual_gpas_rmsnorm"     # in train_gpas.cu three of the layers in one kernel, too
@@ -29,26 +29,19 @@ def check(program, layer, which, options):
     status, text, said = run_program([program, layer, which, str(options.seed),
                                       str(options.variant)])
     result = {"points": 0, "max": POINTS[which], "ok": False, "checks": [], "hints": []}
-    hints, stopped, cases, wrongs, numbers = result["hints"], False, [], {}, {}
+    hints, stopped, facts = result["hints"], False, Facts()
     for word in [line.split("\t") for line in text.split("\n")]:
-        if word[0] == "case":
-            cases.append(read_case(word[1:]))
-        elif word[0] == "wrong":
-            wrongs[int(word[1])] = read_wrong(word[2:])
-        elif word[0] == "numbers":
-            numbers[word[1]] = [float(x) for x in word[2].split()]
-        elif word[0] == "result" and len(word) == 7:
+        if word[0] == "result" and len(word) == 7:
             name, most, points, bad, kind, explained = word[1:]
             result["checks"].append({"name": name, "points": int(points), "max": int(most)})
             if kind:
-                hint = hint_of(name, bad, kind, explained, cases, wrongs, numbers)
-                hints.append(f"{name}: {hint}")
-            wrongs, numbers = {}, {}
+                hints.append(f"{name}: {hint_of(name, bad, kind, explained, facts)}")
         elif word[0] == "memory":
-            hints.append(f"{where(cases, word[1], True)}{word[2]} ({word[3]})")
+            hints.append(f"{where(facts.cases, word[1], True)}{word[2]} ({word[3]})")
         elif word[0] == "ended":
             stopped = True
             hints.append(f"{ending(int(word[1]), *word[2:], said)} (in the case {word[3]})")
+        facts.read(*word)
     if hints and len(hints) == len(result["checks"]) and all(
             hint.endswith(": nothing is written") for hint in hints):
         result["hints"] = ["nothing is written yet"]
