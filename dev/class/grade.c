@@ -585,28 +585,21 @@ static void print_numbers(const char *name, const double *x, int n) {
     puts("");
 }
 
-// Writes what feedback.py needs to say where result k is wrong: what is right in each case, unless
-// it is large; and of the case `first` also the numbers, at least the first one that is wrong.
+// Writes what feedback.py needs to say where result k is wrong; in the case `first` also the numbers,
+// of a large one only those of the first element that is wrong.
 static void print_facts(const Case *c, int k, int is_first) {
     const Result *r = &c->results[k];
-    int n = r->rows * r->columns, known = 0, first = n, last = 0, small = n <= 1500;
-    for (int i = 0; i < n; i++) {
-        known += !isnan(r->expected[i]);
-        if (!r->wrong[i]) continue;
-        first = i < first ? i : first;
-        last = i;
-    }
-    printf("wrong\t%d\t%d %d %d %d %d %d %d %d %d\t", (int)(c - cases), r->rows, r->columns,
-           r->inner, r->adds, c->sampled != NULL, r->num_wrong, known, first, last);
-    for (int i = 0; i < n && small; i++)
-        putchar(isnan(r->expected[i]) ? '-' : r->wrong[i] ? '1' : '0');
+    int n = r->rows * r->columns, from = 0;
+    printf("wrong\t%d\t%d %d %d %d\t", (int)(c - cases), r->rows, r->columns, r->inner, r->adds);
+    for (int i = 0; i < n; i++) putchar(isnan(r->expected[i]) ? '-' : r->wrong[i] ? '1' : '0');
     puts("");
     if (!is_first) return;
-    int from = small ? 0 : first, count = small ? n : 1;
-    print_numbers("got", r->got + from, count);
-    print_numbers("expected", r->expected + from, count);
-    print_numbers("old", r->old + from, count);
-    for (int i = 0; i <= c->num_inputs && count > 1; i++) {
+    while (n > 1500 && !r->wrong[from]) from++;
+    n = n > 1500 ? 1 : n;
+    print_numbers("got", r->got + from, n);
+    print_numbers("expected", r->expected + from, n);
+    print_numbers("old", r->old + from, n);
+    for (int i = 0; i <= c->num_inputs && n > 1; i++) {
         const Input *in = i < c->num_inputs ? &c->in[i] : &c->dout;
         if (in->x && in->columns == r->columns && (in->rows == r->rows || in->rows == 1))
             print_numbers(in->name, in->x, in->rows * in->columns);
@@ -633,18 +626,15 @@ static void gpas(number *out, number *const *in, const Case *c) {
     number scale = factor("1 - a(g)", 1 - term("a(g)", a));
     if (forward_slip("this is a(g) x; it must be x - a(g) x")) scale = a;
     int stop = pick("stop_grad|1|its opposite", c->stop_grad, 1, !c->stop_grad);
-    if (backward_slip("it is scaled by 1 - a(g), but sg(x) is a constant: dinp must be dout"))
-        stop = 0;
-    if (c->stop_grad && backward_slip("dinp is 0; sg(x) is a constant, but x itself still has "
-                                      "derivative 1")) own = 0;
-    if (backward_slip("dout is read for dgate after dinp was written; the two may be the same "
-                      "array")) of_g = c->alias && !c->stop_grad ? scale : 1;
-    if (backward_slip("the factor 1 - a(g) does not belong in dgate, even with stop_grad 0"))
-        of_g = c->stop_grad ? 1 : scale;
+    if (backward_slip("with the stop-gradient, sg(x) is a constant: dinp is dout")) stop = 0;
+    if (stop && backward_slip("dinp is 0; sg(x) is a constant, but x itself is not")) own = 0;
+    number late = c->stop_grad ? 1 : scale, in_place = c->alias ? late : 1;
+    of_g = pick("their sum|the mean of x_i dy_i", 1, 1.0 / c->C);
+    if (backward_slip("dout is read for dgate after dinp was written over it")) of_g = in_place;
+    if (backward_slip("1 - a(g) does not belong in dgate, even with stop_grad 0")) of_g = late;
     if (backward_slip("only where stop_grad is 1: dgate is not written; the stop-gradient is on x, "
                       "not on g, so dgate is needed in both cases")) of_g = !c->stop_grad;
-    if (backward_slip("what dgate held before is multiplied by -a'(g), too"))
-        kept_factor = -creal(slope);
+    if (backward_slip("-a'(g) multiplies what dgate held, too")) kept_factor = -creal(slope);
     of_g *= factor("a'(g)", slope) * (in[1][0] - g);
     for (int i = 0; i < c->C; i++) {
         number x = hold(in[0][i]), dx = own * (in[0][i] - x);
@@ -682,10 +672,8 @@ static void residual(number *out, number *const *in, const Case *c) {
         if (!backward)
             sum = pick("A shortcut + branch|shortcut + A branch|A (shortcut + branch)", sum,
                        x + A * b, A * (x + b));
-        if (forward_slip("out is written before shortcut is read: they may be the same array"))
-            sum = A * (c->alias ? b : x) + b;
-        if (backward_slip("dout is added, the branch's gradient; it is the shortcut's alone"))
-            sum += x;
+        if (forward_slip("out is written before shortcut is read")) sum = A * (c->alias ? b : x) + b;
+        if (backward_slip("dout, the gradient of the branch, is added")) sum += x;
         out[i] = sum;
     }
 }
@@ -710,10 +698,8 @@ static void embedding(number *out, number *const *in, const Case *c) {
         double share = pick("the sum over a token's places|the last of them|the first of them|"
                             "their mean", 1, !later, !before, 1.0 / (1 + before + later));
         for (int i = n * C; i < n * C + C; i++) {
-            int next = n + 1 < T ? c->tokens[n + 1] : V, last = n > 0 ? c->tokens[n - 1] : V;
-            int v = pick("row tokens[n] of the table|row n|row tokens[i % N] for element i|row "
-                         "tokens[n + 1]|row tokens[n - 1]", c->tokens[n], n % V, c->tokens[i % T],
-                         next, last);
+            int v = pick("row tokens[n] of the table|row n|row tokens[i % N] for element i",
+                         c->tokens[n], n % V, c->tokens[i % T]);
             number x = v < V ? in[0][v * C + i % C] : NAN;
             out[i] = scale * (backward ? share * x : x);
         }
@@ -884,8 +870,7 @@ static number swiglu_element(number a, number b) {
     number first = term("through the factor h1 (silu(h1) is a product)", s);
     number second = term("through the sigmoid (silu(h1) is a product)",
                          slope * factor("h1 in the term through the sigmoid", h1));
-    if (slip("1 - s multiplies both terms of silu's slope; it belongs to that through the sigmoid"))
-        first *= 1 - s;
+    if (slip("1 - s multiplies both terms of silu's slope, not one")) first *= 1 - s;
     number silu = factor("h1 in dh3", h1) * factor("the sigmoid in dh3", s);
     number of_h3 = pick("silu(h1) in dh3|silu's slope|silu(h3)|h3 sigmoid(h1)", silu,
                         first + second, h3 * logistic(k * h3), h3 * s);
@@ -912,10 +897,9 @@ static void swiglu(number *out, number *const *in, const Case *c) {
 static void matmul(number *out, number *const *in, const Case *c) {
     int C = c->C, OC = c->V;
     for (int n = 0; n < c->T; n++) {
-        number sum = 0;
         for (int o = 0; o < OC; o++) {
             int end = C + slip("one channel too many in the sum: c < C");
-            if (!slip("the sum is not set to 0 for each output")) sum = 0;
+            number sum = 0;
             for (int i = 0; i < end; i++)
                 sum += at_or_nan(in[0], n * C + i, input_size(&c->in[0])) *
                        at_or_nan(in[1], o * C + i, input_size(&c->in[1]));
@@ -944,8 +928,7 @@ static const number *head_of(number *const *in, const Case *c, int b, int t, int
 
 static number score(number *const *in, const Case *c, int b, int h, int t, int s) {
     int hs = c->C / c->NH, row = t;
-    if (c->first && slip("first is missing: row i is the query of position first + i"))
-        row -= c->first;
+    if (slip("row i has the query of position i, not of first + i")) row -= c->first;
     const number *q = head_of(in, c, b, row, 0, h), *k = head_of(in, c, b, s, 1, h);
     double right = variant ? 1.0 / hs : 1 / sqrt(hs);
     number sum = 0, scale = factor("scale of the scores", right), slope = right;
@@ -964,8 +947,7 @@ static number score(number *const *in, const Case *c, int b, int h, int t, int s
 static int sees(const Case *c, int t, int s) {
     int first = c->first;
     if (slip("the causal mask is missing: a query sees later keys (future tokens)")) return 1;
-    if (first && slip("first is missing in the mask: row i sees all keys s <= first + i"))
-        return s <= t - first;
+    if (slip("first is missing in the mask: row i sees s <= first + i")) return s <= t - first;
     return pick("the mask s <= t|s <= t + 1|s < t|s >= t|first <= s <= t", s <= t, s <= t + 1,
                 s < t, s >= t, s >= first && s <= t);
 }
@@ -1180,8 +1162,7 @@ static void adam_element(number *p, number *m, number *v, number grad, const Ada
     if (slip("the corrections are 1 - beta, without the power t")) cm = 1 - b1, cv = 1 - b2;
     number mhat = mi * factor("1 / (1 - beta1^t), the correction of m,", 1 / cm);
     number vhat = vi * factor("1 / (1 - beta2^t), the correction of v,", 1 / cv);
-    if (slip("the corrected moments are stored; m and v keep the uncorrected ones"))
-        *m = mhat, *v = vhat;
+    if (slip("the corrected moments are stored as m and v")) *m = mhat, *v = vhat;
     number root = csqrt(vhat) + eps, decayed = l2 ? 0 : decay * x;
     root = pick("sqrt(vhat) + eps|sqrt(vhat + eps)|sqrt((v + eps) / (1 - beta2^t))|vhat + eps|"
                 "sqrt(v) / (1 - beta2^t) + eps|1 / (sqrt(vhat) + eps)", root, csqrt(vhat + eps),
