@@ -64,7 +64,8 @@ class Facts:
     def __init__(self):
         self.cases, self.wrongs, self.numbers = [], {}, {}
 
-    def read(self, kind, *words):
+    def read(self, kind, words, said):
+        """Reads the words of a line. Returns the hint that it gives, if any. said: see ending()."""
         if kind == "case":
             self.cases.append(Case(words[0], words[1], *map(float, words[2].split()),
                                    [int(x) for x in words[3].split()]))
@@ -72,8 +73,15 @@ class Facts:
             self.wrongs[int(words[0])] = Wrong(*map(int, words[1].split()), words[2])
         elif kind == "numbers":
             self.numbers[words[0]] = [float(x) for x in words[1].split()]
-        elif kind == "result":
+        elif kind == "memory":
+            return f"{where(self.cases, words[0], True)}{words[1]} ({words[2]})"
+        elif kind == "ended":
+            return f"{ending(int(words[0]), *words[1:], said)} (in the case {words[2]})"
+        elif kind == "result" and words[4]:
+            hint = hint_of(words[0], *words[3:], self)
             self.wrongs, self.numbers = {}, {}
+            return f"{words[0]}: {hint}"
+        return None
 
 
 def where(cases, bad, at_length):
@@ -215,12 +223,13 @@ def elements(name, case, wrong, numbers):
     kept = [a == (0 if wrong.adds else b) for a, b in zip(got, old)]
     bad = [i for i in range(len(got)) if len(got) == 1 or wrong.elements[i] == "1"]
     first, held = bad[0], old[bad[0]] if wrong.adds else 0
-    text = (f"{name}{index(wrong, wrong.elements.index('1'))} is {got[first] + held:.6g}, should be "
+    at, last = wrong.elements.index("1"), wrong.elements.rindex("1")
+    text = (f"{name}{index(wrong, at)} is {got[first] + held:.6g}, should be "
             f"{expected[first] + held:.6g} ({case.name}; {wrong.elements.count('1')} of "
             f"{len(wrong.elements) - wrong.elements.count('-')} wrong")
     if wrong.adds:
         text += f"; it held {held:.6g} before"
-    row, last = (i // wrong.columns for i in (wrong.elements.index("1"), wrong.elements.rindex("1")))
+    row, last = at // wrong.columns, last // wrong.columns
     if last - row + 1 < wrong.rows and "-" not in wrong.elements:
         text += f", rows {row} to {last} of {wrong.rows}"
     text += ")"

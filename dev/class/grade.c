@@ -3,18 +3,19 @@ grade.c: is a pass of a layer right, and if not, what is wrong with it?
 
     grade LAYER forward|backward SEED VARIANT
 
-calls the submission for a list of cases, in a process of its own, and writes a line for each result
-of the pass, `result NAME MAX_POINTS POINTS HINT`, with tabs between. grade.py runs it.
+calls the submission for a list of cases, in a process of its own, and writes lines for feedback.py,
+with tabs between: of each result of the pass its points, and what explains it if it is wrong.
 
 No derivative is written down here. A definition f is evaluated at x + ih with h = 1e-30: the
 imaginary part of the result is h f'(x), exact to the last digit, since nothing is subtracted (the
 complex step). Where a derivative must not look, hold() drops the imaginary part: so GPAS's
 stop-gradient is one word in its definition.
 
-Mistakes are found in the same way. In a definition, slip("what is wrong") is 0, and 1 when we ask
-what somebody gets who makes this mistake. It is named only if it gives the submission's numbers in
-all cases, in those that are right as well as in those that are wrong. A mistake in a derivative is
-written as hold(y) + slope * (x - hold(x)): the value y, with whatever slope.
+Mistakes are found in the same way. A definition marks where one can be made: slip("what is wrong")
+is 0, and 1 when we ask what somebody gets who makes this mistake; factor(), term() and pick() stand
+for several. One is named only if it gives the submission's numbers, in all cases, or at least where
+they are wrong. One in a derivative is written as hold(y) + slope * (x - hold(x)): the value y, with
+whatever slope.
 */
 #include <complex.h>
 #include <fcntl.h>
@@ -36,7 +37,7 @@ typedef double complex number;
 enum { SILU, IDENTITY, RELU, LEAKY_RELU, TANH };
 enum { GUARD = 1024, MAX_CASES = 24, MAX_RESULTS = 4, MAX_INPUTS = 4, HINT = 4000 };
 enum { ARENA_BYTES = 256 << 20, MEGABYTES = 512, CPU_SECONDS = 4, WALL_SECONDS = 120 };
-enum { OUTPUT = -1 };  // in place of an input: of a Result that is no gradient
+enum { MAX_SLIPS = 400, OUTPUT = -1 };  // OUTPUT: of a Result that is no gradient
 
 // The arrays of a call: inputs, the output's gradient, outputs (in a backward pass those of the
 // right forward pass), gradients, and what belongs to one layer alone.
@@ -193,9 +194,8 @@ typedef struct {
     int kind;          // PICKED + i: y is the one behind the i-th |
 } Mistake;
 
-enum { MAX_MISTAKES = 400 };
 static const Mistake no_mistake = {NULL, SLIP};
-static Mistake mistakes[MAX_MISTAKES], chosen;  // all of a definition; the one that is made
+static Mistake mistakes[MAX_SLIPS], chosen;  // all of a definition; the one that is made
 static int num_mistakes, collecting;
 static double kept_factor = 1;  // by which a mistake multiplies what an array held
 
@@ -227,7 +227,7 @@ static number picked(const char *names, const number *x) {
     int i = 0, found = 0;
     if (!collecting && chosen.name != names) return x[0];
     for (const char *p = names; *p; p++)
-        if (*p == '|' && is_chosen(names, PICKED + ++i)) found = i;
+        found = *p == '|' && is_chosen(names, PICKED + ++i) ? i : found;
     return x[found];
 }
 #define pick(names, ...) picked(names, (const number[]){__VA_ARGS__})
@@ -239,9 +239,6 @@ static void tell_mistake(char *text, const Mistake *m) {
     else sprintf(text, "%.*s is used; it must be %.*s", (int)strcspn(wrong, "|"), wrong,
                  (int)strcspn(right, "|"), right);
 }
-
-// By what a mistake with the factor x multiplies.
-static number fault(const char *name, number x) { return factor(name, x) / x; }
 
 static int forward_slip(const char *text) { return !backward && slip(text); }
 static int backward_slip(const char *text) { return backward && slip(text); }
@@ -322,9 +319,9 @@ static void compare(Result *r, const Case *c, Definition f) {
 
 // ---- 3. Explaining ------------------------------------------------------------------------------
 // Of a result in all cases, tries one hypothesis after another: a mistake of the definition; a
-// factor, or a term too many; the right numbers in wrong places; an input, or dout, that is read
-// wrongly, as can happen in any loop; and that it is added where it must be written, or written
-// where it must be added. If none explains all elements, one may still explain all that are wrong.
+// number by which it is multiplied; right numbers in wrong places; an input, or dout, that is read
+// wrongly, as can happen in any loop; and that it is added where it must be written, or the other
+// way round. If none explains all elements, one may still explain all that are wrong.
 
 // How an input is read wrongly: along its rows or columns; as a whole; or another in its place.
 enum { LAST, FIRST, ONLY_LAST, SAME, AFTER, BEFORE, BLOCKS_4, BLOCKS_32, ONLY_32, REVERSED, ALONG,
@@ -378,20 +375,19 @@ static double read_wrongly(const Input *in, int how, int axis, int row, int colu
 
 static Input *view_of(Case *c, int view) { return view < 0 ? &c->dout : &c->in[view]; }
 
-// Puts what is read in the place of what should be. Returns whether there is a difference.
+// Puts what is read in the place of what should be, if it has the same shape.
 static int misread(Case *c, const Hypothesis *h) {
     Input *in = view_of(c, h->view), *from = h->how < READINGS ? in : view_of(c, h->axis);
-    size_t n = input_size(in), changed = 0;
+    size_t n = input_size(in);
     if (!in->x || !from->x || from->rows != in->rows || from->columns != in->columns) return 0;
     double *x = room(h->view < 0 ? c->out_size : n, sizeof *x);
     for (size_t i = 0; i < n; i++) {
         int row = (int)(i / in->columns), column = (int)(i % in->columns);
         x[i] = h->how < READINGS ? read_wrongly(in, h->how, h->axis, row, column) : from->x[i];
-        changed += !(x[i] == in->x[i]);
     }
     in->x = x;
     if (h->view < 0) c->out_weight = x;
-    return changed > 0;
+    return 1;
 }
 
 // Number i of a result if the right ones are written so. x: those before it.
@@ -428,8 +424,8 @@ static double *predict(Definition f, const Case *original, const Result *r, cons
     return x;
 }
 
-// Where an explanation is looked for: result k in n cases, of which `first` is wrong, and small
-// enough. partly: the first text that explains all that is wrong, but contradicts what is right.
+// The result k of n cases that is explained. first: a case that is wrong and small enough. partly:
+// the first text that explains all that is wrong, but contradicts what is right.
 typedef struct {
     Definition f;
     int n, k, first;
@@ -560,12 +556,10 @@ static const char *explain(Search *s, char *hint) {
     while (s->first < s->n && (cases[s->first].large || !cases[s->first].results[s->k].num_wrong))
         s->first++;
     if (s->first < s->n) {
-        char added[HINT];
         h.other_mode = 1;
         if (holds(s, &h, hint, "", "", "")) return "all";
-        strcpy(added, s->partly);
-        if (explain_factor(s, hint)) return "all";
-        strcpy(s->partly, added);  // a number is the last that we tell
+        Search alone = *s;  // a number that explains but a part is the last that we tell
+        if (explain_factor(&alone, hint)) return "all";
         h.factor = -1;
         if (holds(s, &h, hint, "it has the wrong sign", "", "") || explain_mistake(s, hint) ||
             (r->adds && holds(s, &only_last, hint, "only the last row counts", "", "")) ||
@@ -585,8 +579,8 @@ static void print_numbers(const char *name, const double *x, int n) {
     puts("");
 }
 
-// Writes what feedback.py needs to say where result k is wrong; in the case `first` also the numbers,
-// of a large one only those of the first element that is wrong.
+// Writes what feedback.py needs to say where result k is wrong; of the first such case also the
+// numbers, or, if it is large, only those of the first element that is wrong.
 static void print_facts(const Case *c, int k, int is_first) {
     const Result *r = &c->results[k];
     int n = r->rows * r->columns, from = 0;
@@ -619,12 +613,11 @@ static number activation(number g, int act) {
 
 static void gpas(number *out, number *const *in, const Case *c) {
     int act = pick("`activation`|always SiLU", c->act, SILU), own = 1;
-    number g = hold(in[1][0]), a0 = activation(g, act), of_g = 1;  // of_g: multiplies dgate
-    number slope0 = cimag(activation(g + I * 1e-30, act)) * 1e30, slope = slope0, a = a0;
-    if (!backward) a = pick("a(g)|a'(g)|g", a0, slope0, g);
-    else slope = pick("a'(g) in dgate|a(g)", slope0, a0);
-    number scale = factor("1 - a(g)", 1 - term("a(g)", a));
-    if (forward_slip("this is a(g) x; it must be x - a(g) x")) scale = a;
+    number g = hold(in[1][0]), a = activation(g, act), of_g;  // of_g: multiplies dgate
+    number slope = cimag(activation(g + I * 1e-30, act)) * 1e30, used = a;
+    if (!backward) used = pick("a(g)|a'(g)|g", a, slope, g);
+    else slope = pick("a'(g) in dgate|a(g)", slope, a);
+    number scale = pick("1 - a(g)|a(g)", factor("1 - a(g)", 1 - term("a(g)", used)), a);
     int stop = pick("stop_grad|1|its opposite", c->stop_grad, 1, !c->stop_grad);
     if (backward_slip("with the stop-gradient, sg(x) is a constant: dinp is dout")) stop = 0;
     if (stop && backward_slip("dinp is 0; sg(x) is a constant, but x itself is not")) own = 0;
@@ -668,11 +661,10 @@ static void adjust_gpas(Case *c, int k) {
 static void residual(number *out, number *const *in, const Case *c) {
     number A = factor("A", c->factor);
     for (int i = 0; i < c->C; i++) {
-        number x = in[0][i], b = in[1][i], sum = term("A shortcut", A * x) + term("branch", b);
-        if (!backward)
-            sum = pick("A shortcut + branch|shortcut + A branch|A (shortcut + branch)", sum,
-                       x + A * b, A * (x + b));
-        if (forward_slip("out is written before shortcut is read")) sum = A * (c->alias ? b : x) + b;
+        number x = in[0][i], b = in[1][i];
+        number sum = pick("A shortcut + branch|shortcut + A branch|A (shortcut + branch)",
+                          term("A shortcut", A * x) + term("branch", b), x + A * b, A * (x + b));
+        if (forward_slip("out is written before shortcut is read")) sum += A * c->alias * (b - x);
         if (backward_slip("dout, the gradient of the branch, is added")) sum += x;
         out[i] = sum;
     }
@@ -747,7 +739,7 @@ static void norm_sloped(number *y, number *through, const number *x, const numbe
                     (x[i] - hold(x[i])) * factor("1 / C in the term through r", 1.0 / C) *
                     h * factor("r^2 in the term through r", h * h);
     }
-    number d = *through * fault("r in the term through r", h);
+    number d = *through * factor("r in the term through r", h) / h;
     if (slip("1 / C is 0 in whole numbers: the term through r vanishes unless C is 1")) d *= C == 1;
     moved *= slip("the mean of w dy is subtracted, as in LayerNorm; RMSNorm does not");
     for (int i = 0; i < C; i++) {
@@ -757,23 +749,19 @@ static void norm_sloped(number *y, number *through, const number *x, const numbe
                (w[i] - b) * factor("x in dweight", a) * factor("r in dweight", h) +
                term("through r (r depends on every x of its row)",
                     factor("x in the sum of the term through r", a) *
-                    factor("weight in the sum of the term through r", b) * d) -
-               b * h * moved / C;
+                    factor("weight in the sum of the term through r", b) * d) - b * h * moved / C;
     }
 }
 
 // seen: what the backward pass takes for x.
 static void norm(number *out, number *rstd, const number *x, const number *seen, const number *w,
                  int N, int C) {
-    int own = forward_slip("the sum over the block is missing: a thread uses its own part");
     number through = 0;
     for (int n = N - 1; n >= 0; n--) {
         number r = rstd[n] = norm_r(x, n, N, C), *y = out + n * C;
-        for (int i = 0; i < C; i++) {
-            number v = x[n * C + i], s = own ? 1 / csqrt(v * v / C + 1e-6) : r;
-            number u = pick("weight|1 + weight", factor("weight", w[i]), 1 + w[i]);
-            y[i] = u * factor("inp", v) * factor("r", s);
-        }
+        for (int i = 0; i < C; i++)
+            y[i] = factor("inp", x[n * C + i]) * factor("r", r) *
+                   pick("weight|1 + weight", factor("weight", w[i]), 1 + w[i]);
         if (backward && (chosen.name || collecting))
             norm_sloped(y, &through, x + n * C, seen + n * C, w, r, C);
     }
@@ -796,9 +784,8 @@ static void rope_pair(number *out, long first, long second, int j, int t, number
     size_t n = c->out_size, size = input_size(&c->in[1]);
     int hs = c->C / c->NH, k = j / 2;
     long row = (long)t * pick("hs for a row of the table|hs / 2", hs, hs / 2);
-    int layout = pick("the pair (cos, sin) at 2 k of the table's row|the pair (sin, cos)|a pair "
-                      "of all cosines, then all sines|the first pair|cos twice|sin twice|the pair "
-                      "at k", 0, 1, 2, 3, 4, 5, 6);
+    int layout = pick("(cos, sin) at 2 k in the table's row|(sin, cos)|all cos before all sin|"
+                      "the first pair|cos twice|sin twice|the pair at k", 0, 1, 2, 3, 4, 5, 6);
     const int cos_at[] = {j, j + 1, k, 0, j, j + 1, k};
     const int sin_at[] = {j + 1, j, hs / 2 + k, 1, j, j + 1, k + 1};
     number cosine = at_or_nan(in[1], row + cos_at[layout], size);
@@ -910,6 +897,8 @@ static void matmul(number *out, number *const *in, const Case *c) {
 
 // ---- attention: in[0] qkv (B,T,3C). After out (B,T-first,C) comes lse (B,NH,T-first). first is 0
 // in all backward passes. The variant divides the scores by hs, as muP does.
+#define LARGE(what) what " are large (is the largest one subtracted before the exponential, and " \
+                    "found where all are negative?)"
 
 // Where head h of part 0, 1 or 2 (q, k, v) of a row begins.
 static const number *head_of(number *const *in, const Case *c, int b, int t, int part, int h) {
@@ -930,8 +919,8 @@ static number score(number *const *in, const Case *c, int b, int h, int t, int s
     int hs = c->C / c->NH, row = t;
     if (slip("row i has the query of position i, not of first + i")) row -= c->first;
     const number *q = head_of(in, c, b, row, 0, h), *k = head_of(in, c, b, s, 1, h);
-    double right = variant ? 1.0 / hs : 1 / sqrt(hs);
-    number sum = 0, scale = factor("scale of the scores", right), slope = right;
+    number right = variant ? 1.0 / hs : 1 / sqrt(hs), scale = factor("scale of the scores", right);
+    number sum = 0, slope = backward ? factor("scale, in dq and dk,", right) : right;
     for (int i = 0; i < hs; i++) {
         number of_q = k[i], of_k = q[i];  // the slopes of the product
         if (backward_slip("dq is made of the queries; it is dS K")) of_q = q[i];
@@ -940,16 +929,14 @@ static number score(number *const *in, const Case *c, int b, int h, int t, int s
     }
     scale = pick("the scale of the scores|1 / hs|1 / sqrt(hs)|1 / sqrt(C)", scale, 1.0 / hs,
                  1 / sqrt(hs), 1 / sqrt(c->C));
-    if (backward) slope = factor("scale, in dq and dk,", slope);
     return backward ? scale * hold(sum) + slope * (sum - hold(sum)) : scale * sum;
 }
 
 static int sees(const Case *c, int t, int s) {
-    int first = c->first;
     if (slip("the causal mask is missing: a query sees later keys (future tokens)")) return 1;
-    if (slip("first is missing in the mask: row i sees s <= first + i")) return s <= t - first;
+    if (slip("first is missing in the mask: row i sees s <= first + i")) return s <= t - c->first;
     return pick("the mask s <= t|s <= t + 1|s < t|s >= t|first <= s <= t", s <= t, s <= t + 1,
-                s < t, s >= t, s >= first && s <= t);
+                s < t, s >= t, s >= c->first && s <= t);
 }
 
 // Computes the weights P of a row. Returns lse.
@@ -1035,8 +1022,7 @@ static void adjust_attention(Case *c, int k) {
     double *x = c->in[0].x;
     c->tolerance = k == 5 || k == 6 ? 1e-3 : backward ? 2e-4 : 1e-4;
     c->scale = backward && (k == 0 || k == 5);  // where gradients are next to 0
-    if (k == 5) c->special = "scores are large (is the largest one subtracted before the "
-                             "exponential, and found where all are negative?)";
+    if (k == 5) c->special = LARGE("scores");
     for (int i = 0; i < n && k == 5; i++)  // large queries and keys
         if (i / c->C % 3 < 2) x[i] = (float)(x[i] * 10);
     for (int i = 0; i < c->C && k == 5; i++)  // the first score, all that its query sees: -200
@@ -1068,15 +1054,15 @@ static number cross_sloped(const number *x, double lse, int n, const Case *c) {
     int everywhere = slip("scale is subtracted at every logit; it belongs to the target's alone");
     int early = slip("the target's logit is changed before the exponential reads it");
     number s = c->factor, loss = 0;
-    number at_p = fault("scale of the softmax", s), at_target = fault("scale at the target", s);
+    number at_p = factor("scale of the softmax", s) / s;
+    number at_target = factor("scale at the target", s) / s;
     for (int v = 0; v < c->V; v++) {
         int target = v == c->tokens[n];
-        number y = hold(x[v]), at_y = cexp(y - lse), p;
-        if (target && early) at_y = cexp(y - s - lse) + 1;
-        p = pick("e^(logit - lse)|e^logit|logit - lse|logit", at_y, cexp(y), y - lse, y);
+        number y = hold(x[v]), p = cexp(y - lse);
+        if (target && early) p = cexp(y - s - lse) + 1;
+        p = pick("e^(logit - lse)|e^logit|logit - lse|logit", p, cexp(y), y - lse, y);
         if (target) p = pick("softmax - 1 at the target|-1", p, 0);
-        number slope = p * at_p + pick("the gradient in the logit's place (=)|the gradient "
-                                       "added to the logit", 0, y / s);
+        number slope = p * at_p;
         if (target || everywhere) slope -= term("of the target", at_target);
         loss += (slope - (exp(creal(x[v]) - lse) - target)) * (x[v] - hold(x[v]));
     }
@@ -1097,7 +1083,6 @@ static void crossentropy(number *out, number *const *in, const Case *c) {
         out[n] = term("lse, whose gradient is the softmax,", of_row) -
                  term("of the target's logit", logit);
         out[N + n] = lse;
-        if (slip("the sign: loss = lse - logit of the target")) out[n] = logit - lse;
         if (forward_slip("each row has a loss of its own: no division by N")) out[n] /= N;
         if (backward) out[n] += cross_sloped(x, creal(lse), n, c);
     }
@@ -1107,15 +1092,14 @@ static void adjust_crossentropy(Case *c, int k) {
     double *x = c->in[0].x;
     c->factor = backward ? (float)(0.3 + 0.1 * uniform()) : 1;
     c->tolerance = k == 4 ? 3e-4 : 1e-4;
-    if (k == 4) c->special = "logits are large (is the largest one subtracted before the "
-                             "exponential, and found where all are negative?)";
+    if (k == 4) c->special = LARGE("logits");
     for (int i = 0; i < c->T * c->stride && k == 4; i++)
         x[i] = (float)(x[i] + (i / c->stride % 2 ? -130 : 130));
     c->sampled = k == 6 ? room((size_t)c->T * c->stride, 1) : NULL;
     for (int i = 0; i < c->T * c->stride && k == 6; i += 601) c->sampled[i] = 1;
     for (int n = 0; n < c->T; n++)  // the first row's target is never the last logit
         c->tokens[n] = below(c->V - (n == 0 && c->V > 2));
-    if (k == 4) x[c->tokens[2]+ 2 * c->stride] -= 120;  // and far below the row's largest
+    if (k == 4) x[c->tokens[2] + 2 * c->stride] -= 120;  // and far below the row's largest
 }
 
 // ---- adamw: no derivative here. in: p, m, v, grad (n). After p come m, v, and the copy of p.
@@ -1131,8 +1115,7 @@ static void adam_moments(number *m, number *v, number g, number unclipped, doubl
     g = pick("the clipped gradient in m|the gradient before clipping", g, unclipped);
     number new_m = term("with the old m", keep_m * *m) + term("with the gradient in m", to_m * g);
     of_v = pick("the clipped gradient in v|the gradient before clipping|m", of_v, unclipped, new_m);
-    number square = pick("the gradient squared in v|the gradient|clip times its square",
-                         of_v * of_v, of_v, of_v * unclipped);
+    number square = pick("the gradient squared in v|the gradient", of_v * of_v, of_v);
     *v = term("with the old v", keep_v * *v) + term("with the square in v", to_v * square);
     *m = new_m;
 }
@@ -1168,9 +1151,9 @@ static void adam_element(number *p, number *m, number *v, number grad, const Ada
                 "sqrt(v) / (1 - beta2^t) + eps|1 / (sqrt(vhat) + eps)", root, csqrt(vhat + eps),
                 csqrt((vi + eps) / cv), vhat + eps, csqrt(vi) / cv + eps, 1 / root);
     number step = mhat / root;
-    step *= fault("lr of the step", lr);
+    step *= factor("lr of the step", lr) / lr;
     if (slip("the weight decay is that of p after the step")) decayed = decay * (x - lr * step);
-    decayed *= fault("lr of the weight decay", lr);
+    decayed *= factor("lr of the weight decay", lr) / lr;
     if (slip("the signs: p must go down the gradient, and decay (p -= ...)")) lr = -lr;
     *p = x - lr * (term("of Adam's step", step) + term("of the weight decay", decayed));
 }
@@ -1299,8 +1282,7 @@ static const struct {
      {{"weight", "VC"}}, "dout", {{"out", "NC", 4, OUTPUT}}, {{"dweight", "VC", 6, 0, 1}}},
     {"rmsnorm", rmsnorm, adjust_rmsnorm, {7, 7, 8, 8}, "TC",
      {{1, 5, 7}, {1, 1, 7}, {1, 4, 1}, {1, 2, 301}, {1, 4, 8}, {1, 1, 1}, {1, 3, 40}, {1, 2100, 2}},
-     {{"inp", "NC"}, {"weight", "1C"}}, "dout",
-     {{"out", "NC", 3, OUTPUT}, {"rstd", "N1", 1, OUTPUT}},
+     {{"inp", "NC"}, {"weight", "1C"}}, "dout", {{"out", "NC", 3, OUTPUT}, {"rstd", "N1", 1, OUTPUT}},
      {{"dinp", "NC", 4, 0}, {"dweight", "1C", 2, 1, 1}}},
     {"rope", rope, adjust_rope, {5, 5, 5, 5}, "BTCN",
      {{1, 5, 4, 1}, {1, 1, 4, 1}, {1, 5, 12, 3}, {2, 5, 4, 1}, {2, 3, 258, 43}},
@@ -1364,8 +1346,7 @@ static void add_result(Case *c, const ResultSpec *s, int i, const double *kept, 
     Result *r = &c->results[c->num_results++];
     *r = (Result){.name = s->name, .points = s->points, .of = of, .adds = s->adds,
                   .array = *a + sizes[3], .offset = of == OUTPUT ? offset : (size_t)sizes[3],
-                  .rows = rows, .columns = columns, .pitch = pitch,
-                  .scale = of < 1 ? c->scale : 0,
+                  .rows = rows, .columns = columns, .pitch = pitch, .scale = of < 1 ? c->scale : 0,
                   .tolerance = of < 1 && c->tolerance ? c->tolerance : 1e-4,
                   .inner = c->B > 1 && columns > 1 ? rows / c->B : 0};
     if (c->sum_in_dx && of < 2) {  // fused, norm first: the gradient of the sum is in dx
@@ -1509,8 +1490,7 @@ static void report(int layer, int n, int k) {
         Search s = {layers[layer].f, n, k, 0, ""};
         kind = explain(&s, hint);
         if (!*hint && first > 0 && is_right_alone(layer, first, k)) kind = "static";
-        for (int i = 0; i < n; i++)
-            if (bad[i] == '1') print_facts(&cases[i], k, i == first);
+        for (int i = first; i < n; i++) if (bad[i] == '1') print_facts(&cases[i], k, i == first);
     }
     printf("result\t%s\t%d\t%d\t%s\t%s\t%s\n", r->name, r->points, num_bad ? 0 : r->points, bad,
            num_bad ? kind : "", hint);
@@ -1519,12 +1499,12 @@ static void report(int layer, int n, int k) {
 // Complaints about memory cost all points, for then the process is no longer what it should be.
 static int report_complaints(int n) {
     char bad[MAX_CASES + 1] = "";
+    const Case *c = NULL;
     for (int i = 0; i < n; i++) {
         check_arrays(&cases[i]);
         bad[i] = *cases[i].complaint ? '1' : '0';
+        if (bad[i] == '1' && !c) c = &cases[i];
     }
-    const char *first = strchr(bad, '1');
-    const Case *c = first ? &cases[first - bad] : NULL;
     if (c) printf("memory\t%s\t%s\t%s\n", bad, c->complaint, c->name);
     return c != NULL;
 }

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
 from command import Error, Parser, main
 from compiler import command, compile_submission, run_program
-from feedback import Facts, ending, hint_of, passes, print_table, where
+from feedback import Facts, passes, print_table
 
 LAYERS = "gpas residual embedding rmsnorm rope swiglu matmul attention crossentropy adamw".split()
 FUSED = "residual_gpas_rmsnorm"     # in train_gpas.cu three of the layers in one kernel, too
@@ -30,18 +30,12 @@ def check(program, layer, which, options):
                                       str(options.variant)])
     result = {"points": 0, "max": POINTS[which], "ok": False, "checks": [], "hints": []}
     hints, stopped, facts = result["hints"], False, Facts()
-    for word in [line.split("\t") for line in text.split("\n")]:
-        if word[0] == "result" and len(word) == 7:
-            name, most, points, bad, kind, explained = word[1:]
-            result["checks"].append({"name": name, "points": int(points), "max": int(most)})
-            if kind:
-                hints.append(f"{name}: {hint_of(name, bad, kind, explained, facts)}")
-        elif word[0] == "memory":
-            hints.append(f"{where(facts.cases, word[1], True)}{word[2]} ({word[3]})")
-        elif word[0] == "ended":
-            stopped = True
-            hints.append(f"{ending(int(word[1]), *word[2:], said)} (in the case {word[3]})")
-        facts.read(*word)
+    for word in [line.split("\t") for line in text.split("\n")[:-1]]:   # complete lines
+        if word[0] == "result":
+            result["checks"].append({"name": word[1], "points": int(word[3]), "max": int(word[2])})
+        stopped |= word[0] == "ended"
+        hint = facts.read(word[0], word[1:], said)
+        hints += [hint] if hint else []
     if hints and len(hints) == len(result["checks"]) and all(
             hint.endswith(": nothing is written") for hint in hints):
         result["hints"] = ["nothing is written yet"]
@@ -63,9 +57,8 @@ def grade_file(file, options, folder):
     program, error = compile_submission(file, options, folder)
     rows = [{"file": file, "layer": layer, "points": 0, "max": 10} for layer in layers]
     if error:
-        for row in rows:
-            row["error"] = f"{file} does not compile, so nothing in it is checked: {error}"
-        return rows
+        said = f"{file} does not compile, so nothing in it is checked: {error}"
+        return [{**row, "error": said} for row in rows]
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
         jobs = [(row, which, pool.submit(check, program, row["layer"], which, options))
                 for row in rows for which in passes(row["layer"])]
