@@ -251,7 +251,7 @@ def hint_of(name, bad, kind, text, facts):
     if not wrongs:
         return "nothing is written"
     first = bad.index("1")
-    hint = where(cases, bad, kind == "nothing")
+    hint = where(cases, bad, kind != "all")
     if kind == "static":
         hint = "right in the first call, not after another: is something static? "
     elif kind == "nothing":

@@ -119,7 +119,7 @@ SUBTLE = [
     ("attention", "seen = t0 + n, accumulate = t0 < last", "seen = t0 + n, accumulate = 0 * last",
      "only where sizes are large"),
     ("adamw", "pow(adam.beta1, adam.t)", "pow(adam.beta1, adam.t + (adam.t > 1))",
-     "only where t is above 1: 1 - beta1.* is used")]
+     "right in the cases: .*n = 7, t = 1.*1 - beta1.* is used")]
 SUBTLE_KERNELS = [
     ("gpas", "dinp[i] = scale * dy;", "dinp[i] = dy;", "only where stop_grad is 0"),
     ("crossentropy", "        if (v + W > V)\n            for (int k = 0; k < W; k++) "
