@@ -46,6 +46,7 @@ SIZES = [
 # Areas of a result. i, n: a row and their number, or a column and theirs, for each of both.
 AREAS = [
     ("all {}s but the first", lambda i, n: i > 0), ("the first {}", lambda i, n: i == 0),
+    ("{}s behind the first quarter (is sizeof missing?)", lambda i, n: i >= n // 4),
     ("all {}s but the last", lambda i, n: i < n - 1), ("the last {}", lambda i, n: i == n - 1),
     ("{}s with an odd number", lambda i, n: i % 2),
     ("{}s with an even number", lambda i, n: i % 2 == 0),
@@ -96,7 +97,7 @@ def where(cases, bad, at_length):
             c.special for c in right}:
         return f"only where {special}: "
     for text, has in MODES + SIZES:
-        luck = len(right) < 2 and "several" in text     # a single case
+        luck = len(right) < 2 and "several" in text or len(right) < 3 and "multiple of 4" in text
         if all(map(has, wrong)) and not any(map(has, right)) and not luck:
             return f"only where {text}: "
     for text, has in MODES:
@@ -117,7 +118,7 @@ def area(cases, wrongs):
     places = []         # is it wrong? row, rows, column, columns, case
     for i, wrong in wrongs.items():
         if len(wrong.elements) > 3000:      # would take long
-            return ""
+            continue
         for at, element in enumerate(wrong.elements):
             if element != "-":
                 places.append((element == "1", at // wrong.columns, wrong.rows,
@@ -127,6 +128,9 @@ def area(cases, wrongs):
     areas += [("the targets' places", lambda p: p[3] == p[5].tokens[p[1] % len(p[5].tokens)]),
               ("heads after the first", lambda p: p[5].NH > 1
                and p[3] % p[5].C >= p[5].C // p[5].NH),
+              ("the second half of each head", lambda p: p[5].NH > 0
+               and p[3] * p[5].NH % p[5].C * 2 >= p[5].C),
+              ("heads with an odd number", lambda p: p[3] * p[5].NH // p[5].C % 2),
               ("sequences after the first", lambda p: p[1] >= p[2] // p[5].B)]
     best, found = 0.4, ""
     for text, has in areas if len(wrongs) > 1 else []:
@@ -166,8 +170,10 @@ def errors(case, wrong, numbers):
     arrays = {name: [numbers[name][i % len(numbers[name])] for i in range(len(got))]
               for name in names}
     sizes = {"C": case.C, "T": case.T, "NH": case.NH, "V": case.V, "B": case.B,
-             "the root of C": math.sqrt(case.C)}
-    arrays.update({f"{name} = {x:.4g}": [x] * len(got) for name, x in sizes.items() if x > 1})
+             "the root of C": math.sqrt(case.C), "A (or scale)": case.A,
+             "the square of A (or scale)": case.A ** 2}
+    arrays.update({f"{name} = {x:.4g}": [x] * len(got) for name, x in sizes.items()
+                   if x not in (0, 1)})
     for name, x in arrays.items():
         if same(got, [a * b for a, b in zip(expected, x)]):
             return f"it is multiplied by {name}; "
@@ -250,17 +256,22 @@ def hint_of(name, bad, kind, text, facts):
     cases, wrongs, numbers = facts.cases, facts.wrongs, facts.numbers
     if not wrongs:
         return "nothing is written"
-    first = bad.index("1")
-    hint = where(cases, bad, kind != "all")
+    first, wrong = bad.index("1"), wrongs[bad.index("1")]
+    kept = all(got == (0 if wrong.adds else old) for got, old, element in zip(
+        numbers["got"], numbers["old"], wrong.elements)
+        if element == "1" or len(numbers["got"]) == 1)
+    if kind == "partly" and kept:       # what is not written needs no other explanation
+        kind = "nothing"
+    hint = where(cases, bad, kind != "all" or text.endswith("is not written"))
     if kind == "static":
         hint = "right in the first call, not after another: is something static? "
     elif kind == "nothing":
-        hint += errors(cases[first], wrongs[first], numbers)
+        hint += errors(cases[first], wrong, numbers)
     else:
         hint += ("where it is wrong, " if kind == "partly" and not hint else "") + text + "; "
     if kind != "all":
         hint += area(cases, wrongs)
-    return hint + elements(name, cases[first], wrongs[first], numbers)
+    return hint + elements(name, cases[first], wrong, numbers)
 
 
 def passes(layer):

@@ -340,10 +340,10 @@ static const char *const axes[] = {"row", "column"}, *const readings[READINGS + 
     "%s is missing: 1 is used in its place", "%s is read in place of %s"};
 
 // How right numbers are written.
-enum { WRITTEN_TRANSPOSED = 1, PART_BY_PART, SUMS_IN_ROW, SUMS_OF_ROWS, SUMS, WRITINGS };
+enum { WRITTEN_TRANSPOSED = 1, EXCHANGED, PART_BY_PART, SUMS_IN_ROW, SUMS_OF_ROWS, SUMS, WRITINGS };
 static const char *const writings[WRITINGS] = {
-    NULL, "it is written transposed", "its array is written part by part, one part of all rows, "
-    "then the next; each row holds its own parts",
+    NULL, "it is written transposed", "the parts of a row are exchanged",
+    "its array is written part by part, all rows of one, then of the next; a row holds its own",
     "an element contains those before it in its row: a sum is not set to 0 for each one",
     "a row contains the rows before it: a sum is not set to 0 for each row",
     "an element contains all before it: a sum is not set to 0 for each one"};
@@ -396,6 +396,7 @@ static double written(const Result *r, int how, const double *x, int i) {
     int back = how == SUMS_IN_ROW ? i % w > 0 : how == SUMS ? i > 0 : row > 0 ? w : 0;
     long p = (long)row * r->pitch + start + i % w, rows = r->rows;
     if (how == WRITTEN_TRANSPOSED) p = p % rows * r->pitch + p / rows;
+    else if (how == EXCHANGED) p += r->pitch - w - 2 * start;
     else if (how == PART_BY_PART) p = p / w % rows * r->pitch + p / (w * rows) * w + p % w;
     else return r->expected[i] + (back ? x[i - back] : 0);
     return r->all[r->offset - start + p];
@@ -450,7 +451,7 @@ static int explains(const Result *r, const double *x, Evidence *e) {
         e->contradicted += known && !good;
         e->seen += wrong && known == (isfinite(r->got[i]) != 0);
         e->different += wrong && known && !(fabs(x[i] - last) <= 2 * allowed);
-        e->guessed += wrong && !known;
+        e->guessed += wrong && !known && isfinite(r->got[i]);
         e->sure += known;
         if (wrong) last = x[i];
     }
@@ -471,7 +472,7 @@ static int is_true(const Search *s, const Hypothesis *h) {
         free(x);
         if (!good || (e.contradicted && *s->partly)) return 0;
     }
-    if (!e.contradicted) return e.seen && e.sure ? 2 : 0;
+    if (!e.contradicted) return e.seen > e.guessed && e.sure ? 2 : 0;
     return e.different >= 4 && !e.guessed;
 }
 
@@ -617,7 +618,8 @@ static void gpas(number *out, number *const *in, const Case *c) {
     number slope = cimag(activation(g + I * 1e-30, act)) * 1e30, used = a;
     if (!backward) used = pick("a(g)|a'(g)|g", a, slope, g);
     else slope = pick("a'(g) in dgate|a(g)", slope, a);
-    number scale = pick("1 - a(g)|a(g)", factor("1 - a(g)", 1 - term("a(g)", used)), a);
+    number scale = pick("1 - a(g)|a(g)|1 - a'(g)", factor("1 - a(g)", 1 - term("a(g)", used)),
+                        a, 1 - slope);
     int stop = pick("stop_grad|1|its opposite", c->stop_grad, 1, !c->stop_grad);
     if (backward_slip("with the stop-gradient, sg(x) is a constant: dinp is dout")) stop = 0;
     if (stop && backward_slip("dinp is 0; sg(x) is a constant, but x itself is not")) own = 0;
@@ -728,7 +730,7 @@ static number norm_r(const number *x, int n, int N, int C) {
 }
 
 // The slopes of a row y, as somebody gets them who makes a mistake in the backward pass. through:
-// the slope of 1 / r^3, of which a sum that is not set to 0 keeps that of the rows behind.
+// the slope of 1 / r^3; a sum that is not set to 0 keeps that of rows behind. seen: taken for x.
 static void norm_sloped(number *y, number *through, const number *x, const number *seen,
                         const number *w, number r, int C) {
     number moved = 0, h = hold(r);
@@ -753,7 +755,6 @@ static void norm_sloped(number *y, number *through, const number *x, const numbe
     }
 }
 
-// seen: what the backward pass takes for x.
 static void norm(number *out, number *rstd, const number *x, const number *seen, const number *w,
                  int N, int C) {
     number through = 0;
@@ -855,8 +856,8 @@ static number swiglu_element(number a, number b) {
     slope *= k * factor("1 - sigmoid(h1) in the sigmoid's slope", 1 - s);
     slope = pick("s (1 - s), the sigmoid's slope|1 - s^2 (the slope of tanh)", slope, 1 - s * s);
     number first = term("through the factor h1 (silu(h1) is a product)", s);
-    number second = term("through the sigmoid (silu(h1) is a product)",
-                         slope * factor("h1 in the term through the sigmoid", h1));
+    number second = term("through the sigmoid (silu(h1) is a product)", slope *
+                         pick("h1 in silu's slope|h3", factor("h1 in silu's slope", h1), h3));
     if (slip("1 - s multiplies both terms of silu's slope, not one")) first *= 1 - s;
     number silu = factor("h1 in dh3", h1) * factor("the sigmoid in dh3", s);
     number of_h3 = pick("silu(h1) in dh3|silu's slope|silu(h3)|h3 sigmoid(h1)", silu,
@@ -969,8 +970,8 @@ static void softmax_sloped(number *P, number *total, number *const *in, const Ca
     int no_P = slip("the factor P is missing in dS");
     int inside = slip("in dS, P must multiply the sum over the row, too (parentheses)");
     int T = c->T, NH = c->NH, at = (b * NH + h) * T + t;
-    at = pick("lse[(b NH + h) T + t]|lse[h T + t]|lse[b T + t]|lse[(b T + t) NH + h]|lse[t]|lse[0]",
-              at, h * T + t, b * T + t, (b * T + t) * NH + h, t, 0);
+    at = pick("lse[(b NH + h) T + t]|lse[h T + t]|lse[b T + t]|lse[(b T + t) NH + h]|lse[0]|lse[(b "
+              "NH + h) T]", at, h * T + t, b * T + t, (b * T + t) * NH + h, 0, at - t);
     Mistake made = chosen;
     for (int s = 0; s < T; s++) S[s] = score(in, c, b, h, t, s);
     chosen = no_mistake;
@@ -1110,8 +1111,7 @@ static void adam_moments(number *m, number *v, number g, number unclipped, doubl
     keep_v = pick("beta2 of the old v|beta1|1 - beta2", keep_v, b1, 1 - b2);
     to_m = pick("1 - beta1 of the gradient in m|1 - beta2|beta1", to_m, 1 - b2, b1);
     to_v = pick("1 - beta2 of the square in v|1 - beta1|beta2", to_v, 1 - b1, b2);
-    if (slip("in m, beta1 and 1 - beta1 are exchanged")) keep_m = 1 - b1, to_m = b1;
-    if (slip("in v, beta2 and 1 - beta2 are exchanged")) keep_v = 1 - b2, to_v = b2;
+    if (slip("beta and 1-beta are swapped")) keep_m = 1 - b1, to_m = b1, keep_v = 1 - b2, to_v = b2;
     g = pick("the clipped gradient in m|the gradient before clipping", g, unclipped);
     number new_m = term("with the old m", keep_m * *m) + term("with the gradient in m", to_m * g);
     of_v = pick("the clipped gradient in v|the gradient before clipping|m", of_v, unclipped, new_m);
@@ -1146,12 +1146,12 @@ static void adam_element(number *p, number *m, number *v, number grad, const Ada
     number mhat = mi * factor("1 / (1 - beta1^t), the correction of m,", 1 / cm);
     number vhat = vi * factor("1 / (1 - beta2^t), the correction of v,", 1 / cv);
     if (slip("the corrected moments are stored as m and v")) *m = mhat, *v = vhat;
-    number root = csqrt(vhat) + eps, decayed = l2 ? 0 : decay * x;
+    number root = csqrt(vhat) + eps, decayed = !l2 * decay;
+    decayed *= pick("p in the weight decay|the gradient", x, g);
     root = pick("sqrt(vhat) + eps|sqrt(vhat + eps)|sqrt((v + eps) / (1 - beta2^t))|vhat + eps|"
                 "sqrt(v) / (1 - beta2^t) + eps|1 / (sqrt(vhat) + eps)", root, csqrt(vhat + eps),
                 csqrt((vi + eps) / cv), vhat + eps, csqrt(vi) / cv + eps, 1 / root);
-    number step = mhat / root;
-    step *= factor("lr of the step", lr) / lr;
+    number step = mhat / root * factor("lr of the step", lr) / lr;
     if (slip("the weight decay is that of p after the step")) decayed = decay * (x - lr * step);
     decayed *= factor("lr of the weight decay", lr) / lr;
     if (slip("the signs: p must go down the gradient, and decay (p -= ...)")) lr = -lr;
@@ -1285,7 +1285,7 @@ static const struct {
      {{"inp", "NC"}, {"weight", "1C"}}, "dout", {{"out", "NC", 3, OUTPUT},
       {"rstd", "N1", 1, OUTPUT}}, {{"dinp", "NC", 4, 0}, {"dweight", "1C", 2, 1, 1}}},
     {"rope", rope, adjust_rope, {5, 5, 5, 5}, "BTCN",
-     {{1, 5, 4, 1}, {1, 1, 4, 1}, {1, 5, 12, 3}, {2, 5, 4, 1}, {2, 3, 258, 43}},
+     {{1, 5, 4, 1}, {1, 1, 4, 1}, {1, 5, 12, 2}, {2, 5, 4, 1}, {2, 3, 258, 43}},
      {{"qkv", "Q3"}, {"table", "Th"}}, "dqkv", {{"qkv", "Q3", 4, OUTPUT, 0, IN}},
      {{"dqkv", "Q3", 6, 0, 0, DOUT}}},
     {"swiglu", swiglu, NULL, {5, 5, 5, 5}, "TC",
