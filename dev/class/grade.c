@@ -621,7 +621,7 @@ static void gpas(number *out, number *const *in, const Case *c) {
     number scale = pick("1 - a(g)|a(g)|1 - a'(g)", factor("1 - a(g)", 1 - term("a(g)", used)),
                         a, 1 - slope);
     int stop = pick("stop_grad|1|its opposite", c->stop_grad, 1, !c->stop_grad);
-    if (backward_slip("with the stop-gradient, sg(x) is a constant: dinp is dout")) stop = 0;
+    if (backward_slip("it is scaled; with the stop-gradient dinp is dout itself")) stop = 0;
     if (stop && backward_slip("dinp is 0; sg(x) is a constant, but x itself is not")) own = 0;
     number late = c->stop_grad ? 1 : scale, in_place = c->alias ? late : 1;
     of_g = pick("their sum|the mean of x_i dy_i", 1, 1.0 / c->C);
