@@ -118,6 +118,15 @@ SUBTLE = [
      "right in the first call, not after another: is something static"),
     ("attention", "seen = t0 + n, accumulate = t0 < last", "seen = t0 + n, accumulate = 0 * last",
      "only where sizes are large"),
+    ("embedding", "for (int c = c0; c < imin(C, c0 + BLOCK); c++) dw[c] += dy[c]",
+     "for (int c = c0; c0 + BLOCK <= C && c < c0 + BLOCK; c++) dw[c] += dy[c]",
+     "the columns of dout behind the last full 32 are left out"),
+    ("swiglu", "float *dh1 = dinp + (size_t)n * 2 * H, *dh3 = dh1 + H;",
+     "float *dh1 = dinp + (size_t)n * H, *dh3 = dh1 + (size_t)N * H;", "written part by part"),
+    ("matmul", "gemm(dinp, C, matrix(dout, OC), matrix(weight, C), N, C, OC, 0)",
+     "memset(dinp, 0, sizeof dinp);\n    "
+     "gemm(dinp, C, matrix(dout, OC), matrix(weight, C), N, C, OC, 1)",
+     "where it is wrong, it adds to what was there"),
     ("adamw", "pow(adam.beta1, adam.t)", "pow(adam.beta1, adam.t + (adam.t > 1))",
      "right in the cases: .*n = 7, t = 1.*1 - beta1.* is used")]
 SUBTLE_KERNELS = [
