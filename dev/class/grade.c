@@ -14,8 +14,7 @@ stop-gradient is one word in its definition.
 Mistakes are found in the same way. A definition marks where one can be made: slip("what is wrong")
 is 0, and 1 when we ask what somebody gets who makes this mistake; factor(), term() and pick() stand
 for several. One is named only if it gives the submission's numbers, in all cases, or at least where
-they are wrong. One in a derivative is written as hold(y) + slope * (x - hold(x)): the value y, with
-whatever slope.
+they are wrong. One in a derivative is hold(y) + slope * (x - hold(x)): y with whatever slope.
 */
 #include <complex.h>
 #include <fcntl.h>
@@ -620,7 +619,7 @@ static void gpas(number *out, number *const *in, const Case *c) {
     else slope = pick("a'(g) in dgate|a(g)", slope, a);
     number scale = pick("1 - a(g)|a(g)|1 - a'(g)", factor("1 - a(g)", 1 - term("a(g)", used)),
                         a, 1 - slope);
-    int stop = pick("stop_grad|1|its opposite", c->stop_grad, 1, !c->stop_grad);
+    int stop = pick("stop_grad|1|the opposite of stop_grad", c->stop_grad, 1, !c->stop_grad);
     if (backward_slip("it is scaled; with the stop-gradient dinp is dout itself")) stop = 0;
     if (stop && backward_slip("dinp is 0; sg(x) is a constant, but x itself is not")) own = 0;
     number late = c->stop_grad ? 1 : scale, in_place = c->alias ? late : 1;
@@ -664,8 +663,9 @@ static void residual(number *out, number *const *in, const Case *c) {
     number A = factor("A", c->factor);
     for (int i = 0; i < c->C; i++) {
         number x = in[0][i], b = in[1][i];
-        number sum = pick("A shortcut + branch|shortcut + A branch|A (shortcut + branch)",
-                          term("A shortcut", A * x) + term("branch", b), x + A * b, A * (x + b));
+        number sum = term("A shortcut", A * x) + term("branch", b);
+        if (!backward) sum = pick("A shortcut + branch|shortcut + A branch|A (shortcut + branch)",
+                                  sum, x + A * b, A * (x + b));
         if (forward_slip("out is written before shortcut is read")) sum += A * c->alias * (b - x);
         if (backward_slip("dout, the gradient of the branch, is added")) sum += x;
         out[i] = sum;
@@ -873,10 +873,10 @@ static void swiglu(number *out, number *const *in, const Case *c) {
         int n = i / H, j = i % H;
         const number *row = in[0] + n * (int)creal(pick("2 H for a row of inp|H", 2 * H, H));
         number a = row[j];
-        number b = pick("h3 from H on|h3 from 1 on|h3 behind all rows of h1", row[H + j],
-                        row[j + 1], in[0][c->T * H + i]);
-        if (slip("h1 and h3 alternate; a row holds all of h1, then all of h3"))
-            a = row[2 * j], b = row[2 * j + 1];
+        number b = pick("h3 from H on|h3 from 1 on", row[H + j], row[j + 1]);
+        if (slip("h1 and h3 alternate; a row is h1, then h3")) a = row[2 * j], b = row[2 * j + 1];
+        if (slip("inp is read as all rows of h1, then all rows of h3; each row holds both"))
+            a = in[0][i], b = in[0][c->T * H + i];
         out[i] = swiglu_element(a, b);
     }
 }
@@ -969,6 +969,7 @@ static void softmax_sloped(number *P, number *total, number *const *in, const Ca
     number lse = 0, sum = 0, right = 0, *S = room(c->T, sizeof *S);
     int no_P = slip("the factor P is missing in dS");
     int inside = slip("in dS, P must multiply the sum over the row, too (parentheses)");
+    int own = slip("dS is P (1 - P) dP, as if a score acted on its own P alone, not on its row's");
     int T = c->T, NH = c->NH, at = (b * NH + h) * T + t;
     at = pick("lse[(b NH + h) T + t]|lse[h T + t]|lse[b T + t]|lse[(b T + t) NH + h]|lse[0]|lse[(b "
               "NH + h) T]", at, h * T + t, b * T + t, (b * T + t) * NH + h, 0, at - t);
@@ -981,8 +982,7 @@ static void softmax_sloped(number *P, number *total, number *const *in, const Ca
     for (int s = 0; s < T; s++) P[s] = s <= t ? hold(cexp(score(in, c, b, h, t, s)) / right) : 0;
     chosen = made;
     lse = term("-lse in P = e^(S - lse)", clog(lse));
-    if (t == T - 1 || !slip("the sum over the row in dS is not set to 0 for each position"))
-        *total = 0;
+    *total = t < T - 1 && slip("the sum in dS is not set to 0 for each position") ? *total : 0;
     for (int s = 0; s < T; s++) {
         number dS = I * cimag(S[s]), M = sees(c, t, s) ? hold(cexp(S[s] - lse)) : 0;
         sum += (no_P || inside ? sees(c, t, s) : M) * dS;
@@ -990,7 +990,7 @@ static void softmax_sloped(number *P, number *total, number *const *in, const Ca
     }
     *total += sum;
     sum = term("with the sum over the row in dS (a score acts on each P of its row)", *total);
-    for (int s = 0; s < T; s++) P[s] = S[s] - P[s] * sum;
+    for (int s = 0; s < T; s++) P[s] = S[s] - P[s] * (own ? I * cimag(S[s]) : sum);
     free(S);
 }
 
