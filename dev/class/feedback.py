@@ -164,7 +164,8 @@ def same(x, y):
 def errors(case, wrong, numbers):
     """What the errors of a case look like, if nothing explains them."""
     got, expected = numbers["got"], numbers["expected"]
-    if len(got) == 1 or not all(map(math.isfinite, got + expected)):
+    wrong_ones = [x for x, element in zip(got, wrong.elements) if element == "1"]
+    if len(got) == 1 or not all(map(math.isfinite, got + expected)) or not any(wrong_ones):
         return ""
     names = [name for name in numbers if name not in ("got", "expected", "old")]
     arrays = {name: [numbers[name][i % len(numbers[name])] for i in range(len(got))]
