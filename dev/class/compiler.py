@@ -1,10 +1,14 @@
 """
-compiler.py: runs a compiler for the classroom's programs, and says what it said in other words.
+compiler.py: compiles the classroom's programs and says what the compiler said in other words, and
+runs what was compiled.
 """
+import contextlib
 import os
+import pathlib
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +17,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "..
 from command import Error
 
 COMPILER_SECONDS = 120      # of CPU time
+PASS_SECONDS = 60           # of which the submission has a limit of its own: grade.c
 NO_OPENMP = ("{} has no OpenMP. On a Mac: brew install gcc, then add CC=gcc-14 to the make "
              "command; on Linux: apt install gcc")
 
@@ -64,3 +69,59 @@ def first_error(text):
     changed = re.search(r'assertion failed.*"(the parameters of .*)"', error)
     return (f"it has no function {missing[1]}" if missing else
             f"{changed[1]}: give them back what the hand-out had" if changed else error)
+
+
+def compile_grader(options):
+    """grade.c as an object file, which is kept."""
+    grader, made = "build/grade.o", "build/grade.o.made"
+    words = [*options.cc, "-std=gnu11", "-O2", "-c", "dev/class/grade.c", "-o", grader]
+    stamp = repr([words] + [os.stat("dev/class/grade." + end).st_mtime_ns for end in "ch"])
+    if not os.path.exists(made) or pathlib.Path(made).read_text(encoding="utf-8") != stamp:
+        good, text = compiler(words)
+        if not good:
+            raise Error("dev/class/grade.c does not compile: " + first_error(text))
+        pathlib.Path(made).write_text(stamp, encoding="utf-8")
+    return grader
+
+
+def compile_submission(file, options, folder):
+    """Returns the program that checks the file, or None and the first error."""
+    grader, layers = compile_grader(options), os.path.join(folder, file + ".o")
+    program = os.path.join(folder, file + ".grade")
+    if file.endswith(".c"):
+        words = options.cc + (
+            "-std=c11 -O1 -g -march=native -fno-math-errno -fopenmp -Wall -Wextra -Wpedantic "
+            "-Wshadow -I.").split() + [f'-DSUBMISSION="{file}"']
+    else:
+        words = options.on_cpu + ["-DCUDA=1", f'-DSUBMISSION="build/{file}"']
+    link = options.cc if file.endswith(".c") else options.cxx
+    good, text = compiler(words + ["-c", "dev/class/submission.c", "-o", layers])
+    said = warnings_of(text, file)
+    if said and not options.json:
+        print(said + "\n", file=sys.stderr)
+    if good:
+        good, text = compiler(link + ["-fopenmp", grader, layers, "-lm", "-o", program])
+    if good and run_program([program])[0] != 2:
+        good, text = False, "the program does not even start: what is done before main()?"
+    return (program, None) if good else (None, first_error(text))
+
+
+def run_program(words):
+    """Runs the grader. Returns its status, what it printed, and the last line of errors."""
+    threads = "2" if ".cu." in words[0] else os.environ.get("OMP_NUM_THREADS", "4")
+    environment = dict(os.environ, OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="passive")
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = subprocess.Popen(words, stdout=out, stderr=err, stdin=subprocess.DEVNULL,
+                                 preexec_fn=limit_cpu(PASS_SECONDS if words[1:] else 5),
+                                 env=environment, start_new_session=True)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=10 * PASS_SECONDS)
+        finally:
+            with contextlib.suppress(OSError):
+                os.killpg(child.pid, signal.SIGKILL)    # and whatever it has started
+            child.wait()
+        out.seek(0)
+        err.seek(0)
+        said = err.read(100000).decode(errors="replace").strip().split("\n")[-1]
+        return child.returncode, out.read().decode(errors="replace"), said

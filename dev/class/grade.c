@@ -3,18 +3,18 @@ grade.c: is a pass of a layer right, and if not, what is wrong with it?
 
     grade LAYER forward|backward SEED VARIANT
 
-calls the submission for a list of cases, in a process of its own, and writes a line for each result
-of the pass, `result NAME MAX_POINTS POINTS HINT`, with tabs between. grade.py runs it.
+calls the submission for a list of cases, in a process of its own, and writes lines for feedback.py,
+with tabs between: of each result of the pass its points, and what explains it if it is wrong.
 
 No derivative is written down here. A definition f is evaluated at x + ih with h = 1e-30: the
 imaginary part of the result is h f'(x), exact to the last digit, since nothing is subtracted (the
 complex step). Where a derivative must not look, hold() drops the imaginary part: so GPAS's
 stop-gradient is one word in its definition.
 
-Mistakes are found in the same way. In a definition, slip("what is wrong") is 0, and 1 when we ask
-what somebody gets who makes this mistake. It is named only if it gives the submission's numbers in
-all cases, in those that are right as well as in those that are wrong. A mistake in a derivative is
-written as hold(y) + slope * (x - hold(x)): the value y, with whatever slope.
+Mistakes are found in the same way. A definition marks where one can be made: slip("what is wrong")
+is 0, and 1 when we ask what somebody gets who makes this mistake; factor(), term() and pick() stand
+for several. One is named only if it gives the submission's numbers, in all cases, or at least where
+they are wrong. One in a derivative is hold(y) + slope * (x - hold(x)): y with whatever slope.
 */
 #include <complex.h>
 #include <fcntl.h>
@@ -36,7 +36,7 @@ typedef double complex number;
 enum { SILU, IDENTITY, RELU, LEAKY_RELU, TANH };
 enum { GUARD = 1024, MAX_CASES = 24, MAX_RESULTS = 4, MAX_INPUTS = 4, HINT = 4000 };
 enum { ARENA_BYTES = 256 << 20, MEGABYTES = 512, CPU_SECONDS = 4, WALL_SECONDS = 120 };
-enum { OUTPUT = -1, ABSENT = 2 };  // a Result that is no gradient; of a case: without the result
+enum { MAX_SLIPS = 400, OUTPUT = -1 };  // OUTPUT: of a Result that is no gradient
 
 // The arrays of a call: inputs, the output's gradient, outputs (in a backward pass those of the
 // right forward pass), gradients, and what belongs to one layer alone.
@@ -68,6 +68,7 @@ typedef struct {
     int inner;                // row i stands for the indices [i / inner][i % inner]
     double scale, tolerance;
     double *got, *old, *expected;
+    double *all;              // all that is computed here, of which the result is a part
     char *wrong;
     int num_wrong;
 } Result;
@@ -178,18 +179,64 @@ static void check_arrays(Case *c) {
 // out = f(in).
 typedef void (*Definition)(number *out, number *const *in, const Case *c);
 
-enum { MAX_SLIPS = 100 };
-static const char *slips[MAX_SLIPS], *chosen;  // all mistakes of a definition; the one that is made
-static int num_slips, collecting;
+// Mistakes that a definition knows. slip(): its text says what is wrong. factor() and term() mark a
+// part of a formula by its name, which stands for all that can go wrong with any factor, or term.
+// pick("right|other|...", x, y, ...) is x, or what somebody gets who takes y in its place.
+enum { SLIP, NO_FACTOR, SQUARED, DIVIDES, NEGATIVE, NO_TERM, TWICE, SUBTRACTED, PICKED };
+static const char *const kinds[PICKED] = {
+    "%s", "the factor %s is missing", "the factor %s is there twice",
+    "it is divided by the factor %s, not multiplied", "the sign of the factor %s is wrong",
+    "the term %s is missing", "the term %s is there twice", "the sign of the term %s is wrong"};
 
-static int slip(const char *text) {
+typedef struct {
+    const char *name;  // or text
+    int kind;          // PICKED + i: y is the one behind the i-th |
+} Mistake;
+
+static const Mistake no_mistake = {NULL, SLIP};
+static Mistake mistakes[MAX_SLIPS], chosen;  // all of a definition; the one that is made
+static int num_mistakes, collecting;
+static double kept_factor = 1;  // by which a mistake multiplies what an array held
+
+static int is_chosen(const char *name, int kind) {
     if (collecting) {
         int i = 0;
-        while (i < num_slips && slips[i] != text) i++;
-        slips[i] = text;
-        num_slips += i == num_slips;
+        while (i < num_mistakes && (mistakes[i].name != name || mistakes[i].kind != kind)) i++;
+        mistakes[i] = (Mistake){name, kind};
+        num_mistakes += i == num_mistakes;
     }
-    return chosen == text;
+    return chosen.name == name && chosen.kind == kind;
+}
+
+static int slip(const char *text) { return is_chosen(text, SLIP); }
+
+static number factor(const char *name, number x) {
+    if (is_chosen(name, NO_FACTOR)) return 1;
+    if (is_chosen(name, SQUARED)) return x * x;
+    if (is_chosen(name, DIVIDES)) return 1 / x;
+    return is_chosen(name, NEGATIVE) ? -x : x;
+}
+
+static number term(const char *name, number x) {
+    if (is_chosen(name, NO_TERM)) return 0;
+    return is_chosen(name, TWICE) ? 2 * x : is_chosen(name, SUBTRACTED) ? -x : x;
+}
+
+static number picked(const char *names, const number *x) {
+    int i = 0, found = 0;
+    if (!collecting && chosen.name != names) return x[0];
+    for (const char *p = names; *p; p++)
+        found = *p == '|' && is_chosen(names, PICKED + ++i) ? i : found;
+    return x[found];
+}
+#define pick(names, ...) picked(names, (const number[]){__VA_ARGS__})
+
+static void tell_mistake(char *text, const Mistake *m) {
+    const char *wrong = m->name, *right = m->name;
+    for (int i = PICKED; i < m->kind; i++) wrong = strchr(wrong, '|') + 1;
+    if (m->kind < PICKED) sprintf(text, kinds[m->kind], right);
+    else sprintf(text, "%.*s is used; it must be %.*s", (int)strcspn(wrong, "|"), wrong,
+                 (int)strcspn(right, "|"), right);
 }
 
 static int forward_slip(const char *text) { return !backward && slip(text); }
@@ -235,12 +282,11 @@ static double *evaluate(Definition f, const Case *c, int of) {
     return result;
 }
 
-static double *evaluate_result(Definition f, const Case *c, const Result *r, int direct) {
-    double *all = evaluate(f, c, direct ? OUTPUT : r->of);
+// The part of all numbers that belongs to a result.
+static double *part_of(const double *all, const Result *r) {
     double *x = room((size_t)r->rows * r->columns, sizeof *x);
     for (int i = 0; i < r->rows * r->columns; i++)
         x[i] = all[r->offset + (size_t)(i / r->columns) * r->pitch + i % r->columns];
-    free(all);
     return x;
 }
 
@@ -252,7 +298,8 @@ static void compare(Result *r, const Case *c, Definition f) {
     r->got = room(n, sizeof(double));
     r->old = room(n, sizeof(double));
     r->wrong = room(n, 1);
-    r->expected = evaluate_result(f, c, r, 0);
+    r->all = evaluate(f, c, r->of);
+    r->expected = part_of(r->all, r);
     double sum = 0;
     for (int i = 0; i < n; i++) {
         size_t at = (size_t)(i / r->columns) * r->pitch + i % r->columns;
@@ -270,127 +317,191 @@ static void compare(Result *r, const Case *c, Definition f) {
 }
 
 // ---- 3. Explaining ------------------------------------------------------------------------------
-// Of a result in all cases, tries one hypothesis after another: a slip of the layer's definition; a
-// factor; an input, or dout, that is read wrongly, the mistakes of indices that any loop can have;
-// and that it is added where it must be written, or written where it must be added.
+// Of a result in all cases, tries one hypothesis after another: a mistake of the definition; a
+// number by which it is multiplied; right numbers in wrong places; an input, or dout, that is read
+// wrongly, as can happen in any loop; and that it is added where it must be written, or the other
+// way round. If none explains all elements, one may still explain all that are wrong.
 
-enum { LAST_ROW, FIRST_ROW, ONLY_LAST, SAME_ROW, TRANSPOSED, STEP_1, LAST_COLUMN, FIRST_COLUMN,
-       ONLY_LAST_COLUMN, SAME_COLUMN, REVERSED, NOT_READ, TOO_FAR, TOO_EARLY,
-       READINGS };  // from here on: dout or an input in its place
-static const char *const readings[READINGS] = {
-    "the last row of %s is left out", "the first row of %s is left out",
-    "only the last row of %s counts: is a sum set (=) in the loop instead of added to (+=)?",
-    "row 0 of %s is read for every row", "%s is read transposed: rows and columns are exchanged",
+// How an input is read wrongly: along its rows or columns; as a whole; or another in its place.
+enum { LAST, FIRST, ONLY_LAST, SAME, AFTER, BEFORE, BLOCKS_4, BLOCKS_32, ONLY_32, REVERSED, ALONG,
+       TRANSPOSED = ALONG, STEP_1, STEP_ROWS, NOT_READ, READINGS };
+static const char *const axes[] = {"row", "column"}, *const readings[READINGS + 1] = {
+    "the last %s of %s is left out", "the first %s of %s is left out",
+    "only the last %s of %s counts: is a sum set (=) in the loop instead of added to (+=)?",
+    "the first %s of %s is read for every one", "the %s after the right one is read from %s",
+    "the %s before the right one is read from %s",
+    "the %ss of %s behind the last full 4 are left out",
+    "the %ss of %s behind the last full 32 are left out", "only 32 %ss of %s are read",
+    "the %ss of %s are read in reverse order",
+    "%s is read transposed: rows and columns are exchanged",
     "row n of %s is read from element n on: n must be multiplied by the row's length",
-    "the last column of %s is left out", "the first column of %s is left out",
-    "only the last column of %s counts: is a sum set (=) in the loop instead of added to (+=)?",
-    "%s is read at [0] for every index", "%s is read in reverse order",
-    "%s is missing: 1 is used in its place", "%s is read one place too far",
-    "%s is read one place too early"};
+    "row n of %s is read from n times the number of rows on: that is not the row's length",
+    "%s is missing: 1 is used in its place", "%s is read in place of %s"};
+
+// How right numbers are written.
+enum { WRITTEN_TRANSPOSED = 1, EXCHANGED, PART_BY_PART, SUMS_IN_ROW, SUMS_OF_ROWS, SUMS, WRITINGS };
+static const char *const writings[WRITINGS] = {
+    NULL, "it is written transposed", "the parts of a row are exchanged",
+    "its array is written part by part, all rows of one, then of the next; a row holds its own",
+    "an element contains those before it in its row: a sum is not set to 0 for each one",
+    "a row contains the rows before it: a sum is not set to 0 for each row",
+    "an element contains all before it: a sum is not set to 0 for each one"};
 
 typedef struct {
-    const char *slip, *text;  // text: of a reading; or NULL
-    int view, how;            // the input that is read wrongly: -1 is dout, or in[view]
+    Mistake mistake;         // of the definition
+    const char *reading;     // a text, or NULL
+    int view, how, axis;     // the input that is read wrongly: -1 is dout, or in[view]
+    int writing;
     double factor;
-    int other_mode;
+    int other_mode;          // it is added where it must be set, or set where it must be added
 } Hypothesis;
-static const Hypothesis nothing_wrong = {NULL, NULL, 0, 0, 1, 0};
+static const Hypothesis nothing_wrong = {.factor = 1};
 
-static double read_wrongly(const Input *in, int how, int row, int column) {
-    int last_row = in->rows - 1, last = in->columns - 1;
-    if ((how == LAST_ROW && row == last_row) || (how == FIRST_ROW && row == 0) ||
-        (how == ONLY_LAST && row < last_row) || (how == LAST_COLUMN && column == last) ||
-        (how == FIRST_COLUMN && column == 0) || (how == ONLY_LAST_COLUMN && column < last))
-        return 0;
-    if (how == SAME_ROW) row = 0;
-    if (how == SAME_COLUMN) column = 0;
-    if (how == REVERSED) column = last - column;
-    long at = (long)row * in->columns + column + (how == TOO_FAR) - (how == TOO_EARLY);
-    if (how == TRANSPOSED) at = (long)column * in->rows + row;
-    if (how == STEP_1) at = row + column;
-    return how == NOT_READ ? 1 : at < 0 || at >= (long)input_size(in) ? NAN : in->x[at];
+static double read_wrongly(const Input *in, int how, int axis, int row, int column) {
+    int *at = axis ? &column : &row, size = axis ? in->columns : in->rows, i = *at;
+    int block = how == BLOCKS_4 ? 4 : how == BLOCKS_32 ? 32 : 1;
+    if ((how == LAST && i == size - 1) || (how == FIRST && i == 0) || i >= size - size % block ||
+        (how == ONLY_LAST && i < size - 1) || (how == ONLY_32 && i >= 32)) return 0;
+    if (how == SAME) *at = 0;
+    if (how == REVERSED) *at = size - 1 - i;
+    *at += (how == AFTER) - (how == BEFORE);
+    long p = (long)row * in->columns + column;
+    if (how == TRANSPOSED) p = (long)column * in->rows + row;
+    if (how == STEP_1) p = row + column;
+    if (how == STEP_ROWS) p = (long)row * in->rows + column;
+    return how == NOT_READ ? 1 : p < 0 || p >= (long)input_size(in) ? NAN : in->x[p];
 }
 
 static Input *view_of(Case *c, int view) { return view < 0 ? &c->dout : &c->in[view]; }
 
-// Puts what is read in the place of what should be. Returns whether there is a difference.
-static int misread(Case *c, int view, int how) {
-    Input *in = view_of(c, view), *from = how < READINGS ? in : view_of(c, how - READINGS - 1);
-    size_t n = input_size(in), changed = 0;
+// Puts what is read in the place of what should be, if it has the same shape.
+static int misread(Case *c, const Hypothesis *h) {
+    Input *in = view_of(c, h->view), *from = h->how < READINGS ? in : view_of(c, h->axis);
+    size_t n = input_size(in);
     if (!in->x || !from->x || from->rows != in->rows || from->columns != in->columns) return 0;
-    double *x = room(view < 0 ? c->out_size : n, sizeof *x);
+    double *x = room(h->view < 0 ? c->out_size : n, sizeof *x);
     for (size_t i = 0; i < n; i++) {
-        x[i] = read_wrongly(from, how, (int)(i / in->columns), (int)(i % in->columns));
-        changed += !(x[i] == in->x[i]);
+        int row = (int)(i / in->columns), column = (int)(i % in->columns);
+        x[i] = h->how < READINGS ? read_wrongly(in, h->how, h->axis, row, column) : from->x[i];
     }
     in->x = x;
-    if (view < 0) c->out_weight = x;
-    return changed > 0;
+    if (h->view < 0) c->out_weight = x;
+    return 1;
+}
+
+// Number i of a result if the right ones are written so. x: those before it.
+static double written(const Result *r, int how, const double *x, int i) {
+    int w = r->columns, row = i / w, start = r->pitch > w ? (int)r->offset : 0;
+    int back = how == SUMS_IN_ROW ? i % w > 0 : how == SUMS ? i > 0 : row > 0 ? w : 0;
+    long p = (long)row * r->pitch + start + i % w, rows = r->rows;
+    if (how == WRITTEN_TRANSPOSED) p = p % rows * r->pitch + p / rows;
+    else if (how == EXCHANGED) p += r->pitch - w - 2 * start;
+    else if (how == PART_BY_PART) p = p / w % rows * r->pitch + p / (w * rows) * w + p % w;
+    else return r->expected[i] + (back ? x[i - back] : 0);
+    return r->all[r->offset - start + p];
 }
 
 // What the hypothesis predicts for r->got. NULL: nothing but what is right.
 static double *predict(Definition f, const Case *original, const Result *r, const Hypothesis *h) {
     Case c = *original;
-    int plain = !h->slip && !h->text;
-    if (h->text && !misread(&c, h->view, h->how) && !h->other_mode) return NULL;
+    int plain = !h->mistake.name && !h->reading, n = r->rows * r->columns;
+    if (h->reading && !misread(&c, h) && !h->other_mode) return NULL;
     if (c.rotates_dout && !plain) {
         c.in[0].x = c.dout.x;
         c.factor = -1;
     }
-    chosen = h->slip;
-    double *x = evaluate_result(f, &c, r, c.rotates_dout && !plain);
-    chosen = NULL;
-    for (int i = 0; i < r->rows * r->columns; i++) {
-        double y = x[i];
-        x[i] = h->factor * y;
+    chosen = h->mistake;
+    kept_factor = 1;
+    double *all = plain ? r->all : evaluate(f, &c, c.rotates_dout ? OUTPUT : r->of);
+    double *x = part_of(all, r);
+    if (!plain) free(all);
+    chosen = no_mistake;
+    for (int i = 0; i < n; i++) {
+        double y = h->writing ? written(r, h->writing, x, i) : x[i];
+        x[i] = h->factor * y + (kept_factor - 1) * r->old[i];
         if (h->other_mode) x[i] += !r->adds ? r->old[i] : y != 0 || r->rows == 1 ? -r->old[i] : 0;
     }
     return x;
 }
 
-// Do the numbers x explain this result? *seen counts the wrong elements that they do explain,
-// *sure the elements of which they say anything: NaN has been read from outside.
-static int explains(const Result *r, const double *x, int *seen, int *sure) {
+// The result k of n cases that is explained. first: a case that is wrong and small enough. partly:
+// the first text that explains all that is wrong, but contradicts what is right.
+typedef struct {
+    Definition f;
+    int n, k, first;
+    char partly[HINT];
+} Search;
+
+// What was found: wrong elements that are explained, with so many different numbers; elements of
+// which anything is said (NaN has been read from outside); right ones that should not be.
+typedef struct {
+    int seen, different, sure, guessed, contradicted;
+} Evidence;
+
+// Do the numbers x explain what is wrong in this result?
+static int explains(const Result *r, const double *x, Evidence *e) {
+    double last = NAN;
     for (int i = 0; i < r->rows * r->columns; i++) {
         double allowed = 5e-4 * (fabs(x[i]) + (r->columns * r->rows > 1 ? 0.5 * r->scale : 0));
         if (isnan(r->expected[i])) continue;
-        double error = fabs(r->got[i] - x[i]);
-        int known = fabs(x[i]) < 1e30;  // that is, neither NaN nor larger than a float
-        if (known && !(error <= allowed + 1e-7 * r->scale + 1e-6 * r->adds)) return 0;
-        *seen += r->wrong[i] && known == (isfinite(r->got[i]) != 0);
-        *sure += known;
+        int known = fabs(x[i]) < 1e30, wrong = r->wrong[i];  // neither NaN nor larger than a float
+        int good = fabs(r->got[i] - x[i]) <= allowed + 1e-7 * r->scale + 1e-6 * r->adds;
+        if (known && wrong && !good) return 0;
+        e->contradicted += known && !good;
+        e->seen += wrong && known == (isfinite(r->got[i]) != 0);
+        e->different += wrong && known && !(fabs(x[i] - last) <= 2 * allowed);
+        e->guessed += wrong && !known && isfinite(r->got[i]);
+        e->sure += known;
+        if (wrong) last = x[i];
     }
     return 1;
 }
 
-// Is this hypothesis true of result k in all of n cases? first: one that is wrong. The fused layer
+// Is this hypothesis true of the result in all cases? 2: yes; 1: where it is wrong. The fused layer
 // has a kernel for each place of the norm, of which the other may be right.
-static int is_true(Definition f, int n, int k, int first, const Hypothesis *h) {
-    int seen = 0, sure = 0;
-    for (int i = 0; i < n; i++) {
-        const Result *r = &cases[i].results[k];
-        int other = cases[i].norm_last != cases[first].norm_last;
-        if (cases[i].large || (other && !r->num_wrong)) continue;
-        double *x = predict(f, &cases[i], r, h);
-        int good = x ? explains(r, x, &seen, &sure) : !r->num_wrong;
+static int is_true(const Search *s, const Hypothesis *h) {
+    Evidence e = {0};
+    for (int i = 0; i < s->n; i++) {
+        const Case *c = &cases[(s->first + i) % s->n];
+        const Result *r = &c->results[s->k];
+        int other = c->norm_last != cases[s->first].norm_last;
+        if (c->large || (!r->num_wrong && (other || e.contradicted))) continue;
+        double *x = predict(s->f, c, r, h);
+        int good = x ? explains(r, x, &e) : !r->num_wrong;
         free(x);
-        if (!good) return 0;
+        if (!good || (e.contradicted && *s->partly)) return 0;
     }
-    return seen && sure;
+    if (!e.contradicted) return e.seen > e.guessed && e.sure ? 2 : 0;
+    return e.different >= 4 && !e.guessed;
 }
 
-// Is it multiplied by the same number in all cases? first: a case that is wrong. Of a single number
-// any factor would be true.
-static int explain_factor(Definition f, int n, int k, int first, char *hint) {
-    const Result *r = &cases[first].results[k];
-    int at = (int)((char *)memchr(r->wrong, 1, r->rows * r->columns) - r->wrong), num_wrong = 0;
+// Tries a hypothesis. Returns whether all of it is true; then `hint` says it.
+static int holds(Search *s, const Hypothesis *h, char *hint, const char *format, const char *name,
+                 const char *other) {
+    const char *mode = !h->other_mode ? "" : cases[0].results[s->k].adds
+        ? "it is set (=); a parameter's gradient must be added (+=) to what the array holds"
+        : "it adds to what was there (+=); it must write (=)";
+    int truth = is_true(s, h);
+    if (!truth) return 0;
+    char *text = truth == 2 ? hint : s->partly;
+    sprintf(text, format, name, other);
+    strcat(strcat(text, *text && *mode ? "; and " : ""), mode);
+    return truth == 2;
+}
+
+// Is it multiplied by the same number in all cases? Of a single number any factor would be true.
+static int explain_factor(Search *s, char *hint) {
+    const Result *r = &cases[s->first].results[s->k];
     Hypothesis h = nothing_wrong;
+    char text[60] = "it has the wrong sign";
+    int at = 0, num_wrong = 0;
+    while (!r->wrong[at]) at++;
     h.factor = r->got[at] / r->expected[at];
-    for (int i = 0; i < n; i++) num_wrong += cases[i].results[k].num_wrong;
-    if (!isfinite(h.factor) || (h.factor == 0 && r->adds) || !is_true(f, n, k, first, &h)) return 0;
-    if (fabs(h.factor + 1) < 1e-3) return sprintf(hint, "it has the wrong sign");
-    if (h.factor == 0) return sprintf(hint, "it is all zeros");
-    return num_wrong > 2 ? sprintf(hint, "it is multiplied by %.4g", h.factor) : 0;
+    for (int i = 0; i < s->n; i++) num_wrong += cases[i].results[s->k].num_wrong;
+    if (!isfinite(h.factor) || (h.factor == 0 && r->adds)) return 0;
+    if (fabs(h.factor + 1) < 1e-3) return holds(s, &h, hint, text, "", "");
+    sprintf(text, h.factor == 0 ? "it is all zeros" : "it is multiplied by %.4g", h.factor);
+    return (num_wrong > 2 || h.factor == 0) && holds(s, &h, hint, text, "", "");
 }
 
 // Does result k hold what it held before: where it is wrong (or, if not only_wrong, everywhere)?
@@ -403,113 +514,89 @@ static int is_untouched(int n, int k, int only_wrong) {
     return 1;
 }
 
-// Tries what is known to go wrong. Returns whether something explains result k in all cases.
-static int explain(Definition f, int n, int k, int first, char *hint) {
-    const char *mode = cases[0].results[k].adds
-        ? "it is set (=); a parameter's gradient must be added (+=) to what the array holds"
-        : "it adds to what was there (+=); it must write (=)";
+// Is it one of the definition's mistakes? Those that have a text of their own come first.
+static int explain_mistake(Search *s, char *hint) {
     Hypothesis h = nothing_wrong;
-    h.other_mode = 1;
-    if (is_true(f, n, k, first, &h)) return sprintf(hint, "%s", mode);
-    if (explain_factor(f, n, k, first, hint)) return 1;
-    h.factor = -1;
-    if (is_true(f, n, k, first, &h)) return sprintf(hint, "it has the wrong sign; and %s", mode);
-    for (h = nothing_wrong; h.other_mode < 2; h.other_mode++) {
-        for (int i = 0; i < num_slips; i++) {
-            h.slip = slips[i];
-            if (is_true(f, n, k, first, &h))
-                return sprintf(hint, h.other_mode ? "%s; and %s" : "%s", h.slip, mode);
-        }
-    }
-    h = (Hypothesis){NULL, readings[ONLY_LAST], -1, ONLY_LAST, 1, 1};  // of dout, in a loop
-    if (cases[0].results[k].adds && is_true(f, n, k, first, &h))
-        return sprintf(hint, "only the last row counts: = where += is needed");
-    if (is_untouched(n, k, 1)) return sprintf(hint, "%s is not written", cases[0].results[k].name);
-    h = nothing_wrong;
-    for (h.view = -1; h.view < cases[0].num_inputs; h.view++) {
-        const Input *in = view_of(&cases[0], h.view);
-        for (h.how = 0; h.how < READINGS + 1 + cases[0].num_inputs; h.how++) {
-            const Input *other = h.how < READINGS ? in : view_of(&cases[0], h.how - READINGS - 1);
-            h.text = h.how < READINGS ? readings[h.how] : "%s is read in place of %s";
-            int possible = h.how >= NOT_READ && h.how != TOO_FAR && h.how != TOO_EARLY;
-            if (input_size(in) == 1 && !possible) continue;  // of a number that is no array
-            if (is_true(f, n, k, first, &h)) return sprintf(hint, h.text, other->name, in->name);
+    char text[HINT / 2];
+    for (int pass = 0; pass < 4; pass++) {
+        for (int i = 0; i < num_mistakes; i++) {
+            h.mistake = mistakes[i];
+            h.other_mode = pass > 1;
+            if ((h.mistake.kind == SLIP || h.mistake.kind >= PICKED) == pass % 2) continue;
+            tell_mistake(text, &h.mistake);
+            if (holds(s, &h, hint, "%s", text, "")) return 1;
         }
     }
     return 0;
 }
 
-// The first wrong element of a case, where the wrong ones are, and what they have in common.
-static void describe_elements(char *text, const Result *r, const Case *c) {
-    int first = -1, nans = 0, n = r->rows * r->columns, last_row = 0;
-    int kept = 1, minus = 1, known = 0, turned = r->rows > 1 && r->columns > 1;
-    char index[60];
-    for (int i = 0; i < n; i++) {
-        int at = i % r->columns * r->rows + i / r->columns;
-        turned &= fabs(r->got[at] - r->expected[i]) < 1e-3 * r->scale;
-        known += !isnan(r->expected[i]);
-        if (!r->wrong[i]) continue;
-        if (first < 0) first = i;
-        nans += !isfinite(r->got[i]);
-        kept &= r->got[i] == (r->adds ? 0 : r->old[i]);
-        minus &= fabs(r->got[i] + r->expected[i]) < 1e-3 * fabs(r->expected[i]);
-        last_row = i / r->columns;
+static int explain_reading(Search *s, char *hint) {
+    Hypothesis h = nothing_wrong;
+    for (h.view = -1; h.view < cases[0].num_inputs; h.view++) {
+        const Input *in = view_of(&cases[0], h.view);
+        for (h.how = input_size(in) > 1 ? 0 : NOT_READ; h.how <= READINGS; h.how++) {
+            int end = h.how < ALONG ? 2 : h.how < READINGS ? 1 : cases[0].num_inputs;
+            h.reading = readings[h.how];
+            for (h.axis = h.how < READINGS ? 0 : -1; h.axis < end; h.axis++) {
+                const char *other = h.how < READINGS ? in->name : view_of(&cases[0], h.axis)->name;
+                if (holds(s, &h, hint, h.reading, h.how < ALONG ? axes[h.axis] : other, in->name))
+                    return 1;
+            }
+        }
     }
-    int row = first / r->columns, column = first % r->columns;
-    if (r->inner) sprintf(index, "[%d][%d][%d]", row / r->inner, row % r->inner, column);
-    else if (r->columns == 1 || r->rows == 1) sprintf(index, "[%d]", first);
-    else sprintf(index, "[%d][%d]", row, column);
-    double old = r->adds ? r->old[first] : 0;
-    text += sprintf(text, "%s%s is %.6g, should be %.6g (%s; %d of %d wrong", r->name, index,
-                    r->got[first] + old, r->expected[first] + old, c->name, r->num_wrong, known);
-    if (r->adds) text += sprintf(text, "; it held %.6g before", old);
-    if (last_row - row + 1 < r->rows && !c->sampled)
-        text += sprintf(text, ", rows %d to %d of %d", row, last_row, r->rows);
-    sprintf(text, ")%s", kept ? "; the wrong elements hold what they held before" : minus
-            ? "; the wrong elements have the wrong sign" : turned ? "; it is written transposed"
-            : !nans ? "" : "; NaN or infinity comes from what is read outside of an input, from an "
-            "exponential that overflows, a negative root or log, or 0 / 0");
+    return 0;
 }
 
-// Says in which cases something is wrong, if it is not so in all: what is special in them; or, at
-// length, their names.
-static void describe_cases(char *text, int n, const char *bad, int at_length) {
-    const char *const features[] = {
-        "output and input are the same array", "first is not 0", "stop_grad is 0",
-        "stop_grad is 1", backward ? "dgate is NULL" : "the gates are NULL",
-        "sizes are large (look at what happens between blocks)",
-        "V is not a multiple of 8: rows are padded", "the norm comes last", "the norm comes first",
-        "the activation is not silu", "there are several heads", "there are several sequences",
-        "there are several rows", "there are several columns", "there are more than 32 columns"};
-    int num_bad = 0, num_good = 0, named = 0, all = ~0, none = 0, feature = 0;
-    const char *special = cases[(char *)memchr(bad, 1, n) - bad].special;
-    for (int i = 0; i < n; i++) {
-        const Case *c = &cases[i];
-        int has[] = {c->alias, c->first > 0, !c->stop_grad, c->stop_grad, c->no_gate, c->large,
-                     c->stride > c->V, c->norm_last, !c->norm_last, c->act > 0, c->NH > 1, c->B > 1,
-                     c->T > 1, c->C > 1, c->C > 32}, mask = 0;
-        for (int k = 0; k < 15; k++) mask |= (has[k] != 0) << k;
-        if (bad[i] == ABSENT) continue;
-        if (special && (c->special == special) != bad[i]) special = NULL;
-        if (bad[i]) all &= mask;
-        else none |= mask;
-        num_bad += bad[i];
-        num_good += !bad[i];
+// Tries what is known to go wrong. Returns how much it explains: "all" cases, "partly", where it is
+// wrong, or "nothing".
+static const char *explain(Search *s, char *hint) {
+    const Result *r = &cases[0].results[s->k];
+    Hypothesis h = nothing_wrong, only_last = {{NULL, SLIP}, "", -1, ONLY_LAST, 0, 0, 1, 1};
+    int untouched = is_untouched(s->n, s->k, 1);
+    while (s->first < s->n && (cases[s->first].large || !cases[s->first].results[s->k].num_wrong))
+        s->first++;
+    if (s->first < s->n) {
+        h.other_mode = 1;
+        if (holds(s, &h, hint, "", "", "")) return "all";
+        Search alone = *s;  // a number that explains but a part is the last that we tell
+        if (explain_factor(&alone, hint)) return "all";
+        h.factor = -1;
+        if (holds(s, &h, hint, "it has the wrong sign", "", "") || explain_mistake(s, hint) ||
+            (r->adds && holds(s, &only_last, hint, "only the last row counts", "", "")) ||
+            (!untouched && explain_reading(s, hint))) return "all";
+        for (h = nothing_wrong; h.writing < WRITINGS; h.writing++)
+            if (h.writing && holds(s, &h, hint, writings[h.writing], "", "")) return "all";
+        if (!*s->partly && !untouched) explain_factor(s, hint);
     }
-    while (feature < 15 && !((all & ~none) >> feature & 1)) feature++;
-    *text = 0;
-    if (!num_good) return;
-    if ((feature == 12 || feature == 13) && num_good < 2) feature = 15;  // a single case is luck
-    if (special || feature < 15)
-        sprintf(text, "only where %s: ", special ? special : features[feature]);
-    else if (at_length) {
-        int tells_right = num_bad > num_good;
-        strcpy(text, tells_right ? "right in the cases: " : "wrong only in the cases: ");
-        for (int i = 0; i < n; i++) {
-            if (bad[i] == !tells_right && ++named <= 4)
-                sprintf(text + strlen(text), "%s\"%s\"", named > 1 ? "; " : "", cases[i].name);
-        }
-        strcat(text, named > 4 ? "; ...; " : "; ");
+    if (untouched) sprintf(hint, "%s is not written", r->name);
+    else strcpy(hint, s->partly);
+    return untouched ? "all" : *hint ? "partly" : "nothing";
+}
+
+static void print_numbers(const char *name, const double *x, int n) {
+    printf("numbers\t%s\t", name);
+    for (int i = 0; i < n; i++) printf("%.9g ", x[i]);
+    puts("");
+}
+
+// Writes what feedback.py needs to say where result k is wrong; of the first such case also the
+// numbers, or, if it is large, only those of the first element that is wrong.
+static void print_facts(const Case *c, int k, int is_first) {
+    const Result *r = &c->results[k];
+    int n = r->rows * r->columns, from = 0;
+    printf("wrong\t%d\t%d %d %d %d\t", (int)(c - cases), r->rows, r->columns, r->inner, r->adds);
+    for (int i = 0; i < n; i++) putchar(isnan(r->expected[i]) ? '-' : r->wrong[i] ? '1' : '0');
+    puts("");
+    if (!is_first) return;
+    while (n > 1500 && !r->wrong[from]) from++;
+    n = n > 1500 ? 1 : n;
+    print_numbers("got", r->got + from, n);
+    print_numbers("expected", r->expected + from, n);
+    print_numbers("old", r->old + from, n);
+    for (int i = 0; i <= c->num_inputs && n > 1; i++) {
+        const Input *in = i < c->num_inputs ? &c->in[i] : &c->dout;
+        if (in->x && in->columns == r->columns && (in->rows == r->rows || in->rows == 1))
+            print_numbers(in->name, in->x, in->rows * in->columns);
     }
 }
 
@@ -525,42 +612,28 @@ static number activation(number g, int act) {
 }
 
 static void gpas(number *out, number *const *in, const Case *c) {
-    number g = in[1][0], a = activation(g, c->act), x;
-    double factor = 1;  // of what dgate is the sum of
-    int stop = c->stop_grad;
-    if (forward_slip("a'(g) is used; it must be a(g)"))
-        a = cimag(activation(g + I * 1e-30, c->act)) * 1e30;
-    if (slip("the activation is always SiLU: `activation` is not used")) a = activation(g, SILU);
-    number da = a - hold(a);
-    a = hold(a);
-    if (backward_slip("a(g) is used in place of a'(g) in dgate")) da = a * (g - hold(g));
-    if (backward_slip("a'(g) is missing in dgate")) da = g - hold(g);
-    if (slip("a(g) is missing (the gate is used as it is)")) a = hold(g);
-    if (slip("the sign of a(g): the scale is 1 - a(g), not 1 + a(g)")) a = -a;
-    double scale = 1 - creal(a);
-    if (backward_slip("it is scaled by 1 - a(g): with the stop-gradient (stop_grad 1) it must be "
-                      "dout itself, because sg(x) is a constant to the derivative")) stop = 0;
-    if (backward_slip("with stop_grad 0, too, dinp is dout; there it must be (1 - a(g)) dout"))
-        stop = 1;
-    if (backward_slip("stop_grad is taken the wrong way round")) stop = !stop;
-    if (backward_slip("inp is multiplied by 1 - a(g) in dgate; it must not be")) factor = scale;
-    if (backward_slip("dout is read for dgate after dinp was written; the two may be the same "
-                      "array")) factor = c->alias && !c->stop_grad ? scale : 1;
-    if (backward_slip("the factor 1 - a(g) does not belong in dgate, even with stop_grad 0"))
-        factor = c->stop_grad ? 1 : scale;
+    int act = pick("`activation`|always SiLU", c->act, SILU), own = 1;
+    number g = hold(in[1][0]), a = activation(g, act), of_g;  // of_g: multiplies dgate
+    number slope = cimag(activation(g + I * 1e-30, act)) * 1e30, used = a;
+    if (!backward) used = pick("a(g)|a'(g)|g", a, slope, g);
+    else slope = pick("a'(g) in dgate|a(g)", slope, a);
+    number scale = pick("1 - a(g)|a(g)|1 - a'(g)", factor("1 - a(g)", 1 - term("a(g)", used)),
+                        a, 1 - slope);
+    int stop = pick("stop_grad|1|the opposite of stop_grad", c->stop_grad, 1, !c->stop_grad);
+    if (backward_slip("it is scaled; with the stop-gradient dinp is dout itself")) stop = 0;
+    if (stop && backward_slip("dinp is 0; sg(x) is a constant, but x itself is not")) own = 0;
+    number late = c->stop_grad ? 1 : scale, in_place = c->alias ? late : 1;
+    of_g = pick("their sum|the mean of x_i dy_i", 1, 1.0 / c->C);
+    if (backward_slip("dout is read for dgate after dinp was written over it")) of_g = in_place;
+    if (backward_slip("1 - a(g) does not belong in dgate, even with stop_grad 0")) of_g = late;
     if (backward_slip("only where stop_grad is 1: dgate is not written; the stop-gradient is on x, "
-                      "not on g, so dgate is needed in both cases")) factor = !c->stop_grad;
-    if (backward_slip("it is the mean of x_i dy_i; it must be their sum")) factor = 1.0 / c->C;
+                      "not on g, so dgate is needed in both cases")) of_g = !c->stop_grad;
+    if (backward_slip("-a'(g) multiplies what dgate held, too")) kept_factor = -creal(slope);
+    of_g *= factor("a'(g)", slope) * (in[1][0] - g);
     for (int i = 0; i < c->C; i++) {
-        x = in[0][i];
-        if (c->stop_grad && backward_slip("dinp is 0; sg(x) is a constant, but x itself still has "
-                                          "derivative 1")) x = hold(x);
-        out[i] = x - a * (stop ? hold(x) : x) - factor * da * hold(x);
-        if (!stop && backward_slip("dinp is made of inp where stop_grad is 0"))
-            out[i] *= hold(x) / c->out_weight[i];
-        if (forward_slip("inp is not scaled at all")) out[i] = x;
-        if (forward_slip("this is a(g) x; it must be x - a(g) x")) out[i] = a * x;
-        if (forward_slip("inp is divided by 1 - a(g); it must be multiplied")) out[i] = x / (1 - a);
+        number x = hold(in[0][i]), dx = own * (in[0][i] - x);
+        number in_dgate = pick("inp in dgate|the output", factor("inp in dgate", x), scale * x);
+        out[i] = scale * x + (stop ? dx : scale * dx) - of_g * in_dgate;
     }
 }
 
@@ -587,18 +660,15 @@ static void adjust_gpas(Case *c, int k) {
 
 // ---- residual: in[0] the shortcut, in[1] the branch (n).
 static void residual(number *out, number *const *in, const Case *c) {
-    double A = c->factor;
-    if (slip("A is not used")) A = 1;
-    if (slip("it is divided by A, not multiplied")) A = 1 / A;
+    number A = factor("A", c->factor);
     for (int i = 0; i < c->C; i++) {
         number x = in[0][i], b = in[1][i];
-        out[i] = A * x + b;
-        if (forward_slip("A scales the branch; it must scale the shortcut")) out[i] = x + A * b;
-        if (forward_slip("A scales the branch too")) out[i] = A * (x + b);
-        if (forward_slip("the branch is missing in the sum")) out[i] = A * x;
-        if (forward_slip("the branch is subtracted; it must be added")) out[i] = A * x - b;
-        if (forward_slip("out is written before shortcut is read: they may be the same array"))
-            out[i] = A * (c->alias ? b : x) + b;
+        number sum = term("A shortcut", A * x) + term("branch", b);
+        if (!backward) sum = pick("A shortcut + branch|shortcut + A branch|A (shortcut + branch)",
+                                  sum, x + A * b, A * (x + b));
+        if (forward_slip("out is written before shortcut is read")) sum += A * c->alias * (b - x);
+        if (backward_slip("dout, the gradient of the branch, is added")) sum += x;
+        out[i] = sum;
     }
 }
 
@@ -611,16 +681,21 @@ static void adjust_residual(Case *c, int k) {
 
 // ---- embedding: in[0] the table (V,C). The variant multiplies by sqrt(C), as Gemma does.
 static void embedding(number *out, number *const *in, const Case *c) {
-    int V = c->V, C = c->C;
-    double factor = variant && !slip("it is not multiplied by sqrt(C)") ? sqrt(C) : 1;
-    for (int n = 0; n < c->T; n++) {
-        int v = c->tokens[n], later = 0;
-        for (int m = n + 1; m < c->T; m++) later |= c->tokens[m] == v;
-        if (slip("row n of the table in place of row tokens[n]")) v = n % V;
-        int lost = backward_slip("of a token's several places only the last one counts") && later;
+    int V = c->V, C = c->C, T = c->T;
+    number scale = variant ? factor("sqrt(C)", sqrt(C)) : 1;
+    for (int n = 0; n < T; n++) {
+        int before = 0, later = 0;
+        for (int m = 0; m < T; m++) {
+            before += m < n && c->tokens[m] == c->tokens[n];
+            later += m > n && c->tokens[m] == c->tokens[n];
+        }
+        double share = pick("the sum over a token's places|the last of them|the first of them|"
+                            "their mean", 1, !later, !before, 1.0 / (1 + before + later));
         for (int i = n * C; i < n * C + C; i++) {
-            number x = v < V ? in[0][v * C + i - n * C] : NAN;
-            out[i] = factor * (lost ? hold(x) : x);
+            int v = pick("row tokens[n] of the table|row n|row tokens[i % N] for element i",
+                         c->tokens[n], n % V, c->tokens[i % T]);
+            number x = v < V ? in[0][v * C + i % C] : NAN;
+            out[i] = scale * (backward ? share * x : x);
         }
     }
 }
@@ -634,64 +709,67 @@ static void adjust_embedding(Case *c, int k) {
 }
 
 // ---- rmsnorm: in[0] x (N,C), in[1] the weight (C). After out (N,C) comes rstd (N).
-static number norm_r(const number *x, const Case *c, int n) {
-    int C = c->C, first = n, last = n, end = C - slip("the last channel is left out of the mean");
-    end += slip("one channel too many in the mean: c < C");
-    double eps = variant ? 1e-5 : 1e-6, count = C;
-    number sum = 0;
-    if (slip("r of row 0 is used for every row")) first = last = 0;
-    if (slip("the sum of squares is not set to 0 for each row")) first = 0;
-    int no_square = slip("the square is missing in the mean of x^2");
-    int no_mean = slip("the mean is subtracted, as in LayerNorm; RMSNorm does not");
-    for (int row = first; row <= last; row++) {
+static number norm_r(const number *x, int n, int N, int C) {
+    int row = pick("r of row n|r of row 0|r of row n - 1", n, 0, n > 0 ? n - 1 : N);
+    int first = slip("the sum of squares is not set to 0 for each row") ? 0 : row;
+    int end = pick("the mean of C channels|that of C - 1|that of C + 1", C, C - 1, C + 1);
+    double eps = pick("the eps of the comment|another eps", variant ? 1e-5 : 1e-6,
+                      variant ? 1e-6 : 1e-5);
+    number sum = 0, mean = 0, over = pick("1 / C|1 / N", factor("1 / C", 1.0 / C), 1.0 / N);
+    for (int i = 0; i < C && slip("the mean is subtracted, as in LayerNorm; RMSNorm does not"); i++)
+        mean += x[n * C + i] / C;
+    for (; first <= row; first++) {
         for (int i = 0; i < end; i++) {
-            number v = at_or_nan(x, (long)row * C + i, (size_t)c->T * C), mean = 0;
-            for (int k = 0; k < C && no_mean; k++) mean += x[row * C + k] / C;
-            sum += no_square ? v : (v - mean) * (v - mean);
+            number v = at_or_nan(x, (long)first * C + i, (size_t)N * C) - mean;
+            sum += pick("x^2 in the mean|x", v * v, v);
         }
     }
-    if (slip("the sum of the squares is not divided by C")) count = 1;
-    if (slip("eps is missing under the root")) eps = 0;
-    if (slip("eps is another one than in the comment")) eps = variant ? 1e-6 : 1e-5;
-    number m = sum / count + eps;
-    if (slip("eps belongs under the root")) return 1 / (csqrt(sum / count) + eps);
-    if (slip("the square root is missing in r = 1 / sqrt(...)")) return 1 / m;
-    if (slip("r is 1 / sqrt(...), not sqrt(...)")) return csqrt(m);
-    return creal(m) < 0 ? NAN : 1 / csqrt(m);
+    number m = sum * over + term("eps", eps), r = creal(m) < 0 ? NAN : 1 / csqrt(m);
+    return pick("r = 1 / sqrt(mean + eps)|1 / (sqrt(mean) + eps)|1 / (mean + eps)|sqrt(mean + eps)|"
+                "mean + eps", r, 1 / (csqrt(sum / C) + eps), 1 / m, csqrt(m), m);
 }
 
-// An element of the output, with the slopes of whoever makes a mistake in the backward pass.
-static number norm_sloped(number x, number w, number r, int C) {
-    number h = hold(r), d = r - h, second = w * x;  // second: of the term through r
-    if (slip("r depends on every x of its row: the term through r is missing")) d = 0;
-    if (slip("the sign of the term through r is wrong")) d = -d;
-    if (slip("the factor r^2 is missing in the term through r")) d /= h * h;
-    if (slip("one factor r is missing in the term through r")) d /= h;
-    if (slip("the sum in the term through r is not divided by C")) d *= C;
-    if (slip("the weight is missing in the sum of the term through r")) second = x;
-    if (slip("x is missing in the sum of the term through r")) second = w;
-    number direct = x * w * h;
-    if (slip("the direct term, that with r held, is missing")) direct = hold(direct);
-    if (slip("the factor r is missing in the direct term")) direct /= h;
-    if (slip("the weight is missing in the direct term")) direct = x * h;
-    if (slip("the weight is missing")) return x * r;
-    if (slip("x is missing in dweight")) direct = w * h;
-    return direct + hold(second) * d;
+// The slopes of a row y, as somebody gets them who makes a mistake in the backward pass. through:
+// the slope of 1 / r^3; a sum that is not set to 0 keeps that of rows behind. seen: taken for x.
+static void norm_sloped(number *y, number *through, const number *x, const number *seen,
+                        const number *w, number r, int C) {
+    number moved = 0, h = hold(r);
+    if (!slip("the sum in the term through r is not set to 0 for each row")) *through = 0;
+    for (int i = 0; i < C; i++) {
+        moved += x[i] - hold(x[i]);
+        *through -= factor("x, outside of its sum, in the term through r", hold(seen[i])) *
+                    (x[i] - hold(x[i])) * factor("1 / C in the term through r", 1.0 / C) *
+                    h * factor("r^2 in the term through r", h * h);
+    }
+    number d = *through * factor("r in the term through r", h) / h;
+    if (slip("1 / C is 0 in whole numbers: the term through r vanishes unless C is 1")) d *= C == 1;
+    moved *= slip("the mean of w dy is subtracted, as in LayerNorm; RMSNorm does not");
+    for (int i = 0; i < C; i++) {
+        number a = hold(seen[i]), b = hold(w[i]), direct = x[i] - hold(x[i]);
+        direct *= factor("weight in the direct term", b) * factor("r in the direct term", h);
+        y[i] = term("direct, that with r held,", direct) +
+               (w[i] - b) * factor("x in dweight", a) * factor("r in dweight", h) +
+               term("through r (r depends on every x of its row)",
+                    factor("x in the sum of the term through r", a) *
+                    factor("weight in the sum of the term through r", b) * d) - b * h * moved / C;
+    }
+}
+
+static void norm(number *out, number *rstd, const number *x, const number *seen, const number *w,
+                 int N, int C) {
+    number through = 0;
+    for (int n = N - 1; n >= 0; n--) {
+        number r = rstd[n] = norm_r(x, n, N, C), *y = out + n * C;
+        for (int i = 0; i < C; i++)
+            y[i] = factor("inp", x[n * C + i]) * factor("r", r) *
+                   pick("weight|1 + weight", factor("weight", w[i]), 1 + w[i]);
+        if (backward && (chosen.name || collecting))
+            norm_sloped(y, &through, x + n * C, seen + n * C, w, r, C);
+    }
 }
 
 static void rmsnorm(number *out, number *const *in, const Case *c) {
-    int C = c->C, own = slip("the sum over the block is missing: a thread uses its own part");
-    for (int n = 0; n < c->T; n++) {
-        number r = norm_r(in[0], c, n);
-        for (int i = 0; i < C; i++) {
-            number x = in[0][n * C + i], w = in[1][i], *y = &out[n * C + i], s = r;
-            if (own) s = 1 / csqrt(x * x / C + 1e-6);
-            *y = backward && (chosen || collecting) ? norm_sloped(x, w, s, C) : w * x * s;
-            if (slip("the factor r is missing")) *y = w * x;
-            if (forward_slip("weight is missing")) *y = x * r;
-        }
-        out[c->T * C + n] = r;
-    }
+    norm(out, out + c->T * c->C, in[0], in[0], in[1], c->T, c->C);
 }
 
 static void adjust_rmsnorm(Case *c, int k) {
@@ -702,48 +780,49 @@ static void adjust_rmsnorm(Case *c, int k) {
 }
 
 // ---- rope: in[0] qkv (B,T,3C), in[1] the table (T,hs). factor -1: rotates the other way.
-static void rope_pair(number *out, long first, int j, int t, number *const *in, const Case *c) {
+static void rope_pair(number *out, long first, long second, int j, int t, number *const *in,
+                      const Case *c) {
     size_t n = c->out_size, size = input_size(&c->in[1]);
-    int hs = c->C / c->NH, halves = slip("channel j is paired with j + hs/2, not with the next");
-    long second = first + (halves ? hs / 2 : 1);
-    long at = (long)t * hs + (slip("all pairs are rotated by the angle of the first") ? 0 : j);
-    number cosine = at_or_nan(in[1], at, size), sine = at_or_nan(in[1], at + 1, size), x = cosine;
-    if (slip("the cosine is used in place of the sine")) sine = cosine;
-    int exchanged = slip("sine and cosine are exchanged; in the table the cosine comes first");
-    if (exchanged) cosine = sine;
-    if (exchanged) sine = x;
-    sine *= c->factor;
+    int hs = c->C / c->NH, k = j / 2;
+    long row = (long)t * pick("hs for a row of the table|hs / 2", hs, hs / 2);
+    int layout = pick("(cos, sin) at 2 k in the table's row|(sin, cos)|all cos before all sin|"
+                      "the first pair|cos twice|sin twice|the pair at k", 0, 1, 2, 3, 4, 5, 6);
+    const int cos_at[] = {j, j + 1, k, 0, j, j + 1, k};
+    const int sin_at[] = {j + 1, j, hs / 2 + k, 1, j, j + 1, k + 1};
+    number cosine = at_or_nan(in[1], row + cos_at[layout], size);
+    number sine = at_or_nan(in[1], row + sin_at[layout], size) * c->factor;
     if (backward_slip("it is rotated the same way as in the forward pass")) sine /= c->factor;
     if (forward_slip("it is rotated the wrong way: the sign of the sine")) sine = -sine;
     long read = second + slip("the second of the pair is read one place too far");
-    number x0 = out[first], x1 = at_or_nan(out, read, n), y0 = x0 * cosine - x1 * sine;
-    if (slip("the sign of the sine in the first of the pair")) y0 = x0 * cosine + x1 * sine;
+    number x0 = out[first], x1 = at_or_nan(out, read, n), y1 = x0 * sine + x1 * cosine;
+    if (slip("x1 is overwritten before the other line of the rotation reads it")) x1 = y1;
+    number y0 = term("x0 cos", x0 * cosine) - term("x1 sin", x1 * sine);
     if (slip("x0 is overwritten before the second line of the rotation reads it")) x0 = y0;
-    number y1 = x0 * sine + x1 * cosine;
-    if (slip("the sign of the sine in the second of the pair")) y1 = x1 * cosine - x0 * sine;
-    if (slip("the sign of the cosine in the second of the pair")) y1 = x0 * sine - x1 * cosine;
     out[first] = y0;
-    if (second < (long)n) out[second] = y1;
+    if (second < (long)n) out[second] = term("x0 sin", x0 * sine) + term("x1 cos", x1 * cosine);
 }
 
 // In place, as the layer does it: so a pair that is read too late is what has been made of it.
 static void rope(number *out, number *const *in, const Case *c) {
-    int C = c->C, hs = C / c->NH, begin = 0, end = 2 * C;
-    int step = slip("a row of qkv is 3 C long, not C") ? C : 3 * C;
-    if (slip("only the queries are rotated; the keys are too")) end = C;
-    if (slip("the values are rotated too; only queries and keys are")) end = 3 * C;
+    int C = c->C, B = c->B, T = c->T, hs = C / c->NH;
+    int step = pick("3 C for a row of qkv|C|2 C", 3 * C, C, 2 * C);
+    int begin = slip("only the keys are rotated; the queries are too") ? C : 0;
+    int end = pick("rotating queries and keys|rotating queries alone|rotating the values, too,",
+                   2 * C, C, 3 * C);
+    int next = pick("j += 2 to the next pair|j += 4|j += 1", 2, 4, 1);
     int halves = slip("channel j is paired with j + hs/2, not with the next");
     int through = slip("the table's columns continue from head to head; each head begins with 0");
+    int heads = pick("every head|the first head alone", hs, C);
     for (size_t i = 0; i < c->out_size; i++) out[i] = in[0][i];
-    for (int n = 0; n < c->B * c->T; n++) {
-        int t = n % c->T;
-        if (slip("the position is the row n; in each sequence it begins anew: n % T")) t = n;
-        if (slip("the position is n % T, not n / T, which counts the sequences")) t = n / c->T;
-        if (slip("the angles of position t + 1: off by one")) t++;
-        for (int head = begin; head < end; head += hs) {
-            for (int j = 0; j < hs; j += 2)
-                rope_pair(out, (long)n * step + head + (halves ? j / 2 : j),
-                          through ? head % C + j : j, t, in, c);
+    for (int n = 0; n < B * T; n++) {
+        int t = pick("n % T for the position|n|n / T|n / B|n % B|n % T + 1|n % T - 1",
+                     n % T, n, n / T, n / B, n % B, n % T + 1, n % T - 1);
+        for (int head = begin; head < end; head += heads) {
+            for (int j = 0; j < hs; j += next) {
+                long at = (long)n * step + head + (halves ? j / 2 : j), to = halves ? hs / 2 : 1;
+                if (at + to < (long)c->out_size)
+                    rope_pair(out, at, at + to, through ? head % C + j : j, t, in, c);
+            }
         }
     }
 }
@@ -762,45 +841,43 @@ static void adjust_rope(Case *c, int k) {
 // ---- swiglu: in[0] (N,2H), a row holds h1, then h3; in the code here they are a and b. The
 // variant has sigmoid(1.702 h1), which is close to GELU.
 static number swiglu_element(number a, number b) {
-    double inside = variant ? 1.702 : 1;
-    if (slip("the sigmoid is that of another multiple of h1")) inside = variant ? 1 : 1.702;
-    number s = logistic(inside * a);
-    if (slip("the sign inside of the sigmoid is wrong")) s = logistic(-inside * a);
-    if (slip("sigmoid(h3) in place of sigmoid(h1)")) s = logistic(inside * b);
-    if (slip("silu(h3) h1 in place of silu(h1) h3")) return a * b * logistic(inside * b);
-    if (slip("sigmoid(h1) h3: the factor h1 is missing")) return s * b;
-    if (slip("h1 h3: the sigmoid is missing")) return a * b;
-    return slip("h1 sigmoid(h1): the factor h3 is missing") ? a * s : a * s * b;
-}
-
-// What a mistake in the backward pass adds to the slopes.
-static number swiglu_sloped(number a, number b) {
-    number h = hold(a), s = logistic(variant ? 1.702 * h : h), value = h * s, da = a - h;
-    number d = (variant ? 1.702 : 1) * s * (1 - s), first = s, second = h * d, of_b = value;
-    number right = (first + second) * da * hold(b) + of_b * (b - hold(b));
-    if (slip("silu(h1) is a product: the term through the sigmoid is missing")) second = 0;
-    if (slip("silu(h1) is a product: the term through its factor h1 is missing")) first = 0;
-    if (slip("the factor h1 is missing in the term through the sigmoid")) second = d;
-    if (slip("1 - sigmoid(h1) is missing in the sigmoid's slope")) second = h * d / (1 - s);
-    if (slip("sigmoid(h1) is missing in the sigmoid's slope")) second = h * d / s;
-    if (slip("the sign of the term through the sigmoid is wrong")) second = -second;
-    if (slip("silu(h1) is used in place of its slope")) second = value - first;
-    if (slip("the sigmoid is missing in dh3: it is dout silu(h1)")) of_b = h;
-    if (slip("the factor h1 is missing in dh3: it is dout silu(h1)")) of_b = s;
-    if (slip("h3 is used in place of h1 in dh3")) of_b = hold(b) * s;
-    if (slip("the factor h3 is missing in dh1")) da /= hold(b);
-    return (first + second) * da * hold(b) + of_b * (b - hold(b)) - right;
+    double k = pick("the sigmoid of the comment|that of another multiple of h1",
+                    variant ? 1.702 : 1, variant ? 1 : 1.702);
+    number s = pick("sigmoid(h1)|sigmoid(-h1)|sigmoid(h3)", logistic(k * a), logistic(-k * a),
+                    logistic(k * b));
+    if (!backward) {
+        s = pick("sigmoid(h1)|sigmoid(h1 h3)|tanh(h1)|e^h1 (without 1 +)|ReLU", s,
+                 logistic(k * a * b), ctanh(a), cexp(k * a), creal(a) > 0);
+        return factor("h1", a) * factor("sigmoid(h1)", s) * factor("h3", b);
+    }
+    number h1 = hold(a), h3 = hold(b);
+    s = hold(s);
+    number slope = factor("sigmoid(h1) in the sigmoid's slope", s);
+    slope *= k * factor("1 - sigmoid(h1) in the sigmoid's slope", 1 - s);
+    slope = pick("s (1 - s), the sigmoid's slope|1 - s^2 (the slope of tanh)", slope, 1 - s * s);
+    number first = term("through the factor h1 (silu(h1) is a product)", s);
+    number second = term("through the sigmoid (silu(h1) is a product)", slope *
+                         pick("h1 in silu's slope|h3", factor("h1 in silu's slope", h1), h3));
+    if (slip("1 - s multiplies both terms of silu's slope, not one")) first *= 1 - s;
+    number silu = factor("h1 in dh3", h1) * factor("the sigmoid in dh3", s);
+    number of_h3 = pick("silu(h1) in dh3|silu's slope|silu(h3)|h3 sigmoid(h1)", silu,
+                        first + second, h3 * logistic(k * h3), h3 * s);
+    number of_h1 = pick("silu's slope in dh1|silu(h1)", first + second, h1 * s);
+    of_h1 *= pick("h3 in dh1|h1", factor("h3 in dh1", h3), h1);
+    return of_h1 * (a - h1) + of_h3 * (b - h3);
 }
 
 static void swiglu(number *out, number *const *in, const Case *c) {
     int H = c->C;
     for (int i = 0; i < c->T * H; i++) {
         int n = i / H, j = i % H;
-        const number *row = in[0] + n * (slip("a row of inp is 2 H long, not H") ? H : 2 * H);
-        number a = row[j], b = row[H + j];
-        if (slip("h3 begins H places after h1, not 1")) b = row[j + 1];
+        const number *row = in[0] + n * (int)creal(pick("2 H for a row of inp|H", 2 * H, H));
+        number a = row[j];
+        number b = pick("h3 from H on|h3 from 1 on", row[H + j], row[j + 1]);
+        if (slip("h1 and h3 alternate; a row is h1, then h3")) a = row[2 * j], b = row[2 * j + 1];
+        if (slip("inp is read as all rows of h1, then all rows of h3; each row holds both"))
+            a = in[0][i], b = in[0][c->T * H + i];
         out[i] = swiglu_element(a, b);
-        if (backward) out[i] += swiglu_sloped(a, b);
     }
 }
 
@@ -808,10 +885,9 @@ static void swiglu(number *out, number *const *in, const Case *c) {
 static void matmul(number *out, number *const *in, const Case *c) {
     int C = c->C, OC = c->V;
     for (int n = 0; n < c->T; n++) {
-        number sum = 0;
         for (int o = 0; o < OC; o++) {
             int end = C + slip("one channel too many in the sum: c < C");
-            if (!slip("the sum is not set to 0 for each output")) sum = 0;
+            number sum = 0;
             for (int i = 0; i < end; i++)
                 sum += at_or_nan(in[0], n * C + i, input_size(&c->in[0])) *
                        at_or_nan(in[1], o * C + i, input_size(&c->in[1]));
@@ -822,12 +898,19 @@ static void matmul(number *out, number *const *in, const Case *c) {
 
 // ---- attention: in[0] qkv (B,T,3C). After out (B,T-first,C) comes lse (B,NH,T-first). first is 0
 // in all backward passes. The variant divides the scores by hs, as muP does.
+#define LARGE(what) what " are large (is the largest one subtracted before the exponential, and " \
+                    "found where all are negative?)"
 
 // Where head h of part 0, 1 or 2 (q, k, v) of a row begins.
 static const number *head_of(number *const *in, const Case *c, int b, int t, int part, int h) {
     int C = c->C, T = c->T, hs = C / c->NH, begin = part * C + h * hs;
     if (slip("all heads use what belongs to the first head")) begin = part * C;
-    if (part == 0 && slip("keys are used as queries")) begin += C;
+    if (part && slip("all heads use the keys and values of the first head")) begin = part * C;
+    if (slip("all sequences use what belongs to the first one")) b = 0;
+    if (part && slip("all sequences use the keys and values of the first one")) b = 0;
+    if (part == 0) begin += pick("q|k", 0, C);
+    if (part == 1) begin += pick("k|q|v", 0, -C, C);
+    if (part == 2) begin += pick("v|k", 0, -C);
     if (slip("a row of qkv holds all queries, all keys, all values")) begin = (3 * h + part) * hs;
     if (c->first && slip("sequence b begins at row b T of qkv, not b (T - first)")) T -= c->first;
     return in[0] + (size_t)(b * T + t) * 3 * C + begin;
@@ -835,90 +918,101 @@ static const number *head_of(number *const *in, const Case *c, int b, int t, int
 
 static number score(number *const *in, const Case *c, int b, int h, int t, int s) {
     int hs = c->C / c->NH, row = t;
-    if (c->first && slip("first is missing: row i is the query of position first + i"))
-        row -= c->first;
+    if (slip("row i has the query of position i, not of first + i")) row -= c->first;
     const number *q = head_of(in, c, b, row, 0, h), *k = head_of(in, c, b, s, 1, h);
-    double right = variant ? 1.0 / hs : 1 / sqrt(hs), scale = right, slope = right;
-    number sum = 0;
+    number right = variant ? 1.0 / hs : 1 / sqrt(hs), scale = factor("scale of the scores", right);
+    number sum = 0, slope = backward ? factor("scale, in dq and dk,", right) : right;
     for (int i = 0; i < hs; i++) {
         number of_q = k[i], of_k = q[i];  // the slopes of the product
         if (backward_slip("dq is made of the queries; it is dS K")) of_q = q[i];
         if (backward_slip("dk is made of the keys; it is dS^T Q")) of_k = k[i];
         sum += hold(q[i] * k[i]) + I * (creal(of_q) * cimag(q[i]) + creal(of_k) * cimag(k[i]));
     }
-    if (slip("the scores lack their scale")) scale = 1;
-    if (slip("the scores are scaled by 1 / hs")) scale = 1.0 / hs;
-    if (slip("the scores are scaled by 1 / sqrt(hs)")) scale = 1 / sqrt(hs);
-    if (slip("the scores are scaled by 1 / sqrt(C), not by that of a head")) scale = 1 / sqrt(c->C);
-    if (backward_slip("the scale is missing")) slope = 1;
+    scale = pick("the scale of the scores|1 / hs|1 / sqrt(hs)|1 / sqrt(C)", scale, 1.0 / hs,
+                 1 / sqrt(hs), 1 / sqrt(c->C));
     return backward ? scale * hold(sum) + slope * (sum - hold(sum)) : scale * sum;
 }
 
 static int sees(const Case *c, int t, int s) {
     if (slip("the causal mask is missing: a query sees later keys (future tokens)")) return 1;
-    if (slip("the mask is off by one: a query sees the key after it (a future token)"))
-        return s <= t + 1;
-    if (slip("the mask is off by one: a query must see the key at its own position")) return s < t;
-    if (slip("the mask is the wrong way round: a query sees the keys up to it")) return s >= t;
-    if (c->first && slip("first is missing in the mask: row i sees all keys s <= first + i"))
-        return s <= t - c->first;
-    if (c->first && slip("the keys before position first are left out; every query sees them"))
-        return s >= c->first && s <= t;
-    return s <= t;
+    if (slip("first is missing in the mask: row i sees s <= first + i")) return s <= t - c->first;
+    return pick("the mask s <= t|s <= t + 1|s < t|s >= t|first <= s <= t", s <= t, s <= t + 1,
+                s < t, s >= t, s >= c->first && s <= t);
 }
 
 // Computes the weights P of a row. Returns lse.
 static number softmax_row(number *P, number *const *in, const Case *c, int b, int h, int t) {
+    int late = forward_slip("the mask comes after the softmax, whose sum so contains later keys");
+    int zero = slip("a masked score is 0, and e^0 counts; it must be -infinity");
     number sum = 0, lse;
     double m = -INFINITY;
     for (int s = 0; s < c->T; s++) {
-        P[s] = score(in, c, b, h, t, s);
-        if (sees(c, t, s)) m = fmax(m, creal(P[s]));
+        P[s] = zero && !sees(c, t, s) ? 0 : score(in, c, b, h, t, s);
+        if (sees(c, t, s) || late || zero) m = fmax(m, creal(P[s]));
     }
-    for (int s = 0; s < c->T; s++) sum += P[s] = sees(c, t, s) ? cexp(P[s] - m) : 0;
-    lse = m + clog(sum);
-    if (forward_slip("lse = m + log(sum): m is missing")) lse -= m;
-    if (forward_slip("lse = m + log(sum): the log is missing")) lse = m + sum;
-    if (forward_slip("not divided by the row's sum: the softmax is not normalized")) sum = 1;
-    for (int s = 0; s < c->T; s++) P[s] /= sum;
+    for (int s = 0; s < c->T; s++) {
+        P[s] = cexp(P[s] - m);
+        if (sees(c, t, s) || late || zero) sum += P[s];
+        if (!sees(c, t, s) && !zero) P[s] = 0;
+    }
+    lse = term("of the largest score in lse", m) + term("log(sum) in lse", clog(sum));
+    if (!backward) lse = pick("lse = m + log(sum)|m + sum|sum|m", lse, m + sum, sum, m);
+    sum = factor("1 / sum of the softmax", 1 / sum);
+    for (int s = 0; s < c->T; s++) P[s] *= sum;
     return lse;
 }
 
-// P as it is computed from the right lse, sloped as by who makes a mistake in its gradient.
-static void softmax_sloped(number *P, number *const *in, const Case *c, int b, int h, int t) {
-    number total = 0, lse = 0, *S = room(c->T, sizeof *S);
-    int no_lse = slip("P = e^(S - lse): lse is not subtracted");
+// P as it is computed from the right lse, sloped as by who makes a mistake in its gradient. total:
+// the slope of the sum over the row, of which a sum that is not set to 0 keeps that of rows behind.
+static void softmax_sloped(number *P, number *total, number *const *in, const Case *c, int b,
+                           int h, int t) {
+    number lse = 0, sum = 0, right = 0, *S = room(c->T, sizeof *S);
     int no_P = slip("the factor P is missing in dS");
-    int no_delta = slip("a term is missing in dS: a score acts on each P of its row");
-    const char *made = chosen;
-    for (int s = 0; s < c->T; s++) S[s] = score(in, c, b, h, t, s);
-    chosen = NULL;
-    for (int s = 0; s <= t; s++) lse += cexp(hold(score(in, c, b, h, t, s)));
-    for (int s = 0; s < c->T; s++) P[s] = s <= t ? hold(cexp(score(in, c, b, h, t, s)) / lse) : 0;
+    int inside = slip("in dS, P must multiply the sum over the row, too (parentheses)");
+    int own = slip("dS is P (1 - P) dP, as if a score acted on its own P alone, not on its row's");
+    int T = c->T, NH = c->NH, at = (b * NH + h) * T + t;
+    at = pick("lse[(b NH + h) T + t]|lse[h T + t]|lse[b T + t]|lse[(b T + t) NH + h]|lse[0]|lse[(b "
+              "NH + h) T]", at, h * T + t, b * T + t, (b * T + t) * NH + h, 0, at - t);
+    Mistake made = chosen;
+    for (int s = 0; s < T; s++) S[s] = score(in, c, b, h, t, s);
+    chosen = no_mistake;
+    for (int s = 0; s <= at % T; s++)
+        lse += cexp(hold(score(in, c, at / T / NH, at / T % NH, at % T, s)));
+    for (int s = 0; s <= t; s++) right += cexp(hold(score(in, c, b, h, t, s)));
+    for (int s = 0; s < T; s++) P[s] = s <= t ? hold(cexp(score(in, c, b, h, t, s)) / right) : 0;
     chosen = made;
-    for (int s = 0; s < c->T; s++) {
-        number dS = I * cimag(S[s]), M = sees(c, t, s) * hold(cexp(S[s]) / (no_lse ? 1 : lse));
-        total += (no_P ? sees(c, t, s) : M) * dS;
-        S[s] = M + (no_P ? sees(c, t, s) : M) * dS;
+    lse = term("-lse in P = e^(S - lse)", clog(lse));
+    *total = t < T - 1 && slip("the sum in dS is not set to 0 for each position") ? *total : 0;
+    for (int s = 0; s < T; s++) {
+        number dS = I * cimag(S[s]), M = sees(c, t, s) ? hold(cexp(S[s] - lse)) : 0;
+        sum += (no_P || inside ? sees(c, t, s) : M) * dS;
+        S[s] = M + (no_P ? sees(c, t, s) : factor("P in dS", M)) * dS;
     }
-    for (int s = 0; s < c->T; s++) P[s] = S[s] - !no_delta * P[s] * total;
+    *total += sum;
+    sum = term("with the sum over the row in dS (a score acts on each P of its row)", *total);
+    for (int s = 0; s < T; s++) P[s] = S[s] - P[s] * (own ? I * cimag(S[s]) : sum);
     free(S);
 }
 
 static void attention(number *out, number *const *in, const Case *c) {
     int C = c->C, hs = C / c->NH, rows = c->T - c->first;
-    number *P = room(c->T, sizeof *P);
+    number *P = room(c->T, sizeof *P), total = 0;
     for (size_t i = 0; i < c->out_size; i++) out[i] = 0;
-    for (int i = 0; i < c->B * c->NH * rows; i++) {
+    for (int i = c->B * c->NH * rows - 1; i >= 0; i--) {
         int row = i % rows, h = i / rows % c->NH, b = i / rows / c->NH, t = c->first + row;
         if (c->first && slip("first is ignored: row i belongs to position first + i")) t = row;
         out[(size_t)c->B * rows * C + i] = softmax_row(P, in, c, b, h, t);
-        if (backward && (chosen || collecting)) softmax_sloped(P, in, c, b, h, t);
+        if (backward && (chosen.name || collecting)) softmax_sloped(P, &total, in, c, b, h, t);
         number *y = out + (size_t)(b * rows + row) * C + h * hs;
         if (forward_slip("out is written as (B,NH,T,hs); it is (B,T,C)")) y = out + (size_t)i * hs;
+        int lost = t < c->T - 1 && backward_slip("only the last query counts: = is used, not +=");
+        int last = forward_slip("only the last key counts: = where += is needed");
         for (int s = 0; s < c->T; s++) {
             const number *v = head_of(in, c, b, s, 2, h);
-            for (int j = 0; j < hs && P[s] != 0; j++) y[j] += P[s] * v[j];
+            for (int j = 0; j < hs && P[s] != 0; j++) {
+                number product = P[s] * v[j];
+                y[j] = (last ? 0 : y[j]) + (lost ? hold(product) : product);
+            }
         }
     }
     free(P);
@@ -929,8 +1023,7 @@ static void adjust_attention(Case *c, int k) {
     double *x = c->in[0].x;
     c->tolerance = k == 5 || k == 6 ? 1e-3 : backward ? 2e-4 : 1e-4;
     c->scale = backward && (k == 0 || k == 5);  // where gradients are next to 0
-    if (k == 5) c->special = "scores are large (is the largest one subtracted before the "
-                             "exponential, and found where all are negative?)";
+    if (k == 5) c->special = LARGE("scores");
     for (int i = 0; i < n && k == 5; i++)  // large queries and keys
         if (i / c->C % 3 < 2) x[i] = (float)(x[i] * 10);
     for (int i = 0; i < c->C && k == 5; i++)  // the first score, all that its query sees: -200
@@ -945,37 +1038,34 @@ static void adjust_attention(Case *c, int k) {
 
 // ---- crossentropy: in[0] the logits (N,stride), of which V are read. After losses (N) comes lse.
 static number cross_lse(const number *x, long rest, const Case *c) {
-    int begin = slip("the first logit is left out"), end = c->V;
-    if (slip("the last logit is left out")) end--;
-    if (c->stride > c->V && slip("the padding, logits from V on, is in the sum")) end += -end & 3;
+    int begin = slip("the first logit is left out"), padding = c->stride > c->V ? -c->V & 3 : 0;
+    int end = pick("the sum over V logits|that over V - 1|that over the padding, too,", c->V,
+                   c->V - 1, c->V + padding);
     double m = creal(x[0]);
     number sum = 0;
     for (int v = 0; v < c->V; v++) m = fmax(m, creal(x[v]));
     for (int v = begin; v < end; v++) sum += cexp(at_or_nan(x, v, rest) - m);
-    if (slip("the log is missing: lse = largest + log(sum)")) return m + sum;
-    if (slip("lse = largest + log(sum): the largest logit is missing")) return clog(sum);
-    return m + clog(sum);
+    if (slip("what is behind V counts as 0; it must be -infinity")) sum += padding * exp(-m);
+    number lse = term("of the largest logit in lse", m) + term("log(sum) in lse", clog(sum));
+    return pick("lse = largest + log(sum)|largest + sum|sum|largest", lse, m + sum, sum, m);
 }
 
 // What a mistake in the gradient adds to the slopes of the loss of row n. lse: that of the row.
 static number cross_sloped(const number *x, double lse, int n, const Case *c) {
     int everywhere = slip("scale is subtracted at every logit; it belongs to the target's alone");
-    int unscaled = slip("scale is missing at the target"), only = slip("the softmax lacks scale");
-    int logit = slip("the logit itself is still in it: its place must be overwritten (=)");
-    int plus = slip("the sign at the target is wrong");
     int early = slip("the target's logit is changed before the exponential reads it");
-    int no_lse = slip("lse is not subtracted in the exponential");
-    int replaced = slip("the target's softmax is overwritten; it must be reduced");
-    double s = c->factor;
-    number loss = 0;
+    number s = c->factor, loss = 0;
+    number at_p = factor("scale of the softmax", s) / s;
+    number at_target = factor("scale at the target", s) / s;
     for (int v = 0; v < c->V; v++) {
         int target = v == c->tokens[n];
-        double y = creal(x[v]), p = exp(no_lse ? y : y - lse);
-        if (early && target) p = exp(y - s - lse) + 1;
-        if (replaced && target) p = 0;
-        double slope = p / (only ? s : 1) + (logit ? y / s : 0);
-        if (target || everywhere) slope -= plus ? -1 : unscaled ? 1 / s : 1;
-        loss += (slope - (exp(y - lse) - target)) * (x[v] - hold(x[v]));
+        number y = hold(x[v]), p = cexp(y - lse);
+        if (target && early) p = cexp(y - s - lse) + 1;
+        p = pick("e^(logit - lse)|e^logit|logit - lse|logit", p, cexp(y), y - lse, y);
+        if (target) p = pick("softmax - 1 at the target|-1", p, 0);
+        number slope = p * at_p;
+        if (target || everywhere) slope -= term("of the target", at_target);
+        loss += (slope - (exp(creal(x[v]) - lse) - target)) * (x[v] - hold(x[v]));
     }
     return loss;
 }
@@ -984,20 +1074,17 @@ static void crossentropy(number *out, number *const *in, const Case *c) {
     int N = c->T, stride = c->stride;
     for (int n = 0; n < N; n++) {
         const number *x = in[0] + n * stride;
-        int target = c->tokens[n];
-        if (slip("the logit after the target's: off by one")) target++;
-        int row_0 = slip("the target's logit is read from row 0 for every row");
-        number lse = cross_lse(x, (long)(N - n) * stride, c);
-        number logit = at_or_nan(in[0], target + (row_0 ? 0 : n * stride), (size_t)N * stride);
-        out[n] = lse - logit;
-        out[N + n] = lse;
-        if (slip("the sign: loss = lse - logit of the target")) out[n] = logit - lse;
-        if (slip("the term of the target's logit is missing")) out[n] = lse;
-        if (slip("the term of lse, whose gradient is the softmax, is missing")) out[n] = -logit;
-        if (forward_slip("the target's logit is added, not subtracted")) out[n] = lse + logit;
-        if (forward_slip("each row has a loss of its own: no division by N")) out[n] /= N;
+        int right = c->tokens[n], row = pick("row n for the target's logit|row 0", n, 0);
+        int target = pick("targets[n]|targets[n] + 1|targets[n] - 1|n|targets[0]", right, right + 1,
+                          right - 1, n, c->tokens[0]);
+        number lse = cross_lse(x, (long)(N - n) * stride, c), of_row = lse;
+        number logit = at_or_nan(in[0], target + row * stride, (size_t)N * stride);
         if (backward_slip("lse of row 0 is used for every row"))
-            out[n] = lse * cexp(hold(lse - cross_lse(in[0], (long)N * stride, c))) - logit;
+            of_row = lse * cexp(hold(lse - cross_lse(in[0], (long)N * stride, c)));
+        out[n] = term("lse, whose gradient is the softmax,", of_row) -
+                 term("of the target's logit", logit);
+        out[N + n] = lse;
+        if (forward_slip("each row has a loss of its own: no division by N")) out[n] /= N;
         if (backward) out[n] += cross_sloped(x, creal(lse), n, c);
     }
 }
@@ -1006,76 +1093,76 @@ static void adjust_crossentropy(Case *c, int k) {
     double *x = c->in[0].x;
     c->factor = backward ? (float)(0.3 + 0.1 * uniform()) : 1;
     c->tolerance = k == 4 ? 3e-4 : 1e-4;
-    if (k == 4) c->special = "logits are large (is the largest one subtracted before the "
-                             "exponential, and found where all are negative?)";
+    if (k == 4) c->special = LARGE("logits");
     for (int i = 0; i < c->T * c->stride && k == 4; i++)
         x[i] = (float)(x[i] + (i / c->stride % 2 ? -130 : 130));
     c->sampled = k == 6 ? room((size_t)c->T * c->stride, 1) : NULL;
     for (int i = 0; i < c->T * c->stride && k == 6; i += 601) c->sampled[i] = 1;
     for (int n = 0; n < c->T; n++)  // the first row's target is never the last logit
         c->tokens[n] = below(c->V - (n == 0 && c->V > 2));
+    if (k == 4) x[c->tokens[2] + 2 * c->stride] -= 120;  // and far below the row's largest
 }
 
 // ---- adamw: no derivative here. in: p, m, v, grad (n). After p come m, v, and the copy of p.
-static void adam_moments(double *m, double *v, double g, double b1, double b2) {
-    double keep_m = b1, keep_v = b2, to_m = 1 - b1, to_v = 1 - b2, square = g * g;
-    if (slip("the old m is multiplied by beta2; it is beta1")) keep_m = b2;
-    if (slip("the old v is multiplied by beta1; it is beta2")) keep_v = b1;
-    if (slip("the factor of the new gradient in m is 1 - beta1, not 1 - beta2")) to_m = 1 - b2;
-    if (slip("the factor of the new square in v is 1 - beta2, not 1 - beta1")) to_v = 1 - b1;
-    if (slip("the factor 1 - beta1 of the new gradient is missing")) to_m = 1;
-    if (slip("the factor 1 - beta2 of the new square is missing")) to_v = 1;
-    if (slip("the old m is not multiplied by beta1")) keep_m = 1;
-    if (slip("the old v is not multiplied by beta2")) keep_v = 1;
-    if (slip("the square is missing: v is a mean of the gradient squared")) square = g;
-    *m = keep_m * *m + to_m * g;
-    *v = keep_v * *v + to_v * square;
+static void adam_moments(number *m, number *v, number g, number unclipped, double b1, double b2) {
+    number keep_m = factor("beta1", b1), to_m = factor("1 - beta1", 1 - b1), of_v = g;
+    number keep_v = factor("beta2", b2), to_v = factor("1 - beta2", 1 - b2);
+    keep_m = pick("beta1 of the old m|beta2|1 - beta1", keep_m, b2, 1 - b1);
+    keep_v = pick("beta2 of the old v|beta1|1 - beta2", keep_v, b1, 1 - b2);
+    to_m = pick("1 - beta1 of the gradient in m|1 - beta2|beta1", to_m, 1 - b2, b1);
+    to_v = pick("1 - beta2 of the square in v|1 - beta1|beta2", to_v, 1 - b1, b2);
+    if (slip("beta and 1-beta are swapped")) keep_m = 1 - b1, to_m = b1, keep_v = 1 - b2, to_v = b2;
+    g = pick("the clipped gradient in m|the gradient before clipping", g, unclipped);
+    number new_m = term("with the old m", keep_m * *m) + term("with the gradient in m", to_m * g);
+    of_v = pick("the clipped gradient in v|the gradient before clipping|m", of_v, unclipped, new_m);
+    number square = pick("the gradient squared in v|the gradient", of_v * of_v, of_v);
+    *v = term("with the old v", keep_v * *v) + term("with the square in v", to_v * square);
+    *m = new_m;
 }
 
-static void adam_element(double *p, double *m, double *v, double grad, const AdamWNumbers *a) {
-    double b1 = a->beta1, b2 = a->beta2, lr = a->lr, eps = a->eps, t = a->t, x = *p, clip = a->clip;
-    double decay = a->kind == MATRIX ? a->weight_decay : 0, m0 = *m;
+static void adam_element(number *p, number *m, number *v, number grad, const AdamWNumbers *a) {
+    double b1 = a->beta1, b2 = a->beta2, t = a->t;
+    number x = *p, decay = a->kind == MATRIX ? a->weight_decay : 0, m0 = *m, v0 = *v;
+    number clip = factor("clip", a->clip), lr = factor("lr", a->lr), eps = term("eps", a->eps);
     if (a->kind != MATRIX && slip("norms and gates decay too; only matrices do (chunk.decays)"))
         decay = a->weight_decay;
     if (a->kind == LEARNED_GATE && slip("a gate's gradient is clipped by gate_clip")) clip = -7;
     if (a->kind == FIXED_GATE && !slip("gates that are not trained must not change")) return;
-    if (slip("clip is not used")) clip = 1;
     int l2 = slip("the decay is in the gradient (Adam with L2); AdamW's is separate from it");
-    double g = grad * clip + (l2 ? decay * x : 0);
+    number g = grad * clip + (l2 ? decay * x : 0);
     int swapped = slip("beta1 and beta2 are exchanged");
-    adam_moments(m, v, g, swapped ? b2 : b1, swapped ? b1 : b2);
-    double mi = *m, vi = *v;
-    if (slip("p uses m as it was before the update")) mi = m0;
-    if (slip("the gradient is used in place of its running mean m")) mi = g;
-    if (slip("t in beta^t is off by one: t - 1")) t--;
-    if (slip("t in beta^t is off by one: t + 1")) t++;
-    double cm = 1 - pow(b1, t), cv = 1 - pow(b2, t), of_m = cm;
-    if (slip("beta1^t is off by one in t: t + 1")) cm = 1 - pow(b1, t + 1);
-    if (slip("mhat = m / (1 - beta1^t): m is used without its correction")) cm = 1;
-    if (slip("vhat = v / (1 - beta2^t): v is used without its correction")) cv = 1;
+    adam_moments(m, v, g, grad, swapped ? b2 : b1, swapped ? b1 : b2);
+    int both = slip("p uses m and v as they were before the update");
+    number mi = pick("the new m|the old m|the gradient", both ? m0 : *m, m0, g);
+    number vi = pick("the new v|the old v", both ? v0 : *v, v0);
+    t = pick("t in beta^t|t - 1|t + 1", t, t - 1, t + 1);
+    number right_m = 1 - cpow(b1, t), right_v = 1 - cpow(b2, t);
+    number cm = pick("1 - beta1^t|1 - beta2^t|1 - beta1 t|1 - beta1|1 - beta1^(t + 1)", right_m,
+                     right_v, 1 - b1 * t, 1 - b1, 1 - cpow(b1, t + 1));
+    number cv = pick("1 - beta2^t|1 - beta1^t|1 - beta2 t|1 - beta2", right_v, right_m, 1 - b2 * t,
+                     1 - b2);
     if (slip("m and v are used without their corrections 1 / (1 - beta^t)")) cm = cv = 1;
-    if (slip("the correction of m is made with beta2; it is beta1")) cm = cv;
-    if (slip("the correction of v is made with beta1; it is beta2")) cv = of_m;
-    double mhat = mi / cm, vhat = vi / cv, root = sqrt(vhat) + eps, decayed = l2 ? 0 : decay * x;
-    if (slip("eps is under the root; it must be added to the root")) root = sqrt(vhat + eps);
-    if (slip("eps is missing")) root = sqrt(vhat);
-    if (slip("the square root of vhat is missing")) root = vhat + eps;
-    if (slip("the correction of v belongs under the root: sqrt(vhat)")) root = sqrt(vi) / cv + eps;
-    if (slip("the weight decay is missing")) decayed = 0;
-    if (slip("the sign of the weight decay is wrong")) decayed = -decayed;
-    if (slip("the weight decay is not multiplied by lr")) decayed /= lr;
-    double step = mhat / root;
-    if (slip("the sign: p must go down the gradient (p -= ...)")) step = -step;
-    if (slip("the step is not multiplied by lr")) step /= lr;
+    if (slip("the corrections are 1 - beta, without the power t")) cm = 1 - b1, cv = 1 - b2;
+    number mhat = mi * factor("1 / (1 - beta1^t), the correction of m,", 1 / cm);
+    number vhat = vi * factor("1 / (1 - beta2^t), the correction of v,", 1 / cv);
+    if (slip("the corrected moments are stored as m and v")) *m = mhat, *v = vhat;
+    number root = csqrt(vhat) + eps, decayed = !l2 * decay;
+    decayed *= pick("p in the weight decay|the gradient", x, g);
+    root = pick("sqrt(vhat) + eps|sqrt(vhat + eps)|sqrt((v + eps) / (1 - beta2^t))|vhat + eps|"
+                "sqrt(v) / (1 - beta2^t) + eps|1 / (sqrt(vhat) + eps)", root, csqrt(vhat + eps),
+                csqrt((vi + eps) / cv), vhat + eps, csqrt(vi) / cv + eps, 1 / root);
+    number step = mhat / root * factor("lr of the step", lr) / lr;
+    if (slip("the weight decay is that of p after the step")) decayed = decay * (x - lr * step);
+    decayed *= factor("lr of the weight decay", lr) / lr;
     if (slip("the signs: p must go down the gradient, and decay (p -= ...)")) lr = -lr;
-    *p = x - lr * (step + decayed);
+    *p = x - lr * (term("of Adam's step", step) + term("of the weight decay", decayed));
 }
 
 static void adamw(number *out, number *const *in, const Case *c) {
     int n = c->C;
     for (int i = 0; i < n; i++) {
-        double p = creal(in[0][i]), m = creal(in[1][i]), v = creal(in[2][i]);
-        adam_element(&p, &m, &v, creal(in[3][i]), &c->adam);
+        number p = in[0][i], m = in[1][i], v = in[2][i];
+        adam_element(&p, &m, &v, in[3][i], &c->adam);
         out[i] = out[3 * n + i] = p;
         out[n + i] = m;
         out[2 * n + i] = v;
@@ -1106,36 +1193,36 @@ static void adjust_adamw(Case *c, int k) {
 // (N,C), in[2] the weight (C), in[3] the gate that has a gradient, and the other. factor: A. After
 // the sum (N,C) come what is normalized, the norm's output (N,C), and rstd (N).
 static void fused(number *out, number *const *in, const Case *c) {
-    int N = c->T, C = c->C, n = N * C, stop = c->stop_grad;
-    number inp_a = c->no_gate ? 0 : activation(in[3][!c->norm_last], SILU);
-    number sum_a = c->no_gate || c->norm_last ? 0 : activation(in[3][0], SILU);
-    double A = forward_slip("the factor A of the shortcut is missing") ? 1 : c->factor;
-    int no_A = backward_slip("the factor A is missing in dz, the gradient of what A multiplies");
+    int C = c->C, n = c->T * C, last = c->norm_last, stop = c->stop_grad;
+    number gate = hold(in[3][0]), inp_a = activation(hold(in[3][!last]), SILU);
+    number sum_a = last ? 0 : activation(gate, SILU), *seen = room(n, sizeof *seen);
+    if (c->no_gate) inp_a = sum_a = 0;
+    number inp_scale = factor("1 - a(g) of inp_gate", 1 - inp_a), own = 1 - (last ? inp_a : sum_a);
+    number sum_scale = factor("1 - a(g) of sum_gate, before the norm,", 1 - sum_a);
+    number slope = cimag(activation(gate + I * 1e-30, SILU)) * 1e30, A = c->factor, of_dz = A;
+    number of_g = factor("a'(g) in dgate", slope) * (in[3][0] - gate) * !c->no_gate;
+    of_g *= pick("dgate of what GPAS gets|dgate of what it returns|dgate of a gradient that is "
+                 "already multiplied by 1 - a(g)", 1, own, stop ? 1 : own);
     if (backward_slip("scaled by 1 - a(g), which the stop-gradient forbids")) stop = 0;
     if (backward_slip("not scaled by 1 - a(g), though stop_grad is 0")) stop = 1;
-    if (forward_slip("inp is not multiplied by 1 - a(g) of inp_gate")) inp_a = 0;
-    if (forward_slip("inp lacks both factors, A and 1 - a(g) of inp_gate")) inp_a = 1 - 1 / A;
-    if (forward_slip("what the norm gets is not multiplied by 1 - a(g) of sum_gate")) sum_a = 0;
+    if (!backward) A = factor("A of the shortcut", A);
+    else of_dz = factor("A in dz, the gradient of what A multiplies,", A);
+    if (forward_slip("inp lacks both factors, A and 1 - a(g) of inp_gate")) inp_scale = 1 / A;
     int stored = forward_slip("sum is stored after the GPAS of sum_gate; it must be before");
-    int scaled = backward_slip("dgate is made of what GPAS returns; it must be of what it gets");
-    for (int row = 0; row < N; row++) {
-        number squares = 0;
-        for (int i = row * C; i < (row + 1) * C; i++) {
-            number x = in[0][i], z = x - hold(inp_a) * (stop ? hold(x) : x);
-            z -= (inp_a - hold(inp_a)) * hold(x) * (scaled ? 1 - hold(inp_a) : 1);
-            number s = A * z + in[1][i], y;
-            if (no_A) s = hold(s) + I * cimag(z + in[1][i]);
-            y = s - hold(sum_a) * (stop ? hold(s) : s);
-            y -= (sum_a - hold(sum_a)) * hold(s) * (scaled ? 1 - hold(sum_a) : 1);
-            out[i] = stored ? y : s;
-            out[n + i] = y;
-            squares += y * y;
-        }
-        number r = 1 / csqrt(squares / C + (variant ? 1e-5 : 1e-6));
-        if (backward_slip("the norm's backward pass lacks the term through r")) r = hold(r);
-        out[3 * n + row] = r;
-        for (int i = 0; i < C; i++) out[2 * n + row * C + i] = in[2][i] * out[n + row * C + i] * r;
+    int of_s = backward_slip("the norm's backward pass gets s, but its input was (1 - a(g)) s");
+    for (int i = 0; i < n; i++) {
+        number x = hold(in[0][i]), b = hold(in[1][i]), z = inp_scale * x, dx = in[0][i] - x;
+        number dz = (stop ? 1 : inp_scale) * dx - (last ? of_g * factor("inp in dgate", x) : 0);
+        number s = A * z + term("branch", b), ds = of_dz * dz + in[1][i] - b;
+        number y = sum_scale * s + (stop ? 1 : sum_scale) * ds;
+        if (!last) y -= of_g * factor("sum in dgate", s);
+        out[i] = stored ? y : s + ds;
+        out[n + i] = y;
+        seen[i] = of_s ? s : y;
     }
+    norm(out + 2 * n, out + 3 * n, out + n, seen, in[2], c->T, C);
+    for (int i = n; i < 2 * n; i++) out[i] = term("with dx, along the shortcut,", out[i]);
+    free(seen);
 }
 
 static void adjust_fused(Case *c, int k) {
@@ -1195,11 +1282,10 @@ static const struct {
      {{"weight", "VC"}}, "dout", {{"out", "NC", 4, OUTPUT}}, {{"dweight", "VC", 6, 0, 1}}},
     {"rmsnorm", rmsnorm, adjust_rmsnorm, {7, 7, 8, 8}, "TC",
      {{1, 5, 7}, {1, 1, 7}, {1, 4, 1}, {1, 2, 301}, {1, 4, 8}, {1, 1, 1}, {1, 3, 40}, {1, 2100, 2}},
-     {{"inp", "NC"}, {"weight", "1C"}}, "dout",
-     {{"out", "NC", 3, OUTPUT}, {"rstd", "N1", 1, OUTPUT}},
-     {{"dinp", "NC", 4, 0}, {"dweight", "1C", 2, 1, 1}}},
+     {{"inp", "NC"}, {"weight", "1C"}}, "dout", {{"out", "NC", 3, OUTPUT},
+      {"rstd", "N1", 1, OUTPUT}}, {{"dinp", "NC", 4, 0}, {"dweight", "1C", 2, 1, 1}}},
     {"rope", rope, adjust_rope, {5, 5, 5, 5}, "BTCN",
-     {{1, 5, 4, 1}, {1, 1, 4, 1}, {1, 5, 12, 3}, {2, 5, 4, 1}, {2, 3, 258, 43}},
+     {{1, 5, 4, 1}, {1, 1, 4, 1}, {1, 5, 12, 2}, {2, 5, 4, 1}, {2, 3, 258, 43}},
      {{"qkv", "Q3"}, {"table", "Th"}}, "dqkv", {{"qkv", "Q3", 4, OUTPUT, 0, IN}},
      {{"dqkv", "Q3", 6, 0, 0, DOUT}}},
     {"swiglu", swiglu, NULL, {5, 5, 5, 5}, "TC",
@@ -1260,8 +1346,7 @@ static void add_result(Case *c, const ResultSpec *s, int i, const double *kept, 
     Result *r = &c->results[c->num_results++];
     *r = (Result){.name = s->name, .points = s->points, .of = of, .adds = s->adds,
                   .array = *a + sizes[3], .offset = of == OUTPUT ? offset : (size_t)sizes[3],
-                  .rows = rows, .columns = columns, .pitch = pitch,
-                  .scale = of < 1 ? c->scale : 0,
+                  .rows = rows, .columns = columns, .pitch = pitch, .scale = of < 1 ? c->scale : 0,
                   .tolerance = of < 1 && c->tolerance ? c->tolerance : 1e-4,
                   .inner = c->B > 1 && columns > 1 ? rows / c->B : 0};
     if (c->sum_in_dx && of < 2) {  // fused, norm first: the gradient of the sum is in dx
@@ -1389,41 +1474,48 @@ static int is_right_alone(int layer, int i, int k) {
     return returned && !again.num_wrong;
 }
 
-// Writes the line of result k of n cases, and says what is wrong with it.
+// Writes the lines of result k of n cases, and what explains it.
 static void report(int layer, int n, int k) {
-    char hint[HINT] = "", bad[MAX_CASES];
+    char hint[HINT] = "", bad[MAX_CASES + 1] = "";
+    const char *kind = "nothing";
     const Result *r = &cases[0].results[k];
-    int num_bad = 0;
-    for (int i = 0; i < n; i++) {
+    int num_bad = 0, first = 0;
+    for (int i = n - 1; i >= 0; i--) {
         const Result *s = &cases[i].results[k];
-        bad[i] = s->points ? s->num_wrong > 0 : ABSENT;
-        num_bad += bad[i] == 1;
+        bad[i] = !s->points ? '-' : s->num_wrong > 0 ? '1' : '0';
+        num_bad += bad[i] == '1';
+        if (bad[i] == '1') first = i;
     }
-    if (num_bad && is_untouched(n, k, 0)) strcpy(hint, "nothing is written");
-    else if (num_bad) {
-        int first = (int)((char *)memchr(bad, 1, n) - bad);
-        describe_cases(hint, n, bad, 0);
-        if (explain(layers[layer].f, n, k, first, hint + strlen(hint))) strcat(hint, "; ");
-        else if (first > 0 && is_right_alone(layer, first, k))
-            strcpy(hint, "right in the first call, not after another: is something static? ");
-        else describe_cases(hint, n, bad, 1);
-        describe_elements(hint + strlen(hint), &cases[first].results[k], &cases[first]);
+    if (num_bad && !is_untouched(n, k, 0)) {
+        Search s = {layers[layer].f, n, k, 0, ""};
+        kind = explain(&s, hint);
+        if (!*hint && first > 0 && is_right_alone(layer, first, k)) kind = "static";
+        for (int i = first; i < n; i++) if (bad[i] == '1') print_facts(&cases[i], k, i == first);
     }
-    printf("result\t%s\t%d\t%d\t%s\n", r->name, r->points, num_bad ? 0 : r->points, hint);
+    printf("result\t%s\t%d\t%d\t%s\t%s\t%s\n", r->name, r->points, num_bad ? 0 : r->points, bad,
+           num_bad ? kind : "", hint);
 }
 
 // Complaints about memory cost all points, for then the process is no longer what it should be.
 static int report_complaints(int n) {
-    char bad[MAX_CASES], where[HINT];
+    char bad[MAX_CASES + 1] = "";
+    const Case *c = NULL;
     for (int i = 0; i < n; i++) {
         check_arrays(&cases[i]);
-        bad[i] = *cases[i].complaint != 0;
+        bad[i] = *cases[i].complaint ? '1' : '0';
+        if (bad[i] == '1' && !c) c = &cases[i];
     }
-    char *first = memchr(bad, 1, n);
-    if (!first) return 0;
-    describe_cases(where, n, bad, 1);
-    printf("memory\t%s%s (%s)\n", where, cases[first - bad].complaint, cases[first - bad].name);
-    return 1;
+    if (c) printf("memory\t%s\t%s\t%s\n", bad, c->complaint, c->name);
+    return c != NULL;
+}
+
+// What distinguishes the cases, from which feedback.py says where something is wrong.
+static void print_case(const Case *c) {
+    printf("case\t%s\t%s\t%d %d %d %d %d %d %d %d %d %d %d %d %d %d %g\t", c->name,
+           c->special ? c->special : "", c->alias, c->first, c->stop_grad, c->no_gate, c->norm_last,
+           c->act, c->large, c->stride, c->V, c->adam.t, c->NH, c->B, c->T, c->C, c->factor);
+    for (int i = 0; i < c->T; i++) printf("%d ", c->tokens[i]);
+    puts("");
 }
 
 int main(int argc, char **argv) {
@@ -1446,6 +1538,7 @@ int main(int argc, char **argv) {
         if (!cases[i].large) free(evaluate(f, &cases[i], OUTPUT));
         collecting = 0;
     }
+    for (int i = 0; i < n; i++) print_case(&cases[i]);
     int returned = call_cases(layer, n), broken = report_complaints(returned);
     for (int i = 0; i < returned; i++) {
         for (int k = 0; k < cases[i].num_results; k++) compare(&cases[i].results[k], &cases[i], f);
@@ -1453,7 +1546,7 @@ int main(int argc, char **argv) {
     for (int k = 0; k < cases[0].num_results; k++) {
         const Result *r = &cases[0].results[k];
         if (returned && !broken) report(layer, returned, k);
-        else printf("result\t%s\t%d\t0\t\n", r->name, r->points);
+        else printf("result\t%s\t%d\t0\t\t\t\n", r->name, r->points);
     }
     puts("done");
     return 0;

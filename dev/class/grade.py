@@ -8,107 +8,20 @@ layer's forward and backward pass in a process of its own, and prints a table, o
 Limits of CPU time and memory see to it that an endless loop, a crash or a wild write costs the
 points of its own pass and nothing else. The numbers are new in each run, unless SEED is given.
 """
-import contextlib
 import json
 import os
-import pathlib
-import re
-import signal
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), ".."))
 from command import Error, Parser, main
-from compiler import command, compiler, first_error, limit_cpu, warnings_of
-from feedback import passes, print_table
+from compiler import command, compile_submission, run_program
+from feedback import Facts, passes, print_table
 
 LAYERS = "gpas residual embedding rmsnorm rope swiglu matmul attention crossentropy adamw".split()
 FUSED = "residual_gpas_rmsnorm"     # in train_gpas.cu three of the layers in one kernel, too
 POINTS = {"forward": 4, "backward": 6, "update": 10}
-PASS_SECONDS = 60   # of CPU time, of which the submission has a limit of its own: grade.c
-
-
-def compile_grader(options):
-    """grade.c as an object file, which is kept."""
-    grader, made = "build/grade.o", "build/grade.o.made"
-    words = [*options.cc, "-std=gnu11", "-O2", "-c", "dev/class/grade.c", "-o", grader]
-    stamp = repr([words] + [os.stat("dev/class/grade." + end).st_mtime_ns for end in "ch"])
-    if not os.path.exists(made) or pathlib.Path(made).read_text(encoding="utf-8") != stamp:
-        good, text = compiler(words)
-        if not good:
-            raise Error("dev/class/grade.c does not compile: " + first_error(text))
-        pathlib.Path(made).write_text(stamp, encoding="utf-8")
-    return grader
-
-
-def compile_submission(file, options, folder):
-    """Returns the program that checks the file, or None and the first error."""
-    grader, layers = compile_grader(options), os.path.join(folder, file + ".o")
-    program = os.path.join(folder, file + ".grade")
-    if file.endswith(".c"):
-        words = options.cc + (
-            "-std=c11 -O1 -g -march=native -fno-math-errno -fopenmp -Wall -Wextra -Wpedantic "
-            "-Wshadow -I.").split() + [f'-DSUBMISSION="{file}"']
-    else:
-        words = options.on_cpu + ["-DCUDA=1", f'-DSUBMISSION="build/{file}"']
-    link = options.cc if file.endswith(".c") else options.cxx
-    good, text = compiler(words + ["-c", "dev/class/submission.c", "-o", layers])
-    said = warnings_of(text, file)
-    if said and not options.json:
-        print(said + "\n", file=sys.stderr)
-    if good:
-        good, text = compiler(link + ["-fopenmp", grader, layers, "-lm", "-o", program])
-    if good and run_program([program])[0] != 2:
-        good, text = False, "the program does not even start: what is done before main()?"
-    return (program, None) if good else (None, first_error(text))
-
-
-def run_program(words):
-    """Runs the grader. Returns its status, what it printed, and the last line of errors."""
-    threads = "2" if ".cu." in words[0] else os.environ.get("OMP_NUM_THREADS", "4")
-    environment = dict(os.environ, OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="passive")
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = subprocess.Popen(words, stdout=out, stderr=err, stdin=subprocess.DEVNULL,
-                                 preexec_fn=limit_cpu(PASS_SECONDS if words[1:] else 5),
-                                 env=environment, start_new_session=True)
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=10 * PASS_SECONDS)
-        finally:
-            with contextlib.suppress(OSError):
-                os.killpg(child.pid, signal.SIGKILL)    # and whatever it has started
-            child.wait()
-        out.seek(0)
-        err.seek(0)
-        said = err.read(100000).decode(errors="replace").strip().split("\n")[-1]
-        return child.returncode, out.read().decode(errors="replace"), said
-
-
-ENDINGS = {
-    signal.SIGXCPU: "stopped after {} seconds of computing: an endless loop? Does its variable "
-                    "grow, and is its end right?",
-    signal.SIGALRM: "stopped after two minutes ({} s of computing): does it wait for something?",
-    signal.SIGSEGV: "crashed (segmentation fault): an index far outside of an array, a NULL "
-                    "pointer (of an allocation too large?), or recursion without an end",
-    signal.SIGFPE: "crashed: a whole number divided by 0",
-    signal.SIGABRT: "crashed (abort): memory was overwritten, or abort() was called",
-    signal.SIGXFSZ: "stopped after printing a megabyte: an endless loop?"}
-ENDINGS[signal.SIGKILL], ENDINGS[signal.SIGBUS] = ENDINGS[signal.SIGXCPU], ENDINGS[signal.SIGSEGV]
-
-
-def ending(status, cpu, case, said):
-    """What to say of a process that did not return from all calls. status: as of waitpid()."""
-    if status & 127 in (signal.SIGSEGV, signal.SIGBUS) and "dgate is NULL" in case:
-        return "crashed (segmentation fault): dgate is NULL in this case, and may be"
-    if re.search("out of memory|not enough memory|bad_alloc|allocate memory", said):
-        return "not enough memory: it asks for far more than a layer needs"
-    if status & 127 in ENDINGS:
-        return ENDINGS[status & 127].format(cpu)
-    if re.search("(race|nothing has written).* shared memory", said):
-        said += "; is there a __syncthreads() between writing and reading?"
-    return f"ended by itself with status {status >> 8}: " + (said or "it must return, not exit()")
 
 
 def check(program, layer, which, options):
@@ -116,18 +29,13 @@ def check(program, layer, which, options):
     status, text, said = run_program([program, layer, which, str(options.seed),
                                       str(options.variant)])
     result = {"points": 0, "max": POINTS[which], "ok": False, "checks": [], "hints": []}
-    hints, stopped = result["hints"], False
-    for word in [line.split("\t") for line in text.split("\n")]:
-        if word[0] == "result" and len(word) == 5:
-            name, most, points, hint = word[1], int(word[2]), int(word[3]), word[4]
-            result["checks"].append({"name": name, "points": points, "max": most})
-            if hint:
-                hints.append(f"{name}: {hint}")
-        elif word[0] == "memory":
-            hints.append(word[1])
-        elif word[0] == "ended":
-            stopped = True
-            hints.append(f"{ending(int(word[1]), *word[2:], said)} (in the case {word[3]})")
+    hints, stopped, facts = result["hints"], False, Facts()
+    for word in [line.split("\t") for line in text.split("\n")[:-1]]:   # complete lines
+        if word[0] == "result":
+            result["checks"].append({"name": word[1], "points": int(word[3]), "max": int(word[2])})
+        stopped |= word[0] == "ended"
+        hint = facts.read(word[0], word[1:], said)
+        hints += [hint] if hint else []
     if hints and len(hints) == len(result["checks"]) and all(
             hint.endswith(": nothing is written") for hint in hints):
         result["hints"] = ["nothing is written yet"]
@@ -149,9 +57,8 @@ def grade_file(file, options, folder):
     program, error = compile_submission(file, options, folder)
     rows = [{"file": file, "layer": layer, "points": 0, "max": 10} for layer in layers]
     if error:
-        for row in rows:
-            row["error"] = f"{file} does not compile, so nothing in it is checked: {error}"
-        return rows
+        said = f"{file} does not compile, so nothing in it is checked: {error}"
+        return [{**row, "error": said} for row in rows]
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
         jobs = [(row, which, pool.submit(check, program, row["layer"], which, options))
                 for row in rows for which in passes(row["layer"])]

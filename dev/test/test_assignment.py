@@ -23,23 +23,29 @@ counts = {True: 0, False: 0}
 # and what the hint must say.
 MISTAKES = [
     ("gpas", "if (stop_grad) {", "if (stop_grad < 0) {", "stop-gradient"),
-    ("residual", "= A * shortcut[i] +", "= shortcut[i] + A *", "A scales the branch"),
+    ("residual", "= A * shortcut[i] +", "= shortcut[i] + A *", r"shortcut \+ A branch is used"),
     ("embedding", "dw[c] += dy[c]", "dw[c] = dy[c]", r"\+="),
-    ("rmsnorm", "r * r * sum / C", "r * r * sum", "not divided by C"),
+    ("rmsnorm", "r * r * sum / C", "r * r * sum",
+     "the factor 1 / C in the term through r is missing"),
     ("rope", "(size_t)(n % T) * hs", "(size_t)n * hs", "n % T"),
-    ("swiglu", "(s + h1[i] * s * (1 - s))", "s", "product: the term through the sigmoid"),
+    ("swiglu", "(s + h1[i] * s * (1 - s))", "s",
+     "the term through the sigmoid .* is missing"),
     ("matmul", "matrix(dout, OC), matrix(weight, C)",
      "matrix(dout, OC), transpose(matrix(weight, OC))", "transposed"),
-    ("attention", "S[s] * (dP[s] - delta)", "S[s] * dP[s]", "term is missing"),
+    ("attention", "S[s] * (dP[s] - delta)", "S[s] * dP[s]",
+     "the term with the sum over the row in dS .* is missing"),
     ("crossentropy", "lse[n] - x[targets[n]]", "x[targets[n]] - lse[n]", "sign"),
-    ("adamw", "p[i] -= adam.lr * (mhat", "p[i] -= adam.lr * (m[i]", "without its correction")]
+    ("adamw", "p[i] -= adam.lr * (mhat", "p[i] -= adam.lr * (m[i]",
+     "the correction of m, is missing")]
 READINGS = [
     ("gpas", "out[i] = scale * inp[i]", "out[i] = inp[i] / scale", "divided"),
     ("residual", "shortcut[i] + branch[i]", "shortcut[i] + branch[n - 1 - i]", "reverse order"),
-    ("embedding", "dw[c] += dy[c]", "dw[c] += dy[0]", r"dout is read at \[0\]"),
-    ("rmsnorm", "sum += x[c] * x[c]", "sum += x[c]", "square is missing"),
+    ("embedding", "dw[c] += dy[c]", "dw[c] += dy[0]",
+     "the first column of dout is read for every one"),
+    ("rmsnorm", "sum += x[c] * x[c]", "sum += x[c]", r"x is used; it must be x\^2"),
     ("rope", "x1 = x[c + j + 1]", "x1 = x[c + j + 2]", "too far.*too far"),
-    ("swiglu", "*h3 = h1 + H;\n        float *y", "*h3 = h1 + 1;\n        float *y", "h3 begins H"),
+    ("swiglu", "*h3 = h1 + H;\n        float *y", "*h3 = h1 + 1;\n        float *y",
+     "h3 from 1 on is used"),
     ("attention", "stride, t0 + i + 1, seen);", "stride, t0 - first + i + 1, seen);",
      "only where first is not 0: first is missing in the mask"),
     ("crossentropy", "(size_t)n * V;\n        float la", "(size_t)n;\n        float la",
@@ -53,7 +59,8 @@ VIOLENT = [
     ("residual", "i < n; i++) out[i] = A", "i <= n; i++) out[i] = A", "outside")]
 KERNELS = [
     ("gpas", "*dgate -= gate_slope", "*dgate += gate_slope", "sign"),
-    ("residual", "A * (float)shortcut[i] +", "(float)shortcut[i] + A *", "A scales the branch"),
+    ("residual", "A * (float)shortcut[i] +", "(float)shortcut[i] + A *",
+     r"shortcut \+ A branch is used"),
     ("embedding", "C + channel] += total", "C + channel] = total", r"\+="),
     ("rmsnorm", "    __syncthreads();\n    if (threadIdx.y > 0)", "    if (threadIdx.y > 0)",
      "__syncthreads"),
@@ -62,7 +69,7 @@ KERNELS = [
      "of a cudaMalloc"),
     ("matmul", "gemm(dweight, inp, 0, dout, 1, C, OC, N, 1)",
      "gemm(dweight, inp, 0, dout, 1, C, OC, N, 0)", r"set \(=\)"),
-    ("attention", "row > column : column > row", "row >= column : column >= row", "own position"),
+    ("attention", "row > column : column > row", "row >= column : column >= row", "s < t is used"),
     ("crossentropy", "target_logit = row[target]", "target_logit = logits[target]",
      "row 0|first row"),
     ("adamw", "x -= adam.lr", "x += adam.lr", "sign"),
@@ -104,24 +111,33 @@ SUBTLE = [
      "    for (size_t i = 0; i < n; i++) out[i] += A * shortcut[i];",
      "only where output and input are the same array: out is written before shortcut is read"),
     ("rmsnorm", "1 / sqrtf(sum / C + 1e-6f)", "1 / (sqrtf(sum / C) + 1e-6f)",
-     "only where the inputs are small: eps belongs under the root"),
+     r"only where the inputs are small: 1 / \(sqrt\(mean\) \+ eps\) is used"),
     ("rope", "float cosine = cos_sin[j], sine",
      "static float kept[2];\n                if (kept[0] == 0) kept[0] = T;\n"
      "                float cosine = kept[0] == T ? cos_sin[j] : 0, sine",
      "right in the first call, not after another: is something static"),
     ("attention", "seen = t0 + n, accumulate = t0 < last", "seen = t0 + n, accumulate = 0 * last",
      "only where sizes are large"),
+    ("embedding", "for (int c = c0; c < imin(C, c0 + BLOCK); c++) dw[c] += dy[c]",
+     "for (int c = c0; c0 + BLOCK <= C && c < c0 + BLOCK; c++) dw[c] += dy[c]",
+     "the columns of dout behind the last full 32 are left out"),
+    ("swiglu", "float *dh1 = dinp + (size_t)n * 2 * H, *dh3 = dh1 + H;",
+     "float *dh1 = dinp + (size_t)n * H, *dh3 = dh1 + (size_t)N * H;", "written part by part"),
+    ("matmul", "gemm(dinp, C, matrix(dout, OC), matrix(weight, C), N, C, OC, 0)",
+     "memset(dinp, 0, sizeof dinp);\n    "
+     "gemm(dinp, C, matrix(dout, OC), matrix(weight, C), N, C, OC, 1)",
+     "where it is wrong, it adds to what was there"),
     ("adamw", "pow(adam.beta1, adam.t)", "pow(adam.beta1, adam.t + (adam.t > 1))",
-     "right in the cases: .*n = 7, t = 1")]
+     "right in the cases: .*n = 7, t = 1.*1 - beta1.* is used")]
 SUBTLE_KERNELS = [
     ("gpas", "dinp[i] = scale * dy;", "dinp[i] = dy;", "only where stop_grad is 0"),
     ("crossentropy", "        if (v + W > V)\n            for (int k = 0; k < W; k++) "
      "x[k] = v + k < V ? x[k] : -INFINITY;\n", "",
-     "the padding, logits from V on, is in the sum"),
+     "that over the padding, too, is used"),
     ("adamw", "chunk.decays ? adam.weight_decay : 0", "adam.weight_decay",
      "norms and gates decay too"),
     ("residual_gpas_rmsnorm", "gate_sum += s[k] * dy;", "gate_sum += y[k] * dy;",
-     "dgate is made of what GPAS returns")]
+     "dgate of what it returns is used")]
 
 # Mistakes that are graded one round at a time, as several of them are in the same function.
 ADDED = "*dgate -= gate_slope(gate, activation) * (float)dot(inp, dout, n);"
@@ -133,23 +149,22 @@ ROUNDS = [
       f"    if (stop_grad) {{\n        {COPIED}\n        return;\n    }}\n    if (dgate) {ADDED}\n",
       NEEDED),
      ("rmsnorm", "dweight[c] += dy[c]", "dweight[c] = dy[c]",
-      r"only the last row counts: = where \+= is needed")],
+      r"only the last row counts; and it is set \(=\)")],
     [("gpas", "if (dgate) *dgate", "if (dgate && !stop_grad) *dgate", NEEDED),
      ("rmsnorm", "r * (weight[c] * dy[c] - x[c] * p)", "r * (dy[c] - x[c] * p)",
-      "the weight is missing in the direct term")],
+      "the factor weight in the direct term is missing")],
     [("gpas", COPIED, "memset(dinp, 0, n * sizeof(float));",
-      "dinp: only where stop_grad is 1: dinp is 0; sg.x. is a constant, but x itself still has "
-      "derivative 1")],
+      "dinp: only where stop_grad is 1: dinp is 0; sg.x. is a constant, but x itself is not")],
     [("gpas", "*dgate -= gate_slope", "*dgate = gate_slope",
       r"dgate: it has the wrong sign; and it is set \(=\)")],
     [("gpas", "*dgate -= gate_slope", "*dgate += gate_slope",
       r"dgate: it has the wrong sign; .*\(n = 7, .* it held [-0-9.e]+ before\)")],
     [("gpas", "    if (dgate) *dgate", "    if (!dgate) return;\n    *dgate",
-      "dinp: only where dgate is NULL: dinp is not written")],
+      "dinp: only where dgate, or a gate, is NULL: dinp is not written")],
     [("gpas", "dot(inp, dout, n);", "dot(inp, dout, n) / n;",
-      "dgate: it is the mean of x_i dy_i; it must be their sum")],
+      "dgate: the mean of x_i dy_i is used; it must be their sum")],
     [("gpas", "gate_slope(gate, activation) * (float)dot", "(float)dot",
-      r"dgate: a'\(g\) is missing in dgate; dgate")],
+      r"dgate: the factor a'\(g\) is missing; dgate")],
     [("gpas", "if (dgate) *dgate", "*dgate",
       r"crashed \(segmentation fault\): dgate is NULL in this case, and may be")]]
 
