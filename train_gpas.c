@@ -341,14 +341,14 @@ enum { KEYS, KEYS_T, VALUES, BLOCK_ROWS, SCALED_Q, SCORES, DSCORES };
 
 // Replaces x[0 .. n-1] by their softmax and x[n .. seen-1] by 0. Returns log sum_i e^x_i.
 static float softmax_row(float *x, int n, int seen) {
-    float largest = max_of(x, n), sum = 0;
+    for (int s = n; s < seen; s++) x[s] = -INFINITY;  // e^-infinity is 0
+    float largest = max_of(x, seen), sum = 0;
     #pragma omp simd reduction(+ : sum)
-    for (int s = 0; s < n; s++) {
+    for (int s = 0; s < seen; s++) {
         x[s] = exp_fast(x[s] - largest);  // at most 1, so it does not overflow
         sum += x[s];
     }
-    for (int s = 0; s < n; s++) x[s] *= 1 / sum;
-    for (int s = n; s < seen; s++) x[s] = 0;
+    for (int s = 0; s < seen; s++) x[s] *= 1 / sum;
     return largest + logf(sum);
 }
 
@@ -394,12 +394,12 @@ static void attention_forward(float *out, float *lse, const float *qkv, int firs
 // Computes P in place of a row of S, and dS in place of a row of dP, for the first n keys.
 // The rest, up to `seen`, becomes 0.
 static void softmax_row_backward(float *S, float *dP, float lse, float delta, int n, int seen) {
+    for (int s = n; s < seen; s++) S[s] = -INFINITY;
     #pragma omp simd
-    for (int s = 0; s < n; s++) {
+    for (int s = 0; s < seen; s++) {
         S[s] = exp_fast(S[s] - lse);
         dP[s] = S[s] * (dP[s] - delta);
     }
-    for (int s = n; s < seen; s++) S[s] = dP[s] = 0;
 }
 
 // Given dy, compute dq, dk and dv: the chain rule, backwards through Y = P V, the softmax and S.

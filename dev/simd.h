@@ -36,16 +36,19 @@ static double dot(const float *a, const float *b, size_t n) {
     return sum;
 }
 
-// Sixteen running maxima, which the compiler keeps in vectors.
+// Sixteen running maxima, which the compiler keeps in vectors. The last sixteen numbers may have
+// been seen before.
 static float max_of(const float *x, int n) {
-    float lane[16], largest = x[0];
-    int i = 0;
-    for (int k = 0; k < 16; k++) lane[k] = largest;
-    for (; i + 16 <= n; i += 16)
-        for (int k = 0; k < 16; k++) lane[k] = x[i + k] > lane[k] ? x[i + k] : lane[k];
-    for (; i < n; i++) lane[0] = x[i] > lane[0] ? x[i] : lane[0];
-    for (int k = 0; k < 16; k++) largest = lane[k] > largest ? lane[k] : largest;
-    return largest;
+    float lane[16];
+    for (int k = 0; k < 16; k++) lane[k] = x[k < n ? k : 0];
+    for (int i = 16; i < n; i += 16) {
+        const float *next = x + (i + 16 <= n ? i : n - 16);
+        for (int k = 0; k < 16; k++) lane[k] = next[k] > lane[k] ? next[k] : lane[k];
+    }
+    for (int half = 8; half > 0; half /= 2)
+        for (int k = 0; k < half; k++)
+            lane[k] = lane[k + half] > lane[k] ? lane[k + half] : lane[k];
+    return lane[0];
 }
 
 // Written so that the compiler can vectorize a loop over it. With x = n ln2 + r and |r| <= ln2 / 2,
