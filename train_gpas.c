@@ -339,7 +339,7 @@ enum { QUERY_BLOCK = 24 };  // a few tiles of the fast gemm; 24 to 64 are about 
 // The names of a thread's buffers.
 enum { KEYS, KEYS_T, VALUES, BLOCK_ROWS, SCALED_Q, SCORES, DSCORES };
 
-// Replaces x[0 .. n-1] by their softmax and x[n .. seen-1] by 0. Returns log sum_i e^x_i.
+// Replaces x[0 .. n-1] with their softmax and x[n .. seen-1] with 0. Returns log sum_(i < n) e^x_i.
 static float softmax_row(float *x, int n, int seen) {
     for (int s = n; s < seen; s++) x[s] = -INFINITY;  // e^-infinity is 0
     float largest = max_of(x, seen), sum = 0;
@@ -391,8 +391,8 @@ static void attention_forward(float *out, float *lse, const float *qkv, int firs
     }
 }
 
-// Computes P in place of a row of S, and dS in place of a row of dP, for the first n keys.
-// The rest, up to `seen`, becomes 0.
+// Overwrites a row of S with P, and a row of dP with dS, for the first n keys. The rest, up to `seen`,
+// becomes 0.
 static void softmax_row_backward(float *S, float *dP, float lse, float delta, int n, int seen) {
     for (int s = n; s < seen; s++) S[s] = -INFINITY;
     #pragma omp simd

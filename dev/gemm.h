@@ -24,18 +24,18 @@ static inline Matrix transpose(Matrix a) {
     return t;
 }
 
-// The right-hand operand of gemm_packed(). Where `panels` is not NULL, they hold a copy of it.
+// The right-hand operand of gemm_packed(). If panels is not NULL, it points to a packed copy of b.
 typedef struct {
     Matrix b;
     const float *panels;
-    size_t panel;  // the size of a panel
+    size_t panel;  // floats in a panel
 } Packed;
 
 // C = A B, or C += A B with accumulate. C (M,N) has rows ldc apart; A (M,K); B (K,N). M, N, K > 0.
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate);
 
-// Prepares B (K,N) to be multiplied by about `rows` rows of A on this thread. If this copies B, the
-// copy is in thread_memory(which) and stays valid until that buffer is used again.
+// Prepares B (K,N) to be multiplied by `rows` rows of A, all in all, on this thread. For several it
+// is copied to thread_memory(which); the copy stays valid until that buffer is used again.
 static Packed pack(int which, Matrix b, int K, int N, int rows);
 
 // As gemm(), on this thread alone, with the first K rows and N columns of B, which may have more.
@@ -44,19 +44,19 @@ static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, 
 
 /*
 Matrix multiplication takes three quarters of a training step. A core with AVX-512 does 32
-multiply-adds in a cycle, if their operands are in registers; in the same time the L2 cache delivers
-12 numbers, and memory 2. So each level makes one move of data serve many multiply-adds:
+multiply-adds in a cycle, if their operands are in registers; in the same cycle the L2 cache
+delivers 12 numbers, and memory 2. So each level makes one move of data serve many multiply-adds:
 
   registers  multiply_tile() keeps MR x NR results in registers over the whole depth. For MR * NR
              multiply-adds it loads only MR numbers of A and NR of B.
-  L1         B is packed: copied to panels of NR columns, which lie in memory in the order in which
-             the tile reads them. Each panel is used for all rows of a block of A.
+  panels     B is packed: copied to panels of NR columns, which lie in memory in the order in which
+             the tile reads them. A panel serves all rows of a block of A.
   L2         A is cut into blocks of MC rows and KC columns, so that a block stays in this cache
-             while all panels are multiplied with it. It is packed, too, unless its rows are
-             contiguous and B is so narrow that packing them costs more than it saves.
+             while all panels are multiplied with it. The block is packed, too, unless its rows are
+             contiguous and B is so narrow that this costs more than it saves.
   cores      The smaller operand is packed by all cores together and read by all. Of the larger one
-             each core takes a part at a time, which no other core reads. Every result is summed by
-             one thread, in the order of k, so the number of threads does not change its bits.
+             each core takes a part at a time, which no other core reads. One thread sums each
+             result, always in the same order, so the number of threads changes no bit.
 
 Vectors are an extension of gcc and clang. The same lines become AVX-512, AVX2, SSE or NEON.
 */
@@ -71,7 +71,7 @@ enum { VECTOR_BYTES = 16, MR = 12 };  // 24 of 32
 enum { VECTOR_BYTES = 16, MR = 6 };   // 12 of 16
 #endif
 enum { LANES = VECTOR_BYTES / sizeof(float), NR = 2 * LANES };
-enum { KC = 1024, MC = 36, NC = 192 };  // each core takes MC rows, or NC columns, at a time
+enum { KC = 1024, MC = 36, NC = 192 };  // a core takes about MC rows, or NC columns, at a time
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(float)), may_alias));
 #define ALWAYS_INLINE static inline __attribute__((always_inline))  // compiled for each constant
 
@@ -81,9 +81,9 @@ static inline Matrix from(Matrix a, int i, int j) {
     return a;
 }
 
-// Packs rows of A or columns of B as panels of `width` lines: number k of a line, which is
-// x[line * line_step + k * k_step], goes to dst[k * width + line] of a panel. Missing lines are 0.
-// Of lines that are contiguous 16 are copied at a time; more would compete for cache sets.
+// Packs lines (rows of A or columns of B) into panels of `width` lines: element k of a line is
+// x[line * line_step + k * k_step], and in its panel dst[k * width + line]. Missing lines are 0.
+// Lines contiguous in memory are copied 16 at a time; more would compete for cache sets.
 ALWAYS_INLINE void pack_panels(float *dst, const float *x, size_t line_step, size_t k_step,
                                int lines, int width, int depth) {
     int group = line_step == 1 ? width : imin(width, 16);
@@ -91,14 +91,14 @@ ALWAYS_INLINE void pack_panels(float *dst, const float *x, size_t line_step, siz
     for (int line = 0; line < end; line += group, x += group * line_step) {
         float *to = dst + line / width * ((size_t)width * depth) + line % width;
         for (int k = 0; k < depth; k++, to += width) {
-            const float *from = x + k * k_step;
+            const float *src = x + k * k_step;
             if (line + group > lines) {
-                for (int i = 0; i < group; i++) to[i] = line + i < lines ? from[i * line_step] : 0;
+                for (int i = 0; i < group; i++) to[i] = line + i < lines ? src[i * line_step] : 0;
             } else if (line_step == 1) {
-                __builtin_prefetch(from + 16 * k_step);
-                memcpy(to, from, group * sizeof(float));
+                __builtin_prefetch(src + 16 * k_step);
+                memcpy(to, src, group * sizeof(float));
             } else {
-                for (int i = 0; i < group; i++) to[i] = from[i * line_step];
+                for (int i = 0; i < group; i++) to[i] = src[i * line_step];
             }
         }
     }
@@ -116,7 +116,7 @@ static void pack_columns(float *dst, Matrix b, int N, int depth) {
 
 // Computes C = A B, or C += A B, for `rows` rows of A and one panel of B. rows <= MR is a constant,
 // columns <= NR, depth > 0. A tile that extends past the edge of C is computed into `edge`, and its
-// valid part copied.
+// valid part is copied or added.
 ALWAYS_INLINE void multiply_tile(int rows, float *c, size_t ldc, Matrix a, const float *b,
                                  int depth, int columns, int accumulate) {
     float edge[MR * NR], *out = columns == NR ? c : edge;
@@ -124,7 +124,7 @@ ALWAYS_INLINE void multiply_tile(int rows, float *c, size_t ldc, Matrix a, const
     Vector zero = {0}, tile[MR][2];
     for (int i = 0; i < rows; i++) {
         tile[i][0] = tile[i][1] = zero;
-        __builtin_prefetch(c + i * ldc);  // so that C is there at the end
+        __builtin_prefetch(c + i * ldc);  // so that C is in the cache at the end
         __builtin_prefetch(c + i * ldc + LANES);
     }
     do {
@@ -150,6 +150,7 @@ ALWAYS_INLINE void multiply_tile(int rows, float *c, size_t ldc, Matrix a, const
 }
 
 // Computes the tiles of M rows and one panel of B, each tile as tall as the remaining rows allow.
+// a_panel: the distance from MR rows of A, packed or not, to the next MR.
 ALWAYS_INLINE void multiply_rows(float *c, size_t ldc, Matrix a, size_t a_panel, const float *b,
                                  int M, int columns, int depth, int accumulate) {
     const float *first = a.x;
@@ -163,8 +164,7 @@ ALWAYS_INLINE void multiply_rows(float *c, size_t ldc, Matrix a, size_t a_panel,
 #undef TILES
 }
 
-// Multiplies M rows of A with N columns of B, of which the panels are `b_panel` numbers apart.
-// a_panel: how far MR rows of A, packed or not, are from the next MR.
+// Multiplies M rows of A with N columns of B, whose panels are `b_panel` numbers apart.
 static void multiply_block(float *c, size_t ldc, Matrix a, size_t a_panel, const float *b,
                            size_t b_panel, int M, int N, int depth, int accumulate) {
     for (int i = 0; i < M; i += MC, c += MC * ldc, a.x += MC / MR * a_panel)
@@ -183,7 +183,7 @@ static void multiply_block(float *c, size_t ldc, Matrix a, size_t a_panel, const
 // Computes c (N) = a B, or c += a B, for one row a (K). B is not packed, because for a single row
 // that would cost more than it saves.
 static void multiply_row(float *c, const float *a, Matrix b, int N, int K, int accumulate) {
-    for (int j = 0; j < N && !accumulate; j++) c[j] = 0;
+    if (!accumulate) memset(c, 0, N * sizeof(float));
     for (int j = 0; j < N && b.row == 1; j++) {
         const float *column = b.x + j * b.column;
         float sum = 0;
@@ -213,8 +213,8 @@ static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, 
     if (b.panels) multiply_block(c, ldc, a, MR * a.row, b.panels, b.panel, M, N, K, accumulate);
 }
 
-// If C is wider than tall, the threads share A and each takes some columns of B at a time. If not,
-// they share B, and each takes some rows of A. In both cases the parts are as many for each thread.
+// If C is wider than tall, the threads share A, and each takes some columns of B at a time. If not,
+// they share B, and each takes some rows of A. Packing A does not pay for 512 columns or fewer.
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate) {
     int threads = omp_get_max_threads(), depth = (K - 1) / ((K + KC - 1) / KC) + 1;
     if (M == 1 && (a.column == 1 || K == 1)) {
@@ -226,9 +226,9 @@ static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, 
     }
     int by_columns = N > M, pack_a = by_columns || a.column != 1 || N > 512;
     int small = imin(M, N), small_width = by_columns ? (int)MR : NR;
-    int large = imax(M, N), large_width = by_columns ? (int)NR : MR, most = by_columns ? NC : MC;
-    size_t panels = (large - 1) / large_width + 1;
-    int parts = imin((int)panels, (large / most / threads + 1) * threads);
+    int large = imax(M, N), large_width = by_columns ? (int)NR : MR, size = by_columns ? NC : MC;
+    size_t num_panels = (large - 1) / large_width + 1;
+    int parts = imin((int)num_panels, (large / size / threads + 1) * threads);
     float *shared = thread_memory(SHARED_OPERAND, (size_t)(small + small_width) * depth);
     #pragma omp parallel if ((double)M * N * K > 1e5)
     for (int k0 = 0; k0 < K; k0 += depth) {
@@ -244,13 +244,13 @@ static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, 
         }
         #pragma omp for schedule(dynamic)
         for (int part = 0; part < parts; part++) {
-            int i = (int)(panels * part / parts) * large_width;
-            int n = imin(large, (int)(panels * (part + 1) / parts) * large_width) - i;
-            Matrix rows = {by_columns ? shared : own, 1, MR};
+            int i = (int)(num_panels * part / parts) * large_width;
+            int n = imin(large, (int)(num_panels * (part + 1) / parts) * large_width) - i;
+            Matrix left = {by_columns ? shared : own, 1, MR};
             if (by_columns) pack_columns(own, from(bk, 0, i), n, steps);
             else if (pack_a) pack_rows(own, from(ak, i, 0), n, steps);
-            else rows = from(ak, i, 0);
-            multiply_block(c + i * (by_columns ? 1 : ldc), ldc, rows, a_panel,
+            else left = from(ak, i, 0);
+            multiply_block(c + i * (by_columns ? 1 : ldc), ldc, left, a_panel,
                            by_columns ? own : shared, b_panel, by_columns ? M : n,
                            by_columns ? n : N, steps, add);
         }

@@ -36,8 +36,8 @@ static double dot(const float *a, const float *b, size_t n) {
     return sum;
 }
 
-// Sixteen running maxima, which the compiler keeps in vectors. The last sixteen numbers may have
-// been seen before.
+// Sixteen running maxima, which the compiler keeps in vectors. The last sixteen may overlap
+// those before.
 static float max_of(const float *x, int n) {
     float lane[16];
     for (int k = 0; k < 16; k++) lane[k] = x[k < n ? k : 0];

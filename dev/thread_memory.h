@@ -3,13 +3,14 @@
 #define THREAD_MEMORY_H
 #include "utils.h"
 
-// Returns room for n floats that belongs to the calling thread: its buffer number `which`, kept
-// from call to call. Buffers 8 and 9 belong to gemm().
+// Each thread has ten buffers. Numbers 8 and 9 belong to gemm().
 enum { THREAD_BUFFERS = 10, SHARED_OPERAND = 8, OWN_OPERAND = 9 };
 static float *thread_buffer[THREAD_BUFFERS];
 static size_t thread_buffer_size[THREAD_BUFFERS];
 #pragma omp threadprivate(thread_buffer, thread_buffer_size)
 
+// Returns the calling thread's buffer number `which`, with room for n floats. It keeps its contents
+// until a larger n is asked for.
 static inline float *thread_memory(int which, size_t n) {
     if (thread_buffer_size[which] < n) {
         free(thread_buffer[which]);
@@ -19,6 +20,7 @@ static inline float *thread_memory(int which, size_t n) {
     return thread_buffer[which];
 }
 
+// Frees the buffers of all threads.
 static inline void free_thread_memory(void) {
     #pragma omp parallel
     for (int which = 0; which < THREAD_BUFFERS; which++) {
