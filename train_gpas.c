@@ -391,8 +391,8 @@ static void attention_forward(float *out, float *lse, const float *qkv, int firs
     }
 }
 
-// Overwrites a row of S with P, and a row of dP with dS, for the first n keys. The rest of them, up to
-// `seen`, becomes 0.
+// Overwrites a row of S with P, and a row of dP with dS, for the first n keys. The others, up to
+// `seen`, become 0.
 static void softmax_row_backward(float *S, float *dP, float lse, float delta, int n, int seen) {
     for (int s = n; s < seen; s++) S[s] = -INFINITY;
     #pragma omp simd
