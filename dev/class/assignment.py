@@ -400,7 +400,7 @@ right in all cases. Most hints end with the first wrong number, what it should b
 
 That is, dgate[0] was 1.86458; your function made 2.48771 of it, and 1.24146 is right.
 
-A crash, an endless loop or a write outside of an array costs its own pass and no other. You may add
+A crash, an endless loop or a write outside an array costs its own pass and no other. You may add
 functions of your own. Leave the names and the parameters of the given ones as they are.
 
 ## Words

@@ -1,6 +1,6 @@
 """
-compiler.py: compiles the classroom's programs and says what the compiler said in other words, and
-runs what was compiled.
+compiler.py: compiles the classroom's programs, rephrases what the compiler said, and runs
+what was compiled.
 """
 import contextlib
 import os
@@ -17,13 +17,13 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "..
 from command import Error
 
 COMPILER_SECONDS = 120      # of CPU time
-PASS_SECONDS = 60           # of which the submission has a limit of its own: grade.c
+PASS_SECONDS = 60           # the submission itself has a lower limit: see grade.c
 NO_OPENMP = ("{} has no OpenMP. On a Mac: brew install gcc, then add CC=gcc-14 to the make "
              "command; on Linux: apt install gcc")
 
 
 def command(text):
-    """The words of a command, of which there must be one: argparse tells where there is none."""
+    """The words of a command. ValueError if there are none, which argparse reports."""
     words = shlex.split(text)
     if not words:
         raise ValueError
@@ -50,7 +50,7 @@ def compiler(words):
 
 
 def warnings_of(text, file):
-    """The compiler's messages on the submission, without those on what is given."""
+    """The compiler's messages on the submission, without those on other files."""
     lines, keep = [], False
     for line in text.split("\n"):
         if re.search(": (warning|error|note):", line):
@@ -68,7 +68,7 @@ def first_error(text):
     missing = re.search(r"submission.c.*\W(\w+)\W* (undeclared|was not declared)", error)
     changed = re.search(r'assertion failed.*"(the parameters of .*)"', error)
     return (f"it has no function {missing[1]}" if missing else
-            f"{changed[1]}: give them back what the hand-out had" if changed else error)
+            f"{changed[1]}: restore them from the hand-out" if changed else error)
 
 
 def compile_grader(options):
@@ -102,12 +102,12 @@ def compile_submission(file, options, folder):
     if good:
         good, text = compiler(link + ["-fopenmp", grader, layers, "-lm", "-o", program])
     if good and run_program([program])[0] != 2:
-        good, text = False, "the program does not even start: what is done before main()?"
+        good, text = False, "the program does not even start: what runs before main()?"
     return (program, None) if good else (None, first_error(text))
 
 
 def run_program(words):
-    """Runs the grader. Returns its status, what it printed, and the last line of errors."""
+    """Runs the grader. Returns its status, what it printed, and the last line of stderr."""
     threads = "2" if ".cu." in words[0] else os.environ.get("OMP_NUM_THREADS", "4")
     environment = dict(os.environ, OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="passive")
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

@@ -2,8 +2,8 @@
 feedback.py: what grade.c found, for people: the hint of a wrong result, how a submission's process
 ended, the table of a submission, and its first error.
 
-grade.c says what explains the numbers of a result. Here is said where it is wrong: in which cases,
-in which rows and columns, and, where nothing explains it, what is known of the errors.
+grade.c says what explains the numbers of a result. This file says where it is wrong: in which
+cases, rows and columns, and, where nothing explains it, what is known of the errors.
 """
 import math
 import re
@@ -15,7 +15,7 @@ NUMBERS = ("alias first stop_grad no_gate norm_last act large stride V t NH B T 
 Case = namedtuple("Case", ["name", "special", *NUMBERS, "tokens"])
 Wrong = namedtuple("Wrong", "rows columns inner adds elements")
 
-# What cases may have in common. Only MODES are combined: of sizes, two would be luck.
+# What cases may have in common. Only MODES are combined: two sizes in common would be chance.
 MODES = [
     ("output and input are the same array", lambda c: c.alias),
     ("first is not 0", lambda c: c.first),
@@ -30,7 +30,7 @@ MODES = [
     ("output and input are different arrays", lambda c: not c.alias),
     ("first is 0", lambda c: not c.first)]
 SIZES = [
-    ("rows are longer than 256 (is each sum one over the whole row, the whole block?)",
+    ("rows are longer than 256 (does each sum cover the whole row, and all threads of the block?)",
      lambda c: c.C > 256 and c.T > 1),
     ("sizes are large (look at what happens between blocks)", lambda c: c.large),
     ("V is not a multiple of 8: rows are padded", lambda c: c.stride > c.V),
@@ -43,19 +43,20 @@ SIZES = [
     ("there are more than 32 columns", lambda c: c.C > 32),
     ("the length of a row is not a multiple of 4", lambda c: c.C % 4)]
 
-# Areas of a result. i, n: a row and their number, or a column and theirs, for each of both.
+# Areas of a result. i, n: the index of a row, or column, and how many there are.
 AREAS = [
-    ("all {}s but the first", lambda i, n: i > 0), ("the first {}", lambda i, n: i == 0),
-    ("{}s behind the first quarter (is sizeof missing?)", lambda i, n: i >= n // 4),
-    ("all {}s but the last", lambda i, n: i < n - 1), ("the last {}", lambda i, n: i == n - 1),
-    ("{}s with an odd number", lambda i, n: i % 2),
-    ("{}s with an even number", lambda i, n: i % 2 == 0),
+    ("{}s after the first", lambda i, n: i > 0), ("the first {}", lambda i, n: i == 0),
+    ("{}s after the first quarter (is sizeof missing?)", lambda i, n: i >= n // 4),
+    ("{}s before the last", lambda i, n: i < n - 1), ("the last {}", lambda i, n: i == n - 1),
+    ("odd-numbered {}s", lambda i, n: i % 2),
+    ("even-numbered {}s", lambda i, n: i % 2 == 0),
     ("the first half of the {}s", lambda i, n: i < n // 2),
     ("the second half of the {}s", lambda i, n: i >= n // 2),
     ("the first third of the {}s", lambda i, n: i < n // 3),
     ("the second third of the {}s", lambda i, n: n // 3 <= i < n // 3 * 2),
     ("the last third of the {}s", lambda i, n: i >= n // 3 * 2),
-    *[("{}s behind the last full %d" % m, lambda i, n, m=m: i >= n - n % m) for m in (4, 8, 32)],
+    *[("{}s after the last full group of %d" % m, lambda i, n, m=m: i >= n - n % m)
+      for m in (4, 8, 32)],
     *[("{}s from %d on" % m, lambda i, n, m=m: i >= m) for m in (8, 24, 32, 64, 128, 256)]]
 
 
@@ -130,7 +131,7 @@ def area(cases, wrongs):
                and p[3] % p[5].C >= p[5].C // p[5].NH),
               ("the second half of each head", lambda p: p[5].NH > 0
                and p[3] * p[5].NH % p[5].C * 2 >= p[5].C),
-              ("heads with an odd number", lambda p: p[3] * p[5].NH // p[5].C % 2),
+              ("odd-numbered heads", lambda p: p[3] * p[5].NH // p[5].C % 2),
               ("sequences after the first", lambda p: p[1] >= p[2] // p[5].B)]
     best, found = 0.4, ""
     for text, has in areas if len(wrongs) > 1 else []:
@@ -171,7 +172,7 @@ def errors(case, wrong, numbers):
     arrays = {name: [numbers[name][i % len(numbers[name])] for i in range(len(got))]
               for name in names}
     sizes = {"C": case.C, "T": case.T, "NH": case.NH, "V": case.V, "B": case.B,
-             "the root of C": math.sqrt(case.C), "A (or scale)": case.A,
+             "the square root of C": math.sqrt(case.C), "A (or scale)": case.A,
              "the square of A (or scale)": case.A ** 2}
     arrays.update({f"{name} = {x:.4g}": [x] * len(got) for name, x in sizes.items()
                    if x not in (0, 1)})
@@ -187,8 +188,8 @@ def errors(case, wrong, numbers):
     if multiple_of(wrong, numbers, [expected]):
         return "each row is multiplied by a number: one of its factors is wrong; "
     if multiple_of(wrong, numbers, []):
-        return ("the error is the same in a whole row: a term that its elements share, as a sum or "
-                "a mean, is wrong; ")
+        return ("the error is the same in a whole row: a term that its elements share, such as a "
+                "sum or a mean, is wrong; ")
     for a in names:
         if multiple_of(wrong, numbers, [numbers[a]]):
             return f"the error is, in each row, a number times {a}: look at the term with it; "
@@ -243,8 +244,8 @@ def elements(name, case, wrong, numbers):
     if all(kept[i] for i in bad):
         return text + "; the wrong elements hold what they held before"
     if not all(math.isfinite(got[i]) for i in bad):
-        return text + ("; NaN or infinity comes from what is read outside of an input, from an "
-                       "exponential that overflows, a negative root or log, or 0 / 0")
+        return text + ("; NaN or infinity comes from what is read outside an input, from an "
+                       "exponential that overflows, the root or log of a negative number, or 0 / 0")
     if all(got[i] == 0 for i in bad):
         return text + "; the wrong elements are 0"
     if all(abs(got[i] + expected[i]) < 1e-3 * abs(expected[i]) for i in bad):
@@ -265,7 +266,7 @@ def hint_of(name, bad, kind, text, facts):
         kind = "nothing"
     hint = where(cases, bad, kind != "all" or text.endswith("is not written"))
     if kind == "static":
-        hint = "right in the first call, not after another: is something static? "
+        hint = "right if called first, wrong after another call: is something static? "
     elif kind == "nothing":
         hint += errors(cases[first], wrong, numbers)
     else:
@@ -308,12 +309,12 @@ def first_error(result):
 
 
 ENDINGS = {
-    signal.SIGXCPU: "stopped after {} seconds of computing: an endless loop? Does its variable "
-                    "grow, and is its end right?",
+    signal.SIGXCPU: "stopped after {} seconds of computing: an endless loop? Does its counter "
+                    "change, and is its bound right?",
     signal.SIGALRM: "stopped after two minutes ({} s of computing): does it wait for something?",
-    signal.SIGSEGV: "crashed (segmentation fault): an index far outside of an array, a NULL "
-                    "pointer (of an allocation too large?), or recursion without an end",
-    signal.SIGFPE: "crashed: a whole number divided by 0",
+    signal.SIGSEGV: "crashed (segmentation fault): an index far outside an array, a NULL "
+                    "pointer (from too large an allocation?), or endless recursion",
+    signal.SIGFPE: "crashed: an integer divided by 0",
     signal.SIGABRT: "crashed (abort): memory was overwritten, or abort() was called",
     signal.SIGXFSZ: "stopped after printing a megabyte: an endless loop?"}
 ENDINGS[signal.SIGKILL], ENDINGS[signal.SIGBUS] = ENDINGS[signal.SIGXCPU], ENDINGS[signal.SIGSEGV]
@@ -322,11 +323,13 @@ ENDINGS[signal.SIGKILL], ENDINGS[signal.SIGBUS] = ENDINGS[signal.SIGXCPU], ENDIN
 def ending(status, cpu, case, said):
     """What to say of a process that did not return from all calls. status: as of waitpid()."""
     if status & 127 in (signal.SIGSEGV, signal.SIGBUS) and "dgate is NULL" in case:
-        return "crashed (segmentation fault): dgate is NULL in this case, and may be"
+        return "crashed (segmentation fault): dgate is NULL in this case, which is allowed"
     if re.search("out of memory|not enough memory|bad_alloc|allocate memory", said):
         return "not enough memory: it asks for far more than a layer needs"
     if status & 127 in ENDINGS:
         return ENDINGS[status & 127].format(cpu)
     if re.search("(race|nothing has written).* shared memory", said):
         said += "; is there a __syncthreads() between writing and reading?"
+    if status & 127:
+        return f"crashed (signal {status & 127})" + (f": {said}" if said else "")
     return f"ended by itself with status {status >> 8}: " + (said or "it must return, not exit()")

@@ -12,9 +12,9 @@ complex step). Where a derivative must not look, hold() drops the imaginary part
 stop-gradient is one word in its definition.
 
 Mistakes are found in the same way. A definition marks where one can be made: slip("what is wrong")
-is 0, and 1 when we ask what somebody gets who makes this mistake; factor(), term() and pick() stand
+is 0, or 1 while we compute what this mistake would give; factor(), term() and pick() stand
 for several. One is named only if it gives the submission's numbers, in all cases, or at least where
-they are wrong. One in a derivative is hold(y) + slope * (x - hold(x)): y with whatever slope.
+they are wrong. A mistake in a derivative is hold(y) + slope * (x - hold(x)): y with whatever slope.
 */
 #include <complex.h>
 #include <fcntl.h>
@@ -164,9 +164,8 @@ static void check_arrays(Case *c) {
         for (long i = -GUARD; i < (long)a->n + GUARD && !*c->complaint; i++) {
             int inside = i >= 0 && i < (long)a->n;
             if (!inside && memcmp(a->x + i, &bits, sizeof bits))
-                snprintf(c->complaint, sizeof c->complaint, "writes outside of an array: to "
-                         "%s[%ld], which has %zu elements; check loop bounds and row lengths",
-                         a->name, i, a->n);
+                snprintf(c->complaint, sizeof c->complaint, "writes outside an array: to %s[%ld], "
+                         "but it has %zu elements; check bounds, row lengths", a->name, i, a->n);
             if (inside && !a->may_change && memcmp(a->x + i, a->before + i, sizeof(float)))
                 snprintf(c->complaint, sizeof c->complaint, "%s is only to be read, but %s[%ld] "
                          "was changed", a->name, a->name, i);
@@ -185,12 +184,12 @@ typedef void (*Definition)(number *out, number *const *in, const Case *c);
 enum { SLIP, NO_FACTOR, SQUARED, DIVIDES, NEGATIVE, NO_TERM, TWICE, SUBTRACTED, PICKED };
 static const char *const kinds[PICKED] = {
     "%s", "the factor %s is missing", "the factor %s is there twice",
-    "it is divided by the factor %s, not multiplied", "the sign of the factor %s is wrong",
+    "the factor %s divides; it must multiply", "the sign of the factor %s is wrong",
     "the term %s is missing", "the term %s is there twice", "the sign of the term %s is wrong"};
 
 typedef struct {
     const char *name;  // or text
-    int kind;          // PICKED + i: y is the one behind the i-th |
+    int kind;          // PICKED + i: y is the one after the i-th |
 } Mistake;
 
 static const Mistake no_mistake = {NULL, SLIP};
@@ -330,19 +329,19 @@ static const char *const axes[] = {"row", "column"}, *const readings[READINGS + 
     "only the last %s of %s counts: is a sum set (=) in the loop instead of added to (+=)?",
     "the first %s of %s is read for every one", "the %s after the right one is read from %s",
     "the %s before the right one is read from %s",
-    "the %ss of %s behind the last full 4 are left out",
-    "the %ss of %s behind the last full 32 are left out", "only 32 %ss of %s are read",
-    "the %ss of %s are read in reverse order",
+    "the %ss of %s after the last full group of 4 are left out",
+    "the %ss of %s after the last full group of 32 are left out",
+    "only 32 %ss of %s are read", "the %ss of %s are read in reverse order",
     "%s is read transposed: rows and columns are exchanged",
-    "row n of %s is read from element n on: n must be multiplied by the row's length",
-    "row n of %s is read from n times the number of rows on: that is not the row's length",
+    "row n of %s is read from element n on; it must be n * the row's length",
+    "row n of %s is read from element n * rows on; it must be n * the row's length",
     "%s is missing: 1 is used in its place", "%s is read in place of %s"};
 
 // How right numbers are written.
 enum { WRITTEN_TRANSPOSED = 1, EXCHANGED, PART_BY_PART, SUMS_IN_ROW, SUMS_OF_ROWS, SUMS, WRITINGS };
 static const char *const writings[WRITINGS] = {
     NULL, "it is written transposed", "the parts of a row are exchanged",
-    "its array is written part by part, all rows of one, then of the next; a row holds its own",
+    "its array holds all rows of one part, then of the next; each row must hold all parts",
     "an element contains those before it in its row: a sum is not set to 0 for each one",
     "a row contains the rows before it: a sum is not set to 0 for each row",
     "an element contains all before it: a sum is not set to 0 for each one"};
@@ -432,10 +431,10 @@ typedef struct {
     char partly[HINT];
 } Search;
 
-// What was found: wrong elements that are explained, with so many different numbers; elements of
-// which anything is said (NaN has been read from outside); right ones that should not be.
 typedef struct {
-    int seen, different, sure, guessed, contradicted;
+    int seen, different;  // wrong elements that are explained; numbers among them that differ
+    int sure, guessed;    // elements with a prediction; wrong ones without (NaN: read from outside)
+    int contradicted;     // right elements for which the prediction is another number
 } Evidence;
 
 // Do the numbers x explain what is wrong in this result?
@@ -558,7 +557,7 @@ static const char *explain(Search *s, char *hint) {
     if (s->first < s->n) {
         h.other_mode = 1;
         if (holds(s, &h, hint, "", "", "")) return "all";
-        Search alone = *s;  // a number that explains but a part is the last that we tell
+        Search alone = *s;  // one that explains only a part is told last
         if (explain_factor(&alone, hint)) return "all";
         h.factor = -1;
         if (holds(s, &h, hint, "it has the wrong sign", "", "") || explain_mistake(s, hint) ||
@@ -612,14 +611,14 @@ static number activation(number g, int act) {
 }
 
 static void gpas(number *out, number *const *in, const Case *c) {
-    int act = pick("`activation`|always SiLU", c->act, SILU), own = 1;
+    int act = pick("the given activation|SiLU", c->act, SILU), own = 1;
     number g = hold(in[1][0]), a = activation(g, act), of_g;  // of_g: multiplies dgate
     number slope = cimag(activation(g + I * 1e-30, act)) * 1e30, used = a;
     if (!backward) used = pick("a(g)|a'(g)|g", a, slope, g);
     else slope = pick("a'(g) in dgate|a(g)", slope, a);
     number scale = pick("1 - a(g)|a(g)|1 - a'(g)", factor("1 - a(g)", 1 - term("a(g)", used)),
                         a, 1 - slope);
-    int stop = pick("stop_grad|1|the opposite of stop_grad", c->stop_grad, 1, !c->stop_grad);
+    int stop = pick("stop_grad as given|stop_grad 1|the opposite", c->stop_grad, 1, !c->stop_grad);
     if (backward_slip("it is scaled; with the stop-gradient dinp is dout itself")) stop = 0;
     if (stop && backward_slip("dinp is 0; sg(x) is a constant, but x itself is not")) own = 0;
     number late = c->stop_grad ? 1 : scale, in_place = c->alias ? late : 1;
@@ -667,7 +666,7 @@ static void residual(number *out, number *const *in, const Case *c) {
         if (!backward) sum = pick("A shortcut + branch|shortcut + A branch|A (shortcut + branch)",
                                   sum, x + A * b, A * (x + b));
         if (forward_slip("out is written before shortcut is read")) sum += A * c->alias * (b - x);
-        if (backward_slip("dout, the gradient of the branch, is added")) sum += x;
+        if (backward_slip("dout itself is added; it is the branch's gradient")) sum += x;
         out[i] = sum;
     }
 }
@@ -689,8 +688,8 @@ static void embedding(number *out, number *const *in, const Case *c) {
             before += m < n && c->tokens[m] == c->tokens[n];
             later += m > n && c->tokens[m] == c->tokens[n];
         }
-        double share = pick("the sum over a token's places|the last of them|the first of them|"
-                            "their mean", 1, !later, !before, 1.0 / (1 + before + later));
+        double share = pick("the sum over all places of a token|only its last place|only its first|"
+                            "the mean", 1, !later, !before, 1.0 / (1 + before + later));
         for (int i = n * C; i < n * C + C; i++) {
             int v = pick("row tokens[n] of the table|row n|row tokens[i % N] for element i",
                          c->tokens[n], n % V, c->tokens[i % T]);
@@ -712,11 +711,11 @@ static void adjust_embedding(Case *c, int k) {
 static number norm_r(const number *x, int n, int N, int C) {
     int row = pick("r of row n|r of row 0|r of row n - 1", n, 0, n > 0 ? n - 1 : N);
     int first = slip("the sum of squares is not set to 0 for each row") ? 0 : row;
-    int end = pick("the mean of C channels|that of C - 1|that of C + 1", C, C - 1, C + 1);
+    int end = pick("C channels in the mean|C - 1|C + 1", C, C - 1, C + 1);
     double eps = pick("the eps of the comment|another eps", variant ? 1e-5 : 1e-6,
                       variant ? 1e-6 : 1e-5);
     number sum = 0, mean = 0, over = pick("1 / C|1 / N", factor("1 / C", 1.0 / C), 1.0 / N);
-    for (int i = 0; i < C && slip("the mean is subtracted, as in LayerNorm; RMSNorm does not"); i++)
+    for (int i = 0; i < C && slip("the mean is subtracted: that is LayerNorm, not RMSNorm"); i++)
         mean += x[n * C + i] / C;
     for (; first <= row; first++) {
         for (int i = 0; i < end; i++) {
@@ -729,25 +728,25 @@ static number norm_r(const number *x, int n, int N, int C) {
                 "mean + eps", r, 1 / (csqrt(sum / C) + eps), 1 / m, csqrt(m), m);
 }
 
-// The slopes of a row y, as somebody gets them who makes a mistake in the backward pass. through:
-// the slope of 1 / r^3; a sum that is not set to 0 keeps that of rows behind. seen: taken for x.
+// Row y, with the slopes that a mistake in the backward pass would give. through:
+// the slope of 1 / r^3; a sum that is not set to 0 keeps that of later rows. seen: taken for x.
 static void norm_sloped(number *y, number *through, const number *x, const number *seen,
                         const number *w, number r, int C) {
     number moved = 0, h = hold(r);
     if (!slip("the sum in the term through r is not set to 0 for each row")) *through = 0;
     for (int i = 0; i < C; i++) {
         moved += x[i] - hold(x[i]);
-        *through -= factor("x, outside of its sum, in the term through r", hold(seen[i])) *
+        *through -= factor("x, outside its sum, in the term through r", hold(seen[i])) *
                     (x[i] - hold(x[i])) * factor("1 / C in the term through r", 1.0 / C) *
                     h * factor("r^2 in the term through r", h * h);
     }
     number d = *through * factor("r in the term through r", h) / h;
-    if (slip("1 / C is 0 in whole numbers: the term through r vanishes unless C is 1")) d *= C == 1;
-    moved *= slip("the mean of w dy is subtracted, as in LayerNorm; RMSNorm does not");
+    if (slip("1 / C is 0 in integer division: the term through r is 0 unless C is 1")) d *= C == 1;
+    moved *= slip("the mean of w dy is subtracted: that is LayerNorm, not RMSNorm");
     for (int i = 0; i < C; i++) {
         number a = hold(seen[i]), b = hold(w[i]), direct = x[i] - hold(x[i]);
         direct *= factor("weight in the direct term", b) * factor("r in the direct term", h);
-        y[i] = term("direct, that with r held,", direct) +
+        y[i] = term("with r held (the direct term)", direct) +
                (w[i] - b) * factor("x in dweight", a) * factor("r in dweight", h) +
                term("through r (r depends on every x of its row)",
                     factor("x in the sum of the term through r", a) *
@@ -784,7 +783,7 @@ static void rope_pair(number *out, long first, long second, int j, int t, number
                       const Case *c) {
     size_t n = c->out_size, size = input_size(&c->in[1]);
     int hs = c->C / c->NH, k = j / 2;
-    long row = (long)t * pick("hs for a row of the table|hs / 2", hs, hs / 2);
+    long row = (long)t * pick("hs, the length of a table row|hs / 2", hs, hs / 2);
     int layout = pick("(cos, sin) at 2 k in the table's row|(sin, cos)|all cos before all sin|"
                       "the first pair|cos twice|sin twice|the pair at k", 0, 1, 2, 3, 4, 5, 6);
     const int cos_at[] = {j, j + 1, k, 0, j, j + 1, k};
@@ -802,15 +801,15 @@ static void rope_pair(number *out, long first, long second, int j, int t, number
     if (second < (long)n) out[second] = term("x0 sin", x0 * sine) + term("x1 cos", x1 * cosine);
 }
 
-// In place, as the layer does it: so a pair that is read too late is what has been made of it.
+// In place, as the layer does it, so a pair read too late has its new values.
 static void rope(number *out, number *const *in, const Case *c) {
     int C = c->C, B = c->B, T = c->T, hs = C / c->NH;
-    int step = pick("3 C for a row of qkv|C|2 C", 3 * C, C, 2 * C);
-    int begin = slip("only the keys are rotated; the queries are too") ? C : 0;
-    int end = pick("rotating queries and keys|rotating queries alone|rotating the values, too,",
+    int step = pick("3 C, the length of a row of qkv|C|2 C", 3 * C, C, 2 * C);
+    int begin = slip("only the keys are rotated; the queries must be, too") ? C : 0;
+    int end = pick("the end 2 C (queries and keys)|C (queries alone)|3 C (values, too)",
                    2 * C, C, 3 * C);
     int next = pick("j += 2 to the next pair|j += 4|j += 1", 2, 4, 1);
-    int halves = slip("channel j is paired with j + hs/2, not with the next");
+    int halves = slip("channel j is paired with j + hs/2; it must be with j + 1");
     int through = slip("the table's columns continue from head to head; each head begins with 0");
     int heads = pick("every head|the first head alone", hs, C);
     for (size_t i = 0; i < c->out_size; i++) out[i] = in[0][i];
@@ -841,7 +840,7 @@ static void adjust_rope(Case *c, int k) {
 // ---- swiglu: in[0] (N,2H), a row holds h1, then h3; in the code here they are a and b. The
 // variant has sigmoid(1.702 h1), which is close to GELU.
 static number swiglu_element(number a, number b) {
-    double k = pick("the sigmoid of the comment|that of another multiple of h1",
+    double k = pick("the comment's sigmoid|a sigmoid of another multiple of h1",
                     variant ? 1.702 : 1, variant ? 1 : 1.702);
     number s = pick("sigmoid(h1)|sigmoid(-h1)|sigmoid(h3)", logistic(k * a), logistic(-k * a),
                     logistic(k * b));
@@ -858,7 +857,7 @@ static number swiglu_element(number a, number b) {
     number first = term("through the factor h1 (silu(h1) is a product)", s);
     number second = term("through the sigmoid (silu(h1) is a product)", slope *
                          pick("h1 in silu's slope|h3", factor("h1 in silu's slope", h1), h3));
-    if (slip("1 - s multiplies both terms of silu's slope, not one")) first *= 1 - s;
+    if (slip("1 - s multiplies both terms of silu's slope; it must multiply one")) first *= 1 - s;
     number silu = factor("h1 in dh3", h1) * factor("the sigmoid in dh3", s);
     number of_h3 = pick("silu(h1) in dh3|silu's slope|silu(h3)|h3 sigmoid(h1)", silu,
                         first + second, h3 * logistic(k * h3), h3 * s);
@@ -871,9 +870,9 @@ static void swiglu(number *out, number *const *in, const Case *c) {
     int H = c->C;
     for (int i = 0; i < c->T * H; i++) {
         int n = i / H, j = i % H;
-        const number *row = in[0] + n * (int)creal(pick("2 H for a row of inp|H", 2 * H, H));
+        const number *row = in[0] + n * (int)pick("2 H, the length of a row of inp|H", 2 * H, H);
         number a = row[j];
-        number b = pick("h3 from H on|h3 from 1 on", row[H + j], row[j + 1]);
+        number b = pick("row[H + j] for h3|row[j + 1]", row[H + j], row[j + 1]);
         if (slip("h1 and h3 alternate; a row is h1, then h3")) a = row[2 * j], b = row[2 * j + 1];
         if (slip("inp is read as all rows of h1, then all rows of h3; each row holds both"))
             a = in[0][i], b = in[0][c->T * H + i];
@@ -899,7 +898,7 @@ static void matmul(number *out, number *const *in, const Case *c) {
 // ---- attention: in[0] qkv (B,T,3C). After out (B,T-first,C) comes lse (B,NH,T-first). first is 0
 // in all backward passes. The variant divides the scores by hs, as muP does.
 #define LARGE(what) what " are large (is the largest one subtracted before the exponential, and " \
-                    "found where all are negative?)"
+                    "is it right if all are negative?)"
 
 // Where head h of part 0, 1 or 2 (q, k, v) of a row begins.
 static const number *head_of(number *const *in, const Case *c, int b, int t, int part, int h) {
@@ -911,38 +910,38 @@ static const number *head_of(number *const *in, const Case *c, int b, int t, int
     if (part == 0) begin += pick("q|k", 0, C);
     if (part == 1) begin += pick("k|q|v", 0, -C, C);
     if (part == 2) begin += pick("v|k", 0, -C);
-    if (slip("a row of qkv holds all queries, all keys, all values")) begin = (3 * h + part) * hs;
-    if (c->first && slip("sequence b begins at row b T of qkv, not b (T - first)")) T -= c->first;
+    if (slip("qkv is read head by head; a row is all q, all k, all v")) begin = (3 * h + part) * hs;
+    if (c->first && slip("sequence b begins at row b (T - first); it must be b T")) T -= c->first;
     return in[0] + (size_t)(b * T + t) * 3 * C + begin;
 }
 
 static number score(number *const *in, const Case *c, int b, int h, int t, int s) {
     int hs = c->C / c->NH, row = t;
-    if (slip("row i has the query of position i, not of first + i")) row -= c->first;
+    if (slip("row i has the query of position i; it must be that of first + i")) row -= c->first;
     const number *q = head_of(in, c, b, row, 0, h), *k = head_of(in, c, b, s, 1, h);
     number right = variant ? 1.0 / hs : 1 / sqrt(hs), scale = factor("scale of the scores", right);
     number sum = 0, slope = backward ? factor("scale, in dq and dk,", right) : right;
     for (int i = 0; i < hs; i++) {
         number of_q = k[i], of_k = q[i];  // the slopes of the product
-        if (backward_slip("dq is made of the queries; it is dS K")) of_q = q[i];
-        if (backward_slip("dk is made of the keys; it is dS^T Q")) of_k = k[i];
+        if (backward_slip("dq is made of the queries; it must be dS K")) of_q = q[i];
+        if (backward_slip("dk is made of the keys; it must be dS^T Q")) of_k = k[i];
         sum += hold(q[i] * k[i]) + I * (creal(of_q) * cimag(q[i]) + creal(of_k) * cimag(k[i]));
     }
-    scale = pick("the scale of the scores|1 / hs|1 / sqrt(hs)|1 / sqrt(C)", scale, 1.0 / hs,
+    scale = pick("the comment's scale|1 / hs|1 / sqrt(hs)|1 / sqrt(C)", scale, 1.0 / hs,
                  1 / sqrt(hs), 1 / sqrt(c->C));
     return backward ? scale * hold(sum) + slope * (sum - hold(sum)) : scale * sum;
 }
 
 static int sees(const Case *c, int t, int s) {
     if (slip("the causal mask is missing: a query sees later keys (future tokens)")) return 1;
-    if (slip("first is missing in the mask: row i sees s <= first + i")) return s <= t - c->first;
+    if (slip("first is missing in the mask; it must be s <= first + i")) return s <= t - c->first;
     return pick("the mask s <= t|s <= t + 1|s < t|s >= t|first <= s <= t", s <= t, s <= t + 1,
                 s < t, s >= t, s >= c->first && s <= t);
 }
 
 // Computes the weights P of a row. Returns lse.
 static number softmax_row(number *P, number *const *in, const Case *c, int b, int h, int t) {
-    int late = forward_slip("the mask comes after the softmax, whose sum so contains later keys");
+    int late = forward_slip("the mask comes after the softmax, so its sum contains later keys");
     int zero = slip("a masked score is 0, and e^0 counts; it must be -infinity");
     number sum = 0, lse;
     double m = -INFINITY;
@@ -962,8 +961,8 @@ static number softmax_row(number *P, number *const *in, const Case *c, int b, in
     return lse;
 }
 
-// P as it is computed from the right lse, sloped as by who makes a mistake in its gradient. total:
-// the slope of the sum over the row, of which a sum that is not set to 0 keeps that of rows behind.
+// P from the right lse, with the slopes that a mistake in the gradient would give. total:
+// the slope of the sum over the row, of which a sum that is not set to 0 keeps that of later rows.
 static void softmax_sloped(number *P, number *total, number *const *in, const Case *c, int b,
                            int h, int t) {
     number lse = 0, sum = 0, right = 0, *S = room(c->T, sizeof *S);
@@ -1004,7 +1003,7 @@ static void attention(number *out, number *const *in, const Case *c) {
         out[(size_t)c->B * rows * C + i] = softmax_row(P, in, c, b, h, t);
         if (backward && (chosen.name || collecting)) softmax_sloped(P, &total, in, c, b, h, t);
         number *y = out + (size_t)(b * rows + row) * C + h * hs;
-        if (forward_slip("out is written as (B,NH,T,hs); it is (B,T,C)")) y = out + (size_t)i * hs;
+        if (forward_slip("out is (B,NH,T,hs); it must be (B,T,C)")) y = out + (size_t)i * hs;
         int lost = t < c->T - 1 && backward_slip("only the last query counts: = is used, not +=");
         int last = forward_slip("only the last key counts: = where += is needed");
         for (int s = 0; s < c->T; s++) {
@@ -1039,13 +1038,13 @@ static void adjust_attention(Case *c, int k) {
 // ---- crossentropy: in[0] the logits (N,stride), of which V are read. After losses (N) comes lse.
 static number cross_lse(const number *x, long rest, const Case *c) {
     int begin = slip("the first logit is left out"), padding = c->stride > c->V ? -c->V & 3 : 0;
-    int end = pick("the sum over V logits|that over V - 1|that over the padding, too,", c->V,
+    int end = pick("the sum over V logits|the sum over V - 1|the sum with the padding", c->V,
                    c->V - 1, c->V + padding);
     double m = creal(x[0]);
     number sum = 0;
     for (int v = 0; v < c->V; v++) m = fmax(m, creal(x[v]));
     for (int v = begin; v < end; v++) sum += cexp(at_or_nan(x, v, rest) - m);
-    if (slip("what is behind V counts as 0; it must be -infinity")) sum += padding * exp(-m);
+    if (slip("logits from V on count as 0; they must be -infinity")) sum += padding * exp(-m);
     number lse = term("of the largest logit in lse", m) + term("log(sum) in lse", clog(sum));
     return pick("lse = largest + log(sum)|largest + sum|sum|largest", lse, m + sum, sum, m);
 }
@@ -1107,11 +1106,12 @@ static void adjust_crossentropy(Case *c, int k) {
 static void adam_moments(number *m, number *v, number g, number unclipped, double b1, double b2) {
     number keep_m = factor("beta1", b1), to_m = factor("1 - beta1", 1 - b1), of_v = g;
     number keep_v = factor("beta2", b2), to_v = factor("1 - beta2", 1 - b2);
-    keep_m = pick("beta1 of the old m|beta2|1 - beta1", keep_m, b2, 1 - b1);
-    keep_v = pick("beta2 of the old v|beta1|1 - beta2", keep_v, b1, 1 - b2);
-    to_m = pick("1 - beta1 of the gradient in m|1 - beta2|beta1", to_m, 1 - b2, b1);
-    to_v = pick("1 - beta2 of the square in v|1 - beta1|beta2", to_v, 1 - b1, b2);
-    if (slip("beta and 1-beta are swapped")) keep_m = 1 - b1, to_m = b1, keep_v = 1 - b2, to_v = b2;
+    keep_m = pick("beta1 for the old m|beta2|1 - beta1", keep_m, b2, 1 - b1);
+    keep_v = pick("beta2 for the old v|beta1|1 - beta2", keep_v, b1, 1 - b2);
+    to_m = pick("1 - beta1 for the gradient in m|1 - beta2|beta1", to_m, 1 - b2, b1);
+    to_v = pick("1 - beta2 for the square in v|1 - beta1|beta2", to_v, 1 - b1, b2);
+    if (slip("beta and 1 - beta are swapped"))
+        keep_m = 1 - b1, to_m = b1, keep_v = 1 - b2, to_v = b2;
     g = pick("the clipped gradient in m|the gradient before clipping", g, unclipped);
     number new_m = term("with the old m", keep_m * *m) + term("with the gradient in m", to_m * g);
     of_v = pick("the clipped gradient in v|the gradient before clipping|m", of_v, unclipped, new_m);
@@ -1124,13 +1124,13 @@ static void adam_element(number *p, number *m, number *v, number grad, const Ada
     double b1 = a->beta1, b2 = a->beta2, t = a->t;
     number x = *p, decay = a->kind == MATRIX ? a->weight_decay : 0, m0 = *m, v0 = *v;
     number clip = factor("clip", a->clip), lr = factor("lr", a->lr), eps = term("eps", a->eps);
-    if (a->kind != MATRIX && slip("norms and gates decay too; only matrices do (chunk.decays)"))
+    if (a->kind != MATRIX && slip("norms and gates decay; only matrices may (chunk.decays)"))
         decay = a->weight_decay;
-    if (a->kind == LEARNED_GATE && slip("a gate's gradient is clipped by gate_clip")) clip = -7;
+    if (a->kind == LEARNED_GATE && slip("clip is used for gates; it must be gate_clip")) clip = -7;
     if (a->kind == FIXED_GATE && !slip("gates that are not trained must not change")) return;
     int l2 = slip("the decay is in the gradient (Adam with L2); AdamW's is separate from it");
     number g = grad * clip + (l2 ? decay * x : 0);
-    int swapped = slip("beta1 and beta2 are exchanged");
+    int swapped = slip("beta1 and beta2 are swapped");
     adam_moments(m, v, g, grad, swapped ? b2 : b1, swapped ? b1 : b2);
     int both = slip("p uses m and v as they were before the update");
     number mi = pick("the new m|the old m|the gradient", both ? m0 : *m, m0, g);
@@ -1152,9 +1152,9 @@ static void adam_element(number *p, number *m, number *v, number grad, const Ada
                 "sqrt(v) / (1 - beta2^t) + eps|1 / (sqrt(vhat) + eps)", root, csqrt(vhat + eps),
                 csqrt((vi + eps) / cv), vhat + eps, csqrt(vi) / cv + eps, 1 / root);
     number step = mhat / root * factor("lr of the step", lr) / lr;
-    if (slip("the weight decay is that of p after the step")) decayed = decay * (x - lr * step);
+    if (slip("weight decay uses p after the step, not before")) decayed = decay * (x - lr * step);
     decayed *= factor("lr of the weight decay", lr) / lr;
-    if (slip("the signs: p must go down the gradient, and decay (p -= ...)")) lr = -lr;
+    if (slip("wrong signs: p must go down the gradient, and decay (p -= ...)")) lr = -lr;
     *p = x - lr * (term("of Adam's step", step) + term("of the weight decay", decayed));
 }
 
@@ -1201,10 +1201,10 @@ static void fused(number *out, number *const *in, const Case *c) {
     number sum_scale = factor("1 - a(g) of sum_gate, before the norm,", 1 - sum_a);
     number slope = cimag(activation(gate + I * 1e-30, SILU)) * 1e30, A = c->factor, of_dz = A;
     number of_g = factor("a'(g) in dgate", slope) * (in[3][0] - gate) * !c->no_gate;
-    of_g *= pick("dgate of what GPAS gets|dgate of what it returns|dgate of a gradient that is "
-                 "already multiplied by 1 - a(g)", 1, own, stop ? 1 : own);
-    if (backward_slip("scaled by 1 - a(g), which the stop-gradient forbids")) stop = 0;
-    if (backward_slip("not scaled by 1 - a(g), though stop_grad is 0")) stop = 1;
+    of_g *= pick("dgate from GPAS's input|dgate from its output|dgate from a gradient already "
+                 "multiplied by 1 - a(g)", 1, own, stop ? 1 : own);
+    if (backward_slip("it is scaled by 1 - a(g); the stop-gradient forbids that")) stop = 0;
+    if (backward_slip("it is not scaled by 1 - a(g), though stop_grad is 0")) stop = 1;
     if (!backward) A = factor("A of the shortcut", A);
     else of_dz = factor("A in dz, the gradient of what A multiplies,", A);
     if (forward_slip("inp lacks both factors, A and 1 - a(g) of inp_gate")) inp_scale = 1 / A;
@@ -1388,7 +1388,7 @@ static int make_case(Case *c, int layer, int k) {
     c->tokens = room(c->T, sizeof(int));
     c->large = c->out_size > 1100 || c->T >= 90 || c->V > 1000;
     if (layers[layer].adjust) layers[layer].adjust(c, k);
-    int *tokens = (int *)array(c, "tokens", NULL, c->T + 64, 0);  // behind them, one too large
+    int *tokens = (int *)array(c, "tokens", NULL, c->T + 64, 0);  // after them, one too large
     for (int i = 0; i < c->T + 64; i++) tokens[i] = i < c->T ? c->tokens[i] : c->V;
     c->a[TOKENS] = (float *)tokens;
     int columns = size_of_letter(c, out[0].sizes[1]), rows = (int)offsets[1] / columns;
@@ -1460,7 +1460,7 @@ static int call_cases(int layer, int n) {
     return *returned;
 }
 
-// Is case i right if it is called first? Then something is kept between calls.
+// Is case i right if called first? Then the submission keeps something between calls.
 static int is_right_alone(int layer, int i, int k) {
     Case saved = cases[0];
     cases[0] = cases[i];

@@ -5,8 +5,8 @@ layer's forward and backward pass in a process of its own, and prints a table, o
 
     make grade               make grade JSON=1               make grade SEED=7
 
-Limits of CPU time and memory see to it that an endless loop, a crash or a wild write costs the
-points of its own pass and nothing else. The numbers are new in each run, unless SEED is given.
+These processes and their limits of CPU time and memory ensure that an endless loop, a crash or a
+wild write costs the points of its own pass alone. Numbers are new in each run unless SEED is given.
 """
 import json
 import os
@@ -30,18 +30,18 @@ def check(program, layer, which, options):
                                       str(options.variant)])
     result = {"points": 0, "max": POINTS[which], "ok": False, "checks": [], "hints": []}
     hints, stopped, facts = result["hints"], False, Facts()
-    for word in [line.split("\t") for line in text.split("\n")[:-1]]:   # complete lines
-        if word[0] == "result":
-            result["checks"].append({"name": word[1], "points": int(word[3]), "max": int(word[2])})
-        stopped |= word[0] == "ended"
-        hint = facts.read(word[0], word[1:], said)
+    for row in [line.split("\t") for line in text.split("\n")[:-1]]:   # complete lines
+        if row[0] == "result":
+            result["checks"].append({"name": row[1], "points": int(row[3]), "max": int(row[2])})
+        stopped |= row[0] == "ended"
+        hint = facts.read(row[0], row[1:], said)
         hints += [hint] if hint else []
     if hints and len(hints) == len(result["checks"]) and all(
             hint.endswith(": nothing is written") for hint in hints):
         result["hints"] = ["nothing is written yet"]
     if status != 0 or "done" not in text.split("\n"):
         stopped = True
-        hints.append(f"the check ended with status {status}; {said}")
+        hints.append(f"the check ended with status {status}" + (f"; {said}" if said else ""))
     for one in result["checks"]:
         one["points"] *= not stopped
         result["points"] += one["points"]
@@ -66,7 +66,7 @@ def grade_file(file, options, folder):
             for row, which, job in jobs:
                 row[which] = job.result()
                 row["points"] += row[which]["points"]
-        finally:                        # a signal ends it without the checks that are left
+        finally:                        # if a signal ends it, skip the remaining checks
             for _, _, job in jobs:
                 job.cancel()
     return rows
@@ -91,7 +91,7 @@ def run():
         raise Error(f"there is no train_gpas.c in {os.getcwd()}")
     files = ["train_gpas.c"] + ["train_gpas.cu"] * (bool(options.on_cpu) and
                                                     os.path.exists("train_gpas.cu"))
-    os.makedirs("build", exist_ok=True)     # TMPDIR may be full, or allow no programs
+    os.makedirs("build", exist_ok=True)     # TMPDIR may be full, or be mounted noexec
     with tempfile.TemporaryDirectory(dir="build") as folder:
         tempfile.tempdir = os.path.abspath(folder)
         rows = [row for file in files for row in grade_file(file, options, folder)]

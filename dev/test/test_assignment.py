@@ -38,14 +38,14 @@ MISTAKES = [
     ("adamw", "p[i] -= adam.lr * (mhat", "p[i] -= adam.lr * (m[i]",
      "the correction of m, is missing")]
 READINGS = [
-    ("gpas", "out[i] = scale * inp[i]", "out[i] = inp[i] / scale", "divided"),
+    ("gpas", "out[i] = scale * inp[i]", "out[i] = inp[i] / scale", "divides"),
     ("residual", "shortcut[i] + branch[i]", "shortcut[i] + branch[n - 1 - i]", "reverse order"),
     ("embedding", "dw[c] += dy[c]", "dw[c] += dy[0]",
      "the first column of dout is read for every one"),
     ("rmsnorm", "sum += x[c] * x[c]", "sum += x[c]", r"x is used; it must be x\^2"),
     ("rope", "x1 = x[c + j + 1]", "x1 = x[c + j + 2]", "too far.*too far"),
     ("swiglu", "*h3 = h1 + H;\n        float *y", "*h3 = h1 + 1;\n        float *y",
-     "h3 from 1 on is used"),
+     r"row\[j \+ 1\] is used"),
     ("attention", "stride, t0 + i + 1, seen);", "stride, t0 - first + i + 1, seen);",
      "only where first is not 0: first is missing in the mask"),
     ("crossentropy", "(size_t)n * V;\n        float la", "(size_t)n;\n        float la",
@@ -115,14 +115,14 @@ SUBTLE = [
     ("rope", "float cosine = cos_sin[j], sine",
      "static float kept[2];\n                if (kept[0] == 0) kept[0] = T;\n"
      "                float cosine = kept[0] == T ? cos_sin[j] : 0, sine",
-     "right in the first call, not after another: is something static"),
+     "right if called first, wrong after another call: is something static"),
     ("attention", "seen = t0 + n, accumulate = t0 < last", "seen = t0 + n, accumulate = 0 * last",
      "only where sizes are large"),
     ("embedding", "for (int c = c0; c < imin(C, c0 + BLOCK); c++) dw[c] += dy[c]",
      "for (int c = c0; c0 + BLOCK <= C && c < c0 + BLOCK; c++) dw[c] += dy[c]",
-     "the columns of dout behind the last full 32 are left out"),
+     "the columns of dout after the last full group of 32 are left out"),
     ("swiglu", "float *dh1 = dinp + (size_t)n * 2 * H, *dh3 = dh1 + H;",
-     "float *dh1 = dinp + (size_t)n * H, *dh3 = dh1 + (size_t)N * H;", "written part by part"),
+     "float *dh1 = dinp + (size_t)n * H, *dh3 = dh1 + (size_t)N * H;", "all rows of one part"),
     ("matmul", "gemm(dinp, C, matrix(dout, OC), matrix(weight, C), N, C, OC, 0)",
      "memset(dinp, 0, sizeof dinp);\n    "
      "gemm(dinp, C, matrix(dout, OC), matrix(weight, C), N, C, OC, 1)",
@@ -133,11 +133,11 @@ SUBTLE_KERNELS = [
     ("gpas", "dinp[i] = scale * dy;", "dinp[i] = dy;", "only where stop_grad is 0"),
     ("crossentropy", "        if (v + W > V)\n            for (int k = 0; k < W; k++) "
      "x[k] = v + k < V ? x[k] : -INFINITY;\n", "",
-     "that over the padding, too, is used"),
+     "the sum with the padding is used"),
     ("adamw", "chunk.decays ? adam.weight_decay : 0", "adam.weight_decay",
-     "norms and gates decay too"),
+     "norms and gates decay; only"),
     ("residual_gpas_rmsnorm", "gate_sum += s[k] * dy;", "gate_sum += y[k] * dy;",
-     "dgate of what it returns is used")]
+     "dgate from its output is used")]
 
 # Mistakes that are graded one round at a time, as several of them are in the same function.
 ADDED = "*dgate -= gate_slope(gate, activation) * (float)dot(inp, dout, n);"
@@ -166,7 +166,7 @@ ROUNDS = [
     [("gpas", "gate_slope(gate, activation) * (float)dot", "(float)dot",
       r"dgate: the factor a'\(g\) is missing; dgate")],
     [("gpas", "if (dgate) *dgate", "*dgate",
-      r"crashed \(segmentation fault\): dgate is NULL in this case, and may be")]]
+      r"crashed \(segmentation fault\): dgate is NULL in this case, which is allowed")]]
 
 # A source with all that assignment.py has rules for, and what it must become.
 SOURCE = """\
