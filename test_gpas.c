@@ -1743,7 +1743,8 @@ static void test_product(int M, int N, int K, int transpose_a, int transpose_b, 
 static void test_gemm(void) {
     static const int shapes[][3] = {{1, 1, 1},       {12, 32, 8},  {13, 33, 17},
                                     {100, 70, 1100}, {5, 4100, 3}, {4090, 3, 5},
-                                    {1, 64, 600},    {97, 1, 31},  {24, 64, 512}};
+                                    {1, 64, 600},    {97, 1, 31},  {24, 64, 512},
+                                    {600, 520, 40},  {50, 400, 1100}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const int *n = shapes[i];
         for (int form = 0; form < 8; form++)

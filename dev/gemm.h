@@ -34,8 +34,8 @@ typedef struct {
 // C = A B, or C += A B with accumulate. C (M,N) has rows ldc apart; A (M,K); B (K,N). M, N, K > 0.
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate);
 
-// Prepares B (K,N) to be multiplied by `rows` rows of A, all in all, on this thread. For several it
-// is copied to thread_memory(which); the copy stays valid until that buffer is used again.
+// Prepares B (K,N) to be multiplied by `rows` rows of A, all in all, on this thread. For more than
+// one, B is copied to thread_memory(which); the copy is valid until that buffer is used again.
 static Packed pack(int which, Matrix b, int K, int N, int rows);
 
 // As gemm(), on this thread alone, with the first K rows and N columns of B, which may have more.
@@ -45,7 +45,7 @@ static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, 
 /*
 Matrix multiplication takes three quarters of a training step. A core with AVX-512 does 32
 multiply-adds in a cycle, if their operands are in registers; in the same cycle the L2 cache
-delivers 12 numbers, and memory 2. So each level makes one move of data serve many multiply-adds:
+delivers about 12 numbers, and memory 2. So each level makes one move serve many multiply-adds:
 
   registers  multiply_tile() keeps MR x NR results in registers over the whole depth. For MR * NR
              multiply-adds it loads only MR numbers of A and NR of B.
@@ -214,7 +214,7 @@ static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, 
 }
 
 // If C is wider than tall, the threads share A, and each takes some columns of B at a time. If not,
-// they share B, and each takes some rows of A. Packing A does not pay for 512 columns or fewer.
+// they share B, and each takes some rows of A. For 512 columns or fewer, packing them does not pay.
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate) {
     int threads = omp_get_max_threads(), depth = (K - 1) / ((K + KC - 1) / KC) + 1;
     if (M == 1 && (a.column == 1 || K == 1)) {

@@ -9,8 +9,8 @@ static float *thread_buffer[THREAD_BUFFERS];
 static size_t thread_buffer_size[THREAD_BUFFERS];
 #pragma omp threadprivate(thread_buffer, thread_buffer_size)
 
-// Returns the calling thread's buffer number `which`, with room for n floats. It keeps its contents
-// until a larger n is asked for.
+// Returns buffer number `which` of the calling thread, with room for n floats. When it has to grow,
+// its contents are lost.
 static inline float *thread_memory(int which, size_t n) {
     if (thread_buffer_size[which] < n) {
         free(thread_buffer[which]);
