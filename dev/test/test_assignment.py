@@ -129,6 +129,15 @@ SUBTLE = [
      "where it is wrong, it adds to what was there"),
     ("adamw", "pow(adam.beta1, adam.t)", "pow(adam.beta1, adam.t + (adam.t > 1))",
      "right in the cases: .*n = 7, t = 1.*1 - beta1.* is used")]
+# What another network does, or half of a formula. None of them may be told as something else.
+OTHER_NETWORKS = [
+    ("residual", "dshortcut[i] = A * dout[i]", "dshortcut[i] = dout[i]",
+     "dshortcut: the factor A is missing"),
+    ("swiglu", "*h1 = inp + (size_t)n * 2 * H, *h3 = h1 + H;\n        float *y",
+     "*h1 = inp + (size_t)n * H, *h3 = h1 + (size_t)N * H;\n        float *y",
+     "inp is read as all rows of h1, then all rows of h3"),
+    ("attention", "dP[s] = S[s] * (dP[s] - delta)", "dP[s] = S[s] * (1 - S[s]) * dP[s]",
+     r"dk: dS is P \(1 - P\) dP")]
 SUBTLE_KERNELS = [
     ("gpas", "dinp[i] = scale * dy;", "dinp[i] = dy;", "only where stop_grad is 0"),
     ("crossentropy", "        if (v + W > V)\n            for (int k = 0; k < W; k++) "
@@ -631,6 +640,7 @@ def main():
         test_mistakes(in_c, READINGS, "readings")
         test_mistakes(in_c, VIOLENT, "violence")
         test_mistakes(in_c, SUBTLE, "subtle")
+        test_mistakes(in_c, OTHER_NETWORKS, "other networks")
         alone = os.path.join(place, "alone")
         hand_out(alone, "gpas", "rmsnorm")
         for i, mistakes in enumerate(ROUNDS):
