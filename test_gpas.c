@@ -1144,18 +1144,29 @@ static void test_wide_rows(void) {
     check_close("rope_forward: rows of 3 x 2056", qkv, expected, 3 * N * C, tolerances[FORWARD], 0);
 }
 
-// The positions of each token must come in order, whatever the arrays held before.
+// The positions of each token must come in order, whatever the arrays held before, and first those
+// of the token that has several segments.
 static void test_sort_by_token(void) {
-    enum { N = 7, V = 5 };
-    static const int tokens[N] = {3, 0, 4, 3, 0, 1, 4}, order[N] = {1, 4, 5, 0, 3, 2, 6};
-    static const int begins[V + 1] = {0, 2, 3, 3, 5, 7};
-    int positions[N], starts[V + 1];
+    enum { N = 2 * SEGMENT + 6, V = 5 };
+    static const int last[5] = {5, 0, 3, 2, 6}, first[7] = {3, 0, 4, 3, 0, 1, 4};
+    static const Segment expected[6] = {
+        {0, 0, SEGMENT, 3}, {0, SEGMENT, 2 * SEGMENT, 0}, {0, 2 * SEGMENT, 2 * SEGMENT + 1, 0},
+        {1, 2 * SEGMENT + 1, 2 * SEGMENT + 2, 1}, {3, 2 * SEGMENT + 2, 2 * SEGMENT + 4, 1},
+        {4, 2 * SEGMENT + 4, N, 1}};
+    int tokens[N] = {0}, positions[N];
+    Segment segments[N];
+    Occurrences o = {positions, segments, 9, 9};
+    memcpy(tokens, first, sizeof first);
     memset(positions, 9, sizeof positions);
-    memset(starts, 9, sizeof starts);
-    sort_by_token(positions, starts, tokens, N, V);
-    check(memcmp(positions, order, sizeof order) == 0 && memcmp(starts, begins, sizeof begins) == 0,
-          "sort_by_token: the positions of five tokens", "token 0 begins at %d, the end is %d",
-          starts[0], starts[V]);
+    memset(segments, 9, sizeof segments);
+    sort_by_token(&o, tokens, N, V);
+    check(positions[0] == 1 && positions[1] == 4 && positions[2] == 7 &&
+          memcmp(positions + N - 5, last, sizeof last) == 0,
+          "sort_by_token: the positions of five tokens", "the last is %d", positions[N - 1]);
+    check(o.num_segments == 6 && o.num_partial == 3 &&
+          memcmp(segments, expected, sizeof expected) == 0,
+          "sort_by_token: the segments of five tokens", "%d, %d of them partial",
+          o.num_segments, o.num_partial);
 }
 
 // Three products that differ only in which matrices are transposed. gemm() must not use the plan of

@@ -40,6 +40,7 @@ Without a GPU the same source runs on the CPU, slowly, through dev/gpu/cuda_on_c
 #include "dev/gpu/device.h"    // defines: bf16, CUDA_CHECK, load, store, with_width, block_sum, ...
 #include "dev/gpu/cublaslt.h"  // defines: gemm
 #include "dev/gpu/layout.h"    // defines: Layout, Chunk, lay_out, offset_of, copy_tensors
+#include "dev/gpu/occurrences.h"  // defines: Occurrences, Segment, sort_by_token, ...
 #include "dev/gpu/tiles.h"     // defines: Tile, load_tile, multiply_transposed, multiply_add, ...
 #include "dev/gate.h"          // defines: gate_value, gate_slope, which are a(g) and a'(g)
 #include "dev/parameters.h"    // defines: Config, norm_comes_last, TensorList, rope_angles, ...
@@ -149,7 +150,8 @@ static void residual_backward(real *dshortcut, const real *dout, float A, size_t
 }
 
 // Row n of out is row tokens[n] of weight. There is one block for each row, and a thread loads W
-// numbers at once: see with_width(). out (N,C); weight (V,C); tokens (N).
+// numbers at once: see with_width(). Here W is 4 in bf16 too, because weight is in float.
+// out (N,C); weight (V,C); tokens (N).
 template <class real, int W>
 __global__ void embedding_forward_kernel(real *out, const int *tokens, const float *weight, int C) {
     const float *row = weight + (size_t)tokens[blockIdx.x] * C;
@@ -162,7 +164,7 @@ __global__ void embedding_forward_kernel(real *out, const int *tokens, const flo
 
 template <class real>
 static void embedding_forward(real *out, const int *tokens, const float *weight, int N, int C) {
-    with_width<real>(C, [&](auto W) {
+    with_width<float>(C, [&](auto W) {
         int threads = threads_for(C / W, 256);
         embedding_forward_kernel<real, W><<<N, threads>>>(out, tokens, weight, C);
     });
@@ -171,39 +173,55 @@ static void embedding_forward(real *out, const int *tokens, const float *weight,
 
 // Given dy, compute dw.
 //   The gradient of a token's row is the sum of dy over the positions where the token occurs.
-// The host has sorted the positions by token: those of token v are positions[starts[v]] to
-// positions[starts[v + 1] - 1]. Block (v, j) sums channels 32 W j to 32 W (j + 1) - 1 of token v.
-// Each of its 8 warps takes every eighth position, and then their sums are added in order.
-// dweight (V,C), added to; dout (N,C); positions (N); starts (V+1).
+// The host has sorted the positions by token, and has cut those of each token into segments of at
+// most 32. A block sums one segment: if it summed all positions of a token, that of the most
+// frequent token would run long after all others had ended. The sum of a token's only segment is
+// added to dw. Segments 0 to num_partial - 1, whose tokens have several, write theirs to partial.
+// dweight (V,C), added to; partial (num_partial,C); dout (N,C); positions (N);
+// segments (gridDim.x).
 template <class real, int W>
-__global__ void embedding_backward_kernel(float *dweight, const real *dout, const int *positions,
-                                          const int *starts, int C) {
-    __shared__ float sums[8][32 * W];
-    int v = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int c = (blockIdx.y * 32 + lane) * W, end = starts[v + 1];
-    if (starts[v] == end) return;
-    float sum[W] = {0}, dy[W];
-    for (int i = starts[v] + warp; i < end && c < C; i += 8) {
-        load(dy, dout + (size_t)positions[i] * C + c);
-        for (int k = 0; k < W; k++) sum[k] += dy[k];
+__global__ void embedding_backward_kernel(float *dweight, float *partial, const real *dout,
+                                          const int *positions, const Segment *segments,
+                                          int num_partial, int C) {
+    Segment s = segments[blockIdx.x];
+    bool only = (int)blockIdx.x >= num_partial;
+    float *row = only ? dweight + (size_t)s.token * C : partial + (size_t)blockIdx.x * C;
+    for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
+        float sum[W] = {0}, dy[W];
+        if (only) load(sum, row + c);
+        for (int i = s.begin; i < s.end; i++) {
+            load(dy, dout + (size_t)positions[i] * C + c);
+            for (int k = 0; k < W; k++) sum[k] += dy[k];
+        }
+        store(row + c, sum);
     }
-    store(sums[warp] + lane * W, sum);  // 16 bytes at once: W stores of 4 would share banks
-    __syncthreads();
-    for (int k = threadIdx.x; k < 32 * W; k += blockDim.x) {
-        int channel = blockIdx.y * 32 * W + k;
-        float total = 0;
-        for (int w = 0; w < 8; w++) total += sums[w][k];
-        if (channel < C) dweight[(size_t)v * C + channel] += total;
+}
+
+// The second stage: for each token that has several segments, the block of its first segment adds
+// the sums of all of them to dweight (V,C), in order. partial (gridDim.x,C).
+__global__ void embedding_add_partial_kernel(float *dweight, const float *partial,
+                                             const Segment *segments, int C) {
+    Segment s = segments[blockIdx.x];
+    const float *rows = partial + (size_t)blockIdx.x * C;
+    for (int c = threadIdx.x; c < C && s.count > 0; c += blockDim.x) {
+        float sum = 0;
+        for (int i = 0; i < s.count; i++) sum += rows[(size_t)i * C + c];
+        dweight[(size_t)s.token * C + c] += sum;
     }
 }
 
 template <class real>
-static void embedding_backward(float *dweight, const real *dout, const int *positions,
-                               const int *starts, int V, int C) {
-    with_width<real>(C, [&](auto W) {
-        dim3 blocks(V, blocks_for(C, 32 * W));
-        embedding_backward_kernel<real, W><<<blocks, 256>>>(dweight, dout, positions, starts, C);
+static void embedding_backward(float *dweight, const real *dout, Occurrences o, int C) {
+    float *partial = scratch((size_t)o.num_partial * C);
+    with_width<float>(C, [&](auto W) {
+        int threads = threads_for(C / W, 256);
+        embedding_backward_kernel<real, W><<<o.num_segments, threads>>>(
+            dweight, partial, dout, o.positions, o.segments, o.num_partial, C);
     });
+    LAUNCH_CHECK();
+    if (o.num_partial == 0) return;
+    int threads = threads_for(C, 256);
+    embedding_add_partial_kernel<<<o.num_partial, threads>>>(dweight, partial, o.segments, C);
     LAUNCH_CHECK();
 }
 
@@ -1042,7 +1060,7 @@ struct Model {
     float *doutput;              // (V,C) see output_forward()
     float *host_logits;          // (2V) a row as float and as `real`
     int *tokens, *targets;       // (B,T)
-    int *positions, *starts, *host_positions, *host_starts;  // see sort_by_token()
+    Occurrences occurrences, host_occurrences;          // of the tokens
     Chunk *chunks;               // (layout.num_chunks) for AdamW
     float *squares, *host_squares;                      // (layout.num_chunks)
     int keeps_keys, first;       // as in train_gpas.c
@@ -1146,8 +1164,8 @@ static void create_arrays(Model *m, Network<real> *net, int B, int training) {
     new_array(m, &m->chunks, m->layout.num_chunks);
     new_array(m, &m->squares, m->layout.num_chunks);
     new_array(m, &m->doutput, m->V * C);
-    new_array(m, &m->positions, N);
-    new_array(m, &m->starts, c->V + 1);
+    new_array(m, &m->occurrences.positions, N);
+    new_array(m, &m->occurrences.segments, N);
     new_array(m, &net->dx, N * C);
     if (norm_comes_last(c, 0)) new_array(m, &net->dsum, N * C);
     if (has_post_norm(c)) new_array(m, &net->dbranch, N * C);
@@ -1204,8 +1222,8 @@ void model_create(Model *m, const Options *o, int B, int training) {
     m->allocations = (void **)allocate(40 + 20 * c->L, sizeof(void *));  // room for all
     m->network = allocate(1, sizeof(Network<float>));  // Network<bf16> has the same size
     with_network(m, [&](auto *net) { create_network(m, net, B, training); });
-    m->host_positions = (int *)allocate(N, sizeof(int));
-    m->host_starts = (int *)allocate(c->V + 1, sizeof(int));
+    m->host_occurrences.positions = (int *)allocate(N, sizeof(int));
+    m->host_occurrences.segments = (Segment *)allocate(N, sizeof(Segment));
     m->host_losses = (float *)allocate(N, sizeof(float));
     m->host_logits = (float *)allocate(2 * m->V, sizeof(float));
     m->host_squares = (float *)allocate(m->layout.num_chunks, sizeof(float));
@@ -1233,8 +1251,8 @@ void model_free(Model *m) {
     free_layout(&m->layout);
     void *on_host[] = {
         m->host.parameters, m->host.gradients, m->host.adam_m, m->host.adam_v, m->host_losses,
-        m->host_logits, m->host_positions, m->host_starts, m->host_squares, m->network,
-        m->allocations,
+        m->host_logits, m->host_occurrences.positions, m->host_occurrences.segments,
+        m->host_squares, m->network, m->allocations,
     };
     for (void *memory : on_host) free(memory);
 }
@@ -1505,7 +1523,7 @@ static void output_forward(Model *m, const Network<real> *net, int N, int learni
 // The backward pass from the losses, each with weight `scale`, to the embedding.
 template <class real>
 static void network_backward(Model *m, const Network<real> *net, float scale, int B, int T) {
-    int C = m->config.C, V = m->config.V, L = m->config.L, N = B * T;
+    int C = m->config.C, L = m->config.L, N = B * T;
     size_t n = (size_t)N * C;
     real *dx = net->dx;
     if (!m->backward_begun) output_forward(m, net, N, 1);
@@ -1524,17 +1542,7 @@ static void network_backward(Model *m, const Network<real> *net, float scale, in
         dx = sublayer_backward(m, net, l, 1, dx, B, T);
         dx = sublayer_backward(m, net, l, 0, dx, B, T);
     }
-    embedding_backward(parameter(m, m->gradients, EMBEDDING, -1), dx, m->positions, m->starts, V,
-                       C);
-}
-
-// Sorts the positions 0 .. N-1 by token, with a counting sort; those of one token stay in order.
-// positions (N); starts (V+1): where the positions of each token begin.
-static void sort_by_token(int *positions, int *starts, const int *tokens, int N, int V) {
-    memset(starts, 0, (V + 1) * sizeof(int));
-    for (int n = 0; n < N; n++) starts[tokens[n]]++;
-    for (int v = 0; v < V; v++) starts[v + 1] += starts[v];  // now starts[v] is the end of token v
-    for (int n = N - 1; n >= 0; n--) positions[--starts[tokens[n]]] = n;
+    embedding_backward(parameter(m, m->gradients, EMBEDDING, -1), dx, m->occurrences, C);
 }
 
 // Runs the network on the positions from `first` to T - 1 of B sequences. With targets, it writes
@@ -1547,14 +1555,8 @@ static void forward(Model *m, const int *tokens, const int *targets, int first, 
     upload(m->targets, targets, rows);
     with_network(m, [&](auto *net) { output_forward(m, net, rows, m->learning); });
     // The host sorts while the GPU computes. The next copy waits for the GPU.
-    if (m->gradients) sort_by_token(m->host_positions, m->host_starts, tokens, rows, m->config.V);
+    if (m->gradients) sort_by_token(&m->host_occurrences, tokens, rows, m->config.V);
     CUDA_CHECK(cudaMemcpy(m->host_losses, m->losses, rows * sizeof(float), cudaMemcpyDeviceToHost));
-}
-
-static double mean(const float *x, int n) {
-    double sum = 0;
-    for (int i = 0; i < n; i++) sum += x[i];
-    return sum / n;
 }
 
 double model_forward(Model *m, const int *tokens, const int *targets, int B, int T) {
@@ -1572,8 +1574,7 @@ double model_extend(Model *m, const int *tokens, const int *targets, int first, 
 // It does not need tokens and targets, because forward() has sorted the positions by token, and the
 // targets are on the GPU.
 void model_backward(Model *m, const int *, const int *, int B, int T, double scale) {
-    upload(m->positions, m->host_positions, (size_t)B * T);
-    upload(m->starts, m->host_starts, m->config.V + 1);
+    upload_occurrences(&m->occurrences, &m->host_occurrences, B * T);
     with_network(m, [&](auto *net) { network_backward(m, net, (float)scale, B, T); });
 }
 

@@ -62,7 +62,7 @@ static inline int ending_length(const Tokenizer *tokenizer, const uint16_t *endi
     char byte;
     int characters = 0, length;
     for (int i = 0; tokenizer->V && i < n; i++) {
-        const char *text = tokenizer_text(tokenizer, i ? ending[i - 1] : TOKEN_BOS, ending[i],
+        const char *text = tokenizer_text(tokenizer, i ? ending[i - 1] : (int)TOKEN_BOS, ending[i],
                                           &byte, &length);
         for (int j = 0; j < length; j++) characters += (text[j] & 0xC0) != 0x80;
     }

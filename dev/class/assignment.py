@@ -47,7 +47,8 @@ FUNCTIONS = {
         "gpas residual rmsnorm": "residual_gpas_rmsnorm_forward_kernel "
                                  "residual_gpas_rmsnorm_backward_kernel "
                                  "gpas_residual_rmsnorm_backward_kernel",
-        "embedding": "embedding_forward_kernel embedding_backward_kernel",
+        "embedding": "embedding_forward_kernel embedding_backward_kernel "
+                     "embedding_add_partial_kernel",
         "rope": "rope_forward rope_backward",
         "swiglu": "swiglu_forward_kernel swiglu_backward_kernel",
         "matmul": "matmul_forward matmul_backward",

@@ -199,7 +199,7 @@ static void time_backward(Model *m, const Network<bf16> *net, int B, int T) {
         rope_backward(net->dqkv, m->rope_table, B, T, C, C / NH);
     });
     time_kernel("embedding_backward", 1, [&] {
-        embedding_backward(dembedding, net->dx, m->positions, m->starts, m->config.V, C);
+        embedding_backward(dembedding, net->dx, m->occurrences, C);
     });
     time_kernel("gradients: zero, squares", 1, [&] {
         zero_gradients(m);

@@ -107,6 +107,7 @@ struct __nv_bfloat16 {
 };
 struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 INLINE __nv_bfloat16 __float2bfloat16_rn(float f) { return f; }
+INLINE __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
 INLINE float __bfloat162float(__nv_bfloat16 b) { return b; }
 
 enum cudaError_t {

@@ -1,5 +1,5 @@
 // device.h: defines bf16; CUDA_CHECK, LAUNCH_CHECK, open_device, scratch; Pack, load, store,
-// with_width, thread_index, grid_threads, threads_for, blocks_for; upload, scale_array; warp_sum,
+// with_width, thread_index, grid_threads, threads_for, blocks_for; upload, mean, scale_array; warp_sum,
 // warp_max, block_sum, block_max; variance: what all kernels are built from.
 #ifndef DEVICE_H
 #define DEVICE_H
@@ -73,6 +73,11 @@ template <class real, int W> __device__ inline void store(real *to, const float 
     *(Pack<real, W> *)to = pack;
 }
 
+// Two bf16 as one number of 32 bits: in some places nvcc would store a Pack as two of 16 bits.
+__device__ inline void store(bf16 *to, const float (&from)[2]) {
+    *(__nv_bfloat162 *)to = __floats2bfloat162_rn(from[0], from[1]);
+}
+
 // Calls launch(W), where W is how many numbers a thread loads at once from rows of n numbers: as
 // many as 16 bytes hold, or 1 if n is not a multiple of that. W is a constant, so it can be a
 // template argument of a kernel.
@@ -100,6 +105,13 @@ static inline unsigned blocks_for(size_t n, int threads) {
 // Copies n numbers from the host to the GPU.
 template <class number> static inline void upload(number *device, const number *host, size_t n) {
     CUDA_CHECK(cudaMemcpy(device, host, n * sizeof(number), cudaMemcpyHostToDevice));
+}
+
+// Returns the mean of x (n), which is on the host.
+static inline double mean(const float *x, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i];
+    return sum / n;
 }
 
 // Computes y = factor x, or y += factor x. y, x (n).

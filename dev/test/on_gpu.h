@@ -100,13 +100,18 @@ static void embedding_forward(float *out, const int *tokens, const float *weight
 
 static void embedding_backward(float *dweight, const float *dout, const int *tokens, int N, int C) {
     int V = *std::max_element(tokens, tokens + N) + 1;
-    int *order = (int *)allocate(N + V + 1, sizeof(int));
-    sort_by_token(order, order + N, tokens, N, V);
+    Occurrences host = {(int *)allocate(N, sizeof(int)),
+                        (Segment *)allocate(N, sizeof(Segment)), 0, 0};
+    sort_by_token(&host, tokens, N, V);
     OnGpu<real> dy(dout, (size_t)N * C);
     OnGpu<float> dw(dweight, (size_t)V * C);
-    Constants<int> positions(order, N), starts(order + N, V + 1);
-    ::embedding_backward<real>(dw.p, dy.p, positions.p, starts.p, V, C);
-    free(order);
+    Scratch<int> positions(N);
+    Scratch<Segment> segments(N);
+    Occurrences o = {positions.p, segments.p, 0, 0};
+    upload_occurrences(&o, &host, N);
+    ::embedding_backward<real>(dw.p, dy.p, o, C);
+    free(host.positions);
+    free(host.segments);
 }
 
 static void rope_forward(float *qkv, const float *table, int B, int T, int C, int hs) {
