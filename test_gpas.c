@@ -27,7 +27,7 @@ check, then `N passed, N failed`.
 #include "dev/test/cpu.h"
 typedef CUDA_REAL real;
 enum { DTYPE = sizeof(real) == sizeof(float) ? DTYPE_FP32 : DTYPE_BF16 };
-static size_t memory_of(const Model *m) { return m->bytes; }
+static size_t memory_of(const Model *m) { return m->arrays.bytes; }
 namespace kernels {  // its layers take arrays on the host and shadow those of train_gpas.cu
 #include "dev/test/on_gpu.h"
 // adamw_update() with the hyperparameters in an array: lr, beta1, beta2, eps, weight decay.

@@ -37,7 +37,7 @@ its part, and a second kernel adds the parts in order.
 
 Without a GPU the same source runs on the CPU, slowly, through dev/gpu/cuda_on_cpu.h.
 */
-#include "dev/gpu/device.h"    // defines: bf16, CUDA_CHECK, load, store, with_width, block_sum, ...
+#include "dev/gpu/device.h"    // defines: bf16, CUDA_CHECK, new_array, load, store, with_width, ...
 #include "dev/gpu/cublaslt.h"  // defines: gemm
 #include "dev/gpu/layout.h"    // defines: Layout, Chunk, lay_out, offset_of, copy_tensors
 #include "dev/gpu/occurrences.h"  // defines: Occurrences, Segment, sort_by_token, ...
@@ -174,11 +174,10 @@ static void embedding_forward(real *out, const int *tokens, const float *weight,
 // Given dy, compute dw.
 //   The gradient of a token's row is the sum of dy over the positions where the token occurs.
 // The host has sorted the positions by token, and has cut those of each token into segments of at
-// most 32. A block sums one segment: if it summed all positions of a token, that of the most
-// frequent token would run long after all others had ended. The sum of a token's only segment is
-// added to dw. Segments 0 to num_partial - 1, whose tokens have several, write theirs to partial.
-// dweight (V,C), added to; partial (num_partial,C); dout (N,C); positions (N);
-// segments (gridDim.x).
+// most 32. A block sums one segment. (With one block for each token, that of the most frequent one
+// would run long after all others.) The sum of a token's only segment is added to dw. Segments 0 to
+// num_partial - 1, whose tokens have several, write theirs to partial.
+// dweight (V,C), added to; partial (num_partial,C); dout (N,C); positions (N).
 template <class real, int W>
 __global__ void embedding_backward_kernel(float *dweight, float *partial, const real *dout,
                                           const int *positions, const Segment *segments,
@@ -520,6 +519,13 @@ template <class real> static void residual_gpas_rmsnorm_backward(Fused<real> f, 
     LAUNCH_CHECK();
 }
 
+// Rotates (x0, x1) by an angle, given its cosine and sine.
+__device__ inline void rotate(float &x0, float &x1, float cosine, float sine) {
+    float x = x0;
+    x0 = x * cosine - x1 * sine;
+    x1 = x * sine + x1 * cosine;
+}
+
 // RoPE (arXiv 2104.09864) rotates each pair (x0, x1) of adjacent channels of the queries and keys,
 // in place. One block rotates one position, and each thread W channels of one head at a time.
 // qkv (B,T,3C); table (T,hs/2,2): cosine and sine. direction: 1, or -1 to rotate back.
@@ -528,15 +534,11 @@ __global__ void rope_kernel(real *qkv, const float *table, int T, int C, int hs,
     real *row = qkv + (size_t)blockIdx.x * 3 * C;
     const float *cos_sin = table + (size_t)(blockIdx.x % T) * hs;
     for (int c = threadIdx.x * W; c < 2 * C; c += blockDim.x * W) {
-        float x[W], angle[W], y[W];
+        float x[W], angle[W];
         load(x, row + c);
         load(angle, cos_sin + c % hs);
-        for (int k = 0; k < W; k += 2) {
-            float cosine = angle[k], sine = direction * angle[k + 1];
-            y[k] = x[k] * cosine - x[k + 1] * sine;
-            y[k + 1] = x[k] * sine + x[k + 1] * cosine;
-        }
-        store(row + c, y);
+        for (int k = 0; k < W; k += 2) rotate(x[k], x[k + 1], angle[k], direction * angle[k + 1]);
+        store(row + c, x);
     }
 }
 
@@ -563,6 +565,21 @@ static void rope_forward(real *qkv, const float *table, int B, int T, int C, int
 template <class real>
 static void rope_backward(real *dqkv, const float *table, int B, int T, int C, int hs) {
     rope_rotate(dqkv, table, B, T, C, hs, -1);
+}
+
+// The same backward pass for 16 rows of dq or dk, from position t0 on, in the registers of a warp:
+// see attention_backward(). A lane holds both channels of a pair. With table = NULL nothing changes.
+template <int HS>
+__device__ inline void rotate_back(Accumulator<HS> &dx, const float *table, int t0, int T, int hs) {
+    for (int j = 0; j < HS / 8; j++) {
+        for (int half = 0; half < 2; half++) {
+            int t = t0 + row_of(half), c = column_of(j, 0);
+            float angle[2];
+            if (!table || t >= T || c >= hs) continue;
+            load(angle, table + (size_t)t * hs + c);
+            rotate(dx.d[j][2 * half], dx.d[j][2 * half + 1], angle[0], -angle[1]);
+        }
+    }
 }
 
 // Returns 1 / (1 + e^-x). An ordinary division takes 10 instructions, enough to make the kernels
@@ -667,11 +684,6 @@ are copied asynchronously: while the warps multiply one tile, the next one is be
 seldom wait for memory. With float the same kernels run without tensor cores, which would round to
 TF32. This is slow, and meant for checking.
 */
-constexpr float LOG2_E = 1.44269504f;  // e^x = 2^(x log2 e), and 2^x is a single instruction
-
-// How many blocks should share a processor, so that one computes while another waits. They share
-// its 65536 registers, so 3 blocks of 128 threads leave 168 for each thread.
-template <int HS> constexpr int BLOCKS = HS <= 64 ? 3 : 2;
 
 // The shape of the arrays and of a launch. A launch has one block for every 64 rows of every head:
 // block i belongs to head i / head_blocks. Head b NH + h is head h of sequence b.
@@ -679,11 +691,12 @@ struct AttentionShape {
     int T, C, NH, hs;
     int head_blocks;  // blocks for each head
     float scale;      // 1/sqrt(hs)
+    const float *table;  // see attention_backward()
 };
 
-static AttentionShape attention_shape(int rows, int T, int C, int NH) {
+static AttentionShape attention_shape(int rows, int T, int C, int NH, const float *table) {
     int hs = C / NH;
-    return {T, C, NH, hs, (rows + ROWS - 1) / ROWS, 1 / sqrtf((float)hs)};
+    return {T, C, NH, hs, (rows + ROWS - 1) / ROWS, 1 / sqrtf((float)hs), table};
 }
 
 // Returns the part of x (B,T,stride) that belongs to this block's head, (T,hs). x points to the
@@ -852,6 +865,7 @@ attention_backward_q_kernel(real *dqkv, float *delta, const real *dout, const re
         }
         multiply_add(dq, dS, keys[now]);                // dQ += dS K, to be scaled
     }
+    rotate_back(dq, shape.table, t0, T, shape.hs);
     store_rows(head_of(dqkv, T, 3 * C, shape), t0, dq, {shape.scale, shape.scale});
 }
 
@@ -911,6 +925,7 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
             multiply_add(dk, dS, queries[now] + c);            // dK += dS^T Q, to be scaled
         }
     }
+    rotate_back(dk, shape.table, s0, T, shape.hs);
     store_rows(head_of(dqkv + C, T, 3 * C, shape), s0, dk, {shape.scale, shape.scale});
     store_rows(head_of(dqkv + 2 * C, T, 3 * C, shape), s0, dv, {1, 1});
 }
@@ -920,7 +935,7 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
 template <class real>
 static void attention_forward(real *out, float *lse, const real *qkv, int first, int B, int T,
                               int C, int NH) {
-    AttentionShape shape = attention_shape(T - first, T, C, NH);
+    AttentionShape shape = attention_shape(T - first, T, C, NH, NULL);
     int blocks = B * NH * shape.head_blocks;
     with_head(C / NH, [&](auto HS) {
         attention_forward_kernel<real, HS><<<blocks, THREADS>>>(out, lse, qkv, first, shape);
@@ -928,11 +943,13 @@ static void attention_forward(real *out, float *lse, const real *qkv, int first,
     LAUNCH_CHECK();
 }
 
+// With RoPE's table (T,hs/2,2) it also computes RoPE's backward pass: it rotates dq and dk before it
+// stores them, which saves a kernel that reads and writes both. With NULL it does not.
 // dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T).
 template <class real>
 static void attention_backward(real *dqkv, const real *dout, const real *out, const float *lse,
-                               const real *qkv, int B, int T, int C, int NH) {
-    AttentionShape shape = attention_shape(T, T, C, NH);
+                               const real *qkv, const float *table, int B, int T, int C, int NH) {
+    AttentionShape shape = attention_shape(T, T, C, NH, table);
     int blocks = B * NH * shape.head_blocks;
     float *delta = scratch((size_t)B * NH * T);
     with_head(C / NH, [&](auto HS) {
@@ -1066,28 +1083,13 @@ struct Model {
     int keeps_keys, first;       // as in train_gpas.c
     int learning;                // 1 between zero_gradients() and model_update()
     int backward_begun;          // 1: output_forward() has begun the backward pass
-    void **allocations;          // all arrays on the GPU, to be freed
-    size_t bytes;                // of these arrays
-    int num_allocations;
-    int planning;                // 1: new_array() only counts bytes
+    DeviceArrays arrays;         // all arrays on the GPU
 };
 
 // Calls f with the model's network, which is a Network<bf16> or a Network<float>.
 template <class Function> static auto with_network(const Model *m, Function f) {
     if (m->options->dtype == DTYPE_BF16) return f((Network<bf16> *)m->network);
     return f((Network<float> *)m->network);
-}
-
-// Allocates n numbers on the GPU for *array. While planning it only counts their bytes.
-template <class number> static void new_array(Model *m, number **array, size_t n) {
-    size_t bytes = (n * sizeof(number) + 255) / 256 * 256;
-    *array = NULL;
-    if (m->planning) {
-        m->bytes += bytes;
-        return;
-    }
-    CUDA_CHECK(cudaMalloc((void **)array, bytes));
-    m->allocations[m->num_allocations++] = *array;
 }
 
 // Returns a tensor's place in `block`, an array of all tensors, or NULL if the network lacks it.
@@ -1118,20 +1120,21 @@ static Gate layer_gate(const Model *m, int l) {
 template <class real>
 static void create_activations(Model *m, Network<real> *net, int i, int lender, size_t N) {
     const Config *c = &m->config;
+    DeviceArrays *r = &m->arrays;
     size_t C = c->C, H = m->H;
     Activations<real> *a = &net->activations[i];
     *a = net->activations[lender];
-    new_array(m, &a->rstd, N);
-    new_array(m, &a->normed, N * C);
-    new_array(m, &a->sum, N * C);
-    if (i % 2 == 0) new_array(m, &a->lse, N * c->NH);
-    if (i % 2 == 0 && (lender == i || m->keeps_keys)) new_array(m, &a->qkv, 3 * N * C);
-    if (i % 2 == 1 && lender == i) new_array(m, &a->pre_act, 2 * N * H);
-    if (lender == i) new_array(m, &a->hidden, N * (i % 2 ? H : C));
-    if (i == 0 || has_post_norm(c)) new_array(m, &a->branch, N * C);
+    new_array(r, &a->rstd, N);
+    new_array(r, &a->normed, N * C);
+    new_array(r, &a->sum, N * C);
+    if (i % 2 == 0) new_array(r, &a->lse, N * c->NH);
+    if (i % 2 == 0 && (lender == i || m->keeps_keys)) new_array(r, &a->qkv, 3 * N * C);
+    if (i % 2 == 1 && lender == i) new_array(r, &a->pre_act, 2 * N * H);
+    if (lender == i) new_array(r, &a->hidden, N * (i % 2 ? H : C));
+    if (i == 0 || has_post_norm(c)) new_array(r, &a->branch, N * C);
     else a->branch = net->activations->branch;
-    if (has_post_norm(c)) new_array(m, &a->post_rstd, N);
-    if (c->gpas && !m->options->fused) new_array(m, &a->scaled, N * C);
+    if (has_post_norm(c)) new_array(r, &a->post_rstd, N);
+    if (c->gpas && !m->options->fused) new_array(r, &a->scaled, N * C);
 }
 
 // The logits of N tokens would be the largest array of all, so they are computed for a quarter of
@@ -1142,38 +1145,39 @@ static int logit_rows(int N) { return imin(N, ((N + 3) / 4 + 63) / 64 * 64); }
 template <class real>
 static void create_arrays(Model *m, Network<real> *net, int B, int training) {
     const Config *c = &m->config;
+    DeviceArrays *r = &m->arrays;
     size_t T = c->T, C = c->C, H = m->H, N = B * T;
     int share = m->options->recompute || !training;
-    new_array(m, &m->parameters, m->layout.size);
+    new_array(r, &m->parameters, m->layout.size);
     net->weights = (real *)m->parameters;
-    if (sizeof(real) < sizeof(float)) new_array(m, &net->weights, m->layout.size);
-    new_array(m, &net->embedded, N * C);
+    if (sizeof(real) < sizeof(float)) new_array(r, &net->weights, m->layout.size);
+    new_array(r, &net->embedded, N * C);
     for (int i = 0; i < 2 * c->L; i++) create_activations(m, net, i, share ? i % 2 : i, N);
-    if (has_post_norm(c)) new_array(m, &net->post_normed, N * C);
-    new_array(m, &net->activations[2 * c->L].normed, N * C);
-    new_array(m, &net->activations[2 * c->L].rstd, N);
-    new_array(m, &net->logits, (size_t)logit_rows(N) * m->V);
-    new_array(m, &m->losses, N);
-    new_array(m, &m->rope_table, T * (C / c->NH));
-    new_array(m, &m->tokens, N);
-    new_array(m, &m->targets, N);
+    if (has_post_norm(c)) new_array(r, &net->post_normed, N * C);
+    new_array(r, &net->activations[2 * c->L].normed, N * C);
+    new_array(r, &net->activations[2 * c->L].rstd, N);
+    new_array(r, &net->logits, (size_t)logit_rows(N) * m->V);
+    new_array(r, &m->losses, N);
+    new_array(r, &m->rope_table, T * (C / c->NH));
+    new_array(r, &m->tokens, N);
+    new_array(r, &m->targets, N);
     if (!training) return;
-    new_array(m, &m->gradients, m->layout.size);
-    new_array(m, &m->adam_m, m->layout.size);
-    new_array(m, &m->adam_v, m->layout.size);
-    new_array(m, &m->chunks, m->layout.num_chunks);
-    new_array(m, &m->squares, m->layout.num_chunks);
-    new_array(m, &m->doutput, m->V * C);
-    new_array(m, &m->occurrences.positions, N);
-    new_array(m, &m->occurrences.segments, N);
-    new_array(m, &net->dx, N * C);
-    if (norm_comes_last(c, 0)) new_array(m, &net->dsum, N * C);
-    if (has_post_norm(c)) new_array(m, &net->dbranch, N * C);
-    new_array(m, &net->dhidden, N * (C > H ? C : H));
-    new_array(m, &net->dqkv, N * (3 * C > 2 * H ? 3 * C : 2 * H));
+    new_array(r, &m->gradients, m->layout.size);
+    new_array(r, &m->adam_m, m->layout.size);
+    new_array(r, &m->adam_v, m->layout.size);
+    new_array(r, &m->chunks, m->layout.num_chunks);
+    new_array(r, &m->squares, m->layout.num_chunks);
+    new_array(r, &m->doutput, m->V * C);
+    new_array(r, &m->occurrences.positions, N);
+    new_array(r, &m->occurrences.segments, N);
+    new_array(r, &net->dx, N * C);
+    if (norm_comes_last(c, 0)) new_array(r, &net->dsum, N * C);
+    if (has_post_norm(c)) new_array(r, &net->dbranch, N * C);
+    new_array(r, &net->dhidden, N * (C > H ? C : H));
+    new_array(r, &net->dqkv, N * (3 * C > 2 * H ? 3 * C : 2 * H));
     net->dpre_act = net->dqkv;
-    new_array(m, &net->dfinp, N * C);
-    if (!norm_comes_last(c, c->L - 1)) new_array(m, &net->dx_branch, N * C);
+    new_array(r, &net->dfinp, N * C);
+    if (!norm_comes_last(c, c->L - 1)) new_array(r, &net->dx_branch, N * C);
 }
 
 // Counts the GPU memory, exits if there is too little, and allocates it.
@@ -1183,15 +1187,14 @@ static void create_network(Model *m, Network<real> *net, int B, int training) {
     size_t free_bytes, total_bytes;
     net->activations = (Activations<real> *)allocate(2 * m->config.L + 1,
                                                      sizeof(Activations<real>));
-    m->planning = 1;
     create_arrays(m, net, B, training);
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
-    size_t needed = m->bytes + SPARE;
+    size_t needed = m->arrays.bytes + SPARE;
     if (needed > free_bytes)
         die("not enough GPU memory: %zu MiB needed, %zu of %zu MiB free; lower --batch or "
             "--seq-len%s", needed >> 20, free_bytes >> 20, total_bytes >> 20,
             m->options->recompute || !training ? "" : ", or try --recompute on");
-    m->planning = 0;
+    begin_allocating(&m->arrays);
     create_arrays(m, net, B, training);
 }
 
@@ -1219,7 +1222,6 @@ void model_create(Model *m, const Options *o, int B, int training) {
     m->list = m->layout.list;
     m->H = m->layout.H;
     m->V = m->layout.V;
-    m->allocations = (void **)allocate(40 + 20 * c->L, sizeof(void *));  // room for all
     m->network = allocate(1, sizeof(Network<float>));  // Network<bf16> has the same size
     with_network(m, [&](auto *net) { create_network(m, net, B, training); });
     m->host_occurrences.positions = (int *)allocate(N, sizeof(int));
@@ -1231,13 +1233,9 @@ void model_create(Model *m, const Options *o, int B, int training) {
     rope_angles(table, c->T, c->C / c->NH);
     upload(m->rope_table, table, angles);
     free(table);
-    CUDA_CHECK(cudaMemset(m->parameters, 0, m->layout.size * sizeof(float)));
-    if (training) {
-        CUDA_CHECK(cudaMemset(m->adam_m, 0, m->layout.size * sizeof(float)));
-        CUDA_CHECK(cudaMemset(m->adam_v, 0, m->layout.size * sizeof(float)));
-        upload(m->chunks, m->layout.chunks, m->layout.num_chunks);
-        CUDA_CHECK(cudaMemset(m->gradients, 0, m->layout.size * sizeof(float)));
-    }
+    if (training) upload(m->chunks, m->layout.chunks, m->layout.num_chunks);
+    for (float *block : {m->parameters, m->gradients, m->adam_m, m->adam_v})
+        if (block) CUDA_CHECK(cudaMemset(block, 0, m->layout.size * sizeof(float)));
     m->host.o = o;
     m->host.list = m->list;
     m->host.parameters = (float *)allocate(m->list.size, sizeof(float));
@@ -1246,13 +1244,13 @@ void model_create(Model *m, const Options *o, int B, int training) {
 }
 
 void model_free(Model *m) {
-    while (m->num_allocations) CUDA_CHECK(cudaFree(m->allocations[--m->num_allocations]));
+    free_arrays(&m->arrays);
     with_network(m, [](auto *net) { free(net->activations); });
     free_layout(&m->layout);
     void *on_host[] = {
         m->host.parameters, m->host.gradients, m->host.adam_m, m->host.adam_v, m->host_losses,
         m->host_logits, m->host_occurrences.positions, m->host_occurrences.segments,
-        m->host_squares, m->network, m->allocations,
+        m->host_squares, m->network,
     };
     for (void *memory : on_host) free(memory);
 }
@@ -1260,7 +1258,7 @@ void model_free(Model *m) {
 void model_device(const Model *m, char *text) {
     cudaDeviceProp device;
     CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
-    snprintf(text, TEXT_SIZE, "%s, %zu MiB of memory used", device.name, m->bytes >> 20);
+    snprintf(text, TEXT_SIZE, "%s, %zu MiB of memory used", device.name, m->arrays.bytes >> 20);
 }
 
 Snapshot model_snapshot(Model *m) {
@@ -1318,8 +1316,9 @@ static void branch_backward(const Model *m, const Network<real> *net, int l, int
     const Activations<real> *a = &net->activations[2 * l + sub];
     if (sub == 0) {
         matmul_backward(net->dhidden, d.wo, dout, a->hidden, w.wo, N, C, C);
-        attention_backward(net->dqkv, net->dhidden, a->hidden, a->lse, a->qkv, B, T, C, NH);
-        rope_backward(net->dqkv, m->rope_table, B, T, C, C / NH);
+        const float *table = m->options->fused ? m->rope_table : NULL;
+        attention_backward(net->dqkv, net->dhidden, a->hidden, a->lse, a->qkv, table, B, T, C, NH);
+        if (!table) rope_backward(net->dqkv, m->rope_table, B, T, C, C / NH);
         matmul_backward(dinp, d.wqkv, net->dqkv, inp, w.wqkv, N, C, 3 * C);
     } else {
         matmul_backward(net->dhidden, d.w2, dout, a->hidden, w.w2, N, H, C);

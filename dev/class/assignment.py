@@ -49,7 +49,7 @@ FUNCTIONS = {
                                  "gpas_residual_rmsnorm_backward_kernel",
         "embedding": "embedding_forward_kernel embedding_backward_kernel "
                      "embedding_add_partial_kernel",
-        "rope": "rope_forward rope_backward",
+        "rope": "rope_forward rope_backward rotate_back",
         "swiglu": "swiglu_forward_kernel swiglu_backward_kernel",
         "matmul": "matmul_forward matmul_backward",
         "attention": "attention_forward_kernel "
@@ -61,7 +61,7 @@ FUNCTIONS = {
 LAYERS = list(FUNCTIONS["train_gpas.c"])
 
 # What layers are built with. It is given, even if only one layer calls it.
-TOOLS = {"sigmoid", "head_of"}
+TOOLS = {"sigmoid", "head_of", "rotate_back"}
 
 # What gives a layer away in a comment, but is not indented below a "Given".
 SPOILERS = {
@@ -108,7 +108,7 @@ VARIANT = {
         ("        load(x, row + c);\n        store(out + (size_t)blockIdx.x * C + c, x);",
          "        load(x, row + c);\n        for (int k = 0; k < W; k++) x[k] *= sqrtf((float)C);\n"
          "        store(out + (size_t)blockIdx.x * C + c, x);"),
-        ("+ channel] += total;", "+ channel] += sqrtf((float)C) * total;"),
+        ("sum[k] += dy[k];", "sum[k] += sqrtf((float)C) * dy[k];"),
     ],
 }
 VARIANT_TOLD = """This is a variant of the project's network: RMSNorm's eps is 1e-5, SwiGLU has

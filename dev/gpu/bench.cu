@@ -193,10 +193,7 @@ static void time_backward(Model *m, const Network<bf16> *net, int B, int T) {
     });
     time_kernel("attention_backward", L, [&] {
         attention_backward(net->dqkv, net->dhidden, attention->hidden, attention->lse,
-                           attention->qkv, B, T, C, NH);
-    });
-    time_kernel("rope_backward", L, [&] {
-        rope_backward(net->dqkv, m->rope_table, B, T, C, C / NH);
+                           attention->qkv, m->rope_table, B, T, C, NH);
     });
     time_kernel("embedding_backward", 1, [&] {
         embedding_backward(dembedding, net->dx, m->occurrences, C);
@@ -209,10 +206,10 @@ static void time_backward(Model *m, const Network<bf16> *net, int B, int T) {
     free(layers);
 }
 
-// The operations that --fused off runs in place of the two fused kernels, one after another. They
-// are not part of the step above; beside it, they show what fusing saves.
-static void time_unfused(Model *m, const Network<bf16> *net, int N) {
-    int C = m->config.C, L = m->config.L;
+// The operations that --fused off runs one after another, and the step above in fused kernels. They
+// are not part of this step; beside it, they show what fusing saves.
+static void time_unfused(Model *m, const Network<bf16> *net, int B, int T) {
+    int C = m->config.C, L = m->config.L, N = B * T;
     size_t n = (size_t)N * C;
     Gate gate = layer_gate(m, 0);
     Fused<bf16> f = fused_example(m, net, N);
@@ -226,6 +223,9 @@ static void time_unfused(Model *m, const Network<bf16> *net, int N) {
         rmsnorm_backward(net->dx_branch, f.dweight, net->dfinp, y, f.weight, f.rstd, N, C);
         residual_forward(f.dx, f.dx, net->dx_branch, 1, n);
         gpas_backward(f.dx, f.dgate, f.dx, f.sum, gate, n);
+    });
+    time_kernel("rope_backward", L, [&] {
+        rope_backward(net->dqkv, m->rope_table, B, T, C, C / m->config.NH);
     });
 }
 
@@ -309,7 +309,7 @@ static void print_speed(const Model *m, Row row, double ms, double rate) {
     double speed = N * (6 * parameters + 6 * L * C * T) / (ms / 1e3);
     printf("%-6s %5d %5d %5s %10.0f %9.1f %8.1f %8.1f %6.1f%% %8.2f\n", row.preset, o->batch,
            o->seq_len, row.dtype, N / (ms / 1e3), ms, speed / 1e12, rate / 1e12, 100 * speed / rate,
-           (m->bytes + WORKSPACE) / 1073741824.0);
+           (m->arrays.bytes + WORKSPACE) / 1073741824.0);
 }
 
 static void bench(Row row, Report report) {
@@ -340,7 +340,7 @@ static void bench(Row row, Report report) {
         time_products(&m, net, N);
         time_forward(&m, net, B, T);
         time_backward(&m, net, B, T);
-        time_unfused(&m, net, N);
+        time_unfused(&m, net, B, T);
     } else {
         time_choices();
     }

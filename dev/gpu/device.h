@@ -1,6 +1,7 @@
-// device.h: defines bf16; CUDA_CHECK, LAUNCH_CHECK, open_device, scratch; Pack, load, store,
-// with_width, thread_index, grid_threads, threads_for, blocks_for; upload, mean, scale_array; warp_sum,
-// warp_max, block_sum, block_max; variance: what all kernels are built from.
+// device.h: defines bf16; CUDA_CHECK, LAUNCH_CHECK, open_device; scratch, DeviceArrays, new_array,
+// begin_allocating, free_arrays; Pack, load, store, with_width, thread_index, grid_threads,
+// threads_for, blocks_for; upload, mean, scale_array; LOG2_E, warp_sum, warp_max, block_sum,
+// block_max; variance: what all kernels are built from.
 #ifndef DEVICE_H
 #define DEVICE_H
 #include "../utils.h"
@@ -52,6 +53,37 @@ static inline float *scratch(size_t n) {
         size = n;
     }
     return memory;
+}
+
+// The arrays of a model. They are created twice: first only to count them and their bytes, and,
+// after begin_allocating(), to allocate them.
+typedef struct {
+    void **allocated;  // (count) or, while counting, NULL
+    int count;
+    size_t bytes;
+} DeviceArrays;
+
+// Creates *array, of n numbers. While counting it becomes NULL.
+template <class number> static void new_array(DeviceArrays *r, number **array, size_t n) {
+    size_t bytes = (n * sizeof(number) + 255) / 256 * 256;
+    *array = NULL;
+    if (r->allocated) {
+        CUDA_CHECK(cudaMalloc((void **)array, bytes));
+        r->allocated[r->count] = *array;
+    } else {
+        r->bytes += bytes;
+    }
+    r->count++;
+}
+
+static inline void begin_allocating(DeviceArrays *r) {
+    r->allocated = (void **)allocate(r->count, sizeof(void *));
+    r->count = 0;
+}
+
+static inline void free_arrays(DeviceArrays *r) {
+    while (r->count > 0) CUDA_CHECK(cudaFree(r->allocated[--r->count]));
+    free(r->allocated);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -126,6 +158,8 @@ static void scale_array(to *y, const from *x, float factor, int accumulate, size
     scale_kernel<to, from><<<blocks_for(n, 256), 256>>>(y, x, factor, accumulate, n);
     LAUNCH_CHECK();
 }
+
+constexpr float LOG2_E = 1.44269504f;  // e^x = 2^(x log2 e), and 2^x is a single instruction
 
 // ------------------------------------------------------------------------------------------------
 // Sums and maxima over a warp or a block. All its threads receive the result.

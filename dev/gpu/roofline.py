@@ -65,7 +65,6 @@ def kernels(C, H, L, NH, B, T):
     # Two kernels that both compute S and dP. The first loads q, k, v, dout and out, and stores dq.
     # The second loads q, k, v and dout, and stores dk and dv.
     rows += [("attention_backward", L, 7 * N * T * C, 12 * x),
-             ("rope_backward", L, 0, 4 * x),
              ("swiglu_backward", L, 0, 2 * 5 * N * H),
              ("embedding_backward", 1, 0, x + 8 * V * C),
              ("gradients: zero, squares", 1, 0, 8 * P),
@@ -74,10 +73,11 @@ def kernels(C, H, L, NH, B, T):
 
 
 def unfused(C, L, B, T):
-    """The same rows for what --fused off runs instead of the two fused kernels."""
+    """The same rows for what --fused off runs instead of fused kernels."""
     x = 2 * B * T * C
     return [("residual_forward, gpas_forward, rmsnorm_forward", 2 * L, 0, 7 * x),
-            ("rmsnorm_backward, residual_forward, gpas_backward", 2 * L, 0, 9 * x)]
+            ("rmsnorm_backward, residual_forward, gpas_backward", 2 * L, 0, 9 * x),
+            ("rope_backward", L, 0, 4 * x)]
 
 
 def add_floor(o, row):

@@ -158,12 +158,28 @@ static void attention_forward(float *out, float *lse, const float *qkv, int firs
     ::attention_forward<real>(y.p, l.p, x.p, first, B, T, C, NH);
 }
 
+// The kernels are called with RoPE's table, as in training. They rotate dq and dk back, and this
+// rotates them forward again.
 static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse,
                                const float *qkv, int B, int T, int C, int NH) {
+    int hs = C / NH;
     size_t n = (size_t)B * T * C, rows = (size_t)B * NH * T;
-    OnGpu<real> dx(dqkv, 3 * n), dy(dout, n), y(out, n), x(qkv, 3 * n);
-    OnGpu<float> l(lse, rows);
-    ::attention_backward<real>(dx.p, dy.p, y.p, l.p, x.p, B, T, C, NH);
+    float *table = (float *)allocate((size_t)T * hs, sizeof(float));
+    rope_angles(table, T, hs);
+    {
+        OnGpu<real> dx(dqkv, 3 * n), dy(dout, n), y(out, n), x(qkv, 3 * n);
+        OnGpu<float> l(lse, rows), angles((const float *)table, (size_t)T * hs);
+        ::attention_backward<real>(dx.p, dy.p, y.p, l.p, x.p, angles.p, B, T, C, NH);
+    }
+    for (int t = 0; t < B * T; t++) {
+        for (int c = 0; c < 2 * C; c += 2) {
+            float *pair = dqkv + (size_t)t * 3 * C + c, x0 = pair[0];
+            const float *angle = table + (size_t)(t % T) * hs + c % hs;
+            pair[0] = x0 * angle[0] - pair[1] * angle[1];
+            pair[1] = x0 * angle[1] + pair[1] * angle[0];
+        }
+    }
+    free(table);
 }
 
 // The kernel does not store lse, which is the loss plus the target's logit.
