@@ -1063,7 +1063,7 @@ static void test_attention_tiles(void) {
 }
 
 static void test_row_tiles(void) {
-    static const int shapes[][2] = {{70, 8}, {3, 1000}, {2, 2056}, {5, 301}, {2100, 4}};
+    static const int shapes[][2] = {{70, 8}, {70, 5}, {3, 1000}, {2, 2056}, {5, 301}, {2100, 4}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         int N = shapes[i][0], C = shapes[i][1], tokens[2100];
         size_t n = (size_t)N * C;
@@ -1089,7 +1089,7 @@ static void test_row_tiles(void) {
         for (int k = 0; k < N; k++) tokens[k] = k < 40 ? 2 : k * k % 7;  // one token many times
         embedding_backward(dw, dy, tokens, N, C);
         cpu->embedding_backward(cpu_dw, dy, tokens, N, C);
-        against_cpu("embedding_backward", shape, dw, cpu_dw, 3 * C, BACKWARD);
+        against_cpu("embedding_backward", shape, dw, cpu_dw, 7 * C, BACKWARD);
     }
 }
 
@@ -1144,28 +1144,28 @@ static void test_wide_rows(void) {
     check_close("rope_forward: rows of 3 x 2056", qkv, expected, 3 * N * C, tolerances[FORWARD], 0);
 }
 
-// The positions of each token must come in order, whatever the arrays held before, and first those
-// of the token that has several segments.
+// The positions of each token must come in order, whatever the arrays held before. The segments of
+// token 3, which has several, must come first.
 static void test_sort_by_token(void) {
     enum { N = 2 * SEGMENT + 6, V = 5 };
-    static const int last[5] = {5, 0, 3, 2, 6}, first[7] = {3, 0, 4, 3, 0, 1, 4};
+    static const int first_tokens[7] = {3, 0, 4, 3, 0, 1, 4};
+    static const int first_positions[6] = {1, 4, 5, 0, 3, 7};
     static const Segment expected[6] = {
-        {0, 0, SEGMENT, 3}, {0, SEGMENT, 2 * SEGMENT, 0}, {0, 2 * SEGMENT, 2 * SEGMENT + 1, 0},
-        {1, 2 * SEGMENT + 1, 2 * SEGMENT + 2, 1}, {3, 2 * SEGMENT + 2, 2 * SEGMENT + 4, 1},
-        {4, 2 * SEGMENT + 4, N, 1}};
-    int tokens[N] = {0}, positions[N];
+        {3, 3, SEGMENT + 3, 3}, {3, SEGMENT + 3, 2 * SEGMENT + 3, 0},
+        {3, 2 * SEGMENT + 3, N - 2, 0}, {0, 0, 2, 1}, {1, 2, 3, 1}, {4, N - 2, N, 1}};
+    int tokens[N], positions[N];
     Segment segments[N];
-    Occurrences o = {positions, segments, 9, 9};
-    memcpy(tokens, first, sizeof first);
+    Occurrences o = {positions, segments, 9, 9, 9};
+    for (int i = 0; i < N; i++) tokens[i] = i < 7 ? first_tokens[i] : 3;
     memset(positions, 9, sizeof positions);
     memset(segments, 9, sizeof segments);
     sort_by_token(&o, tokens, N, V);
-    check(positions[0] == 1 && positions[1] == 4 && positions[2] == 7 &&
-          memcmp(positions + N - 5, last, sizeof last) == 0,
-          "sort_by_token: the positions of five tokens", "the last is %d", positions[N - 1]);
-    check(o.num_segments == 6 && o.num_partial == 3 &&
+    check(memcmp(positions, first_positions, sizeof first_positions) == 0 &&
+          positions[N - 3] == N - 1 && positions[N - 2] == 2 && positions[N - 1] == 6,
+          "sort_by_token: the positions of four tokens", "the last is %d", positions[N - 1]);
+    check(o.num_positions == N && o.num_segments == 6 && o.num_partial == 3 &&
           memcmp(segments, expected, sizeof expected) == 0,
-          "sort_by_token: the segments of five tokens", "%d, %d of them partial",
+          "sort_by_token: the segments of four tokens", "%d, %d of them partial",
           o.num_segments, o.num_partial);
 }
 
@@ -1416,9 +1416,11 @@ static void test_fused_kernels(int N, int C, int norm_last, int stop_grad, int z
 // shrinks, so this test comes first, and each call needs more than the calls before it. The checked
 // build detects an access beyond the end.
 static void test_scratch(void) {
-    enum { T = 9, C = 8, NH = 2, n = T * C };
+    enum { T = 9, C = 8, NH = 2, n = T * C, WIDE = 1000 };
+    static const int tokens[SEGMENT + 1] = {0};
     float *qkv = random_floats(3 * n, 1, 1), *dqkv = zeros(3 * n), *dout = random_floats(n, 1, 2);
     float *out = zeros(n), *lse = zeros(NH * T), dgate = 0;
+    float *dy = random_floats((SEGMENT + 1) * WIDE, 1, 3), *dweight = zeros(WIDE);
     gpas_backward(out, &dgate, dout, qkv, 0.5f, GATE_SILU, 1, n);
     attention_forward(out, lse, qkv, 0, 1, T, C, NH);
     attention_backward(dqkv, dout, out, lse, qkv, 1, T, C, NH);
@@ -1426,6 +1428,7 @@ static void test_scratch(void) {
         OnGpu<real> x((const float *)qkv, n);
         variance(x.p, n);
     }
+    embedding_backward(dweight, dy, tokens, SEGMENT + 1, WIDE);
     test_fused_kernels(2100, 12, 0, 1, 0);
 }
 

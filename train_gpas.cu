@@ -40,7 +40,7 @@ Without a GPU the same source runs on the CPU, slowly, through dev/gpu/cuda_on_c
 #include "dev/gpu/device.h"    // defines: bf16, CUDA_CHECK, new_array, load, store, with_width, ...
 #include "dev/gpu/cublaslt.h"  // defines: gemm
 #include "dev/gpu/layout.h"    // defines: Layout, Chunk, lay_out, offset_of, copy_tensors
-#include "dev/gpu/occurrences.h"  // defines: Occurrences, Segment, sort_by_token, ...
+#include "dev/gpu/segments.h"  // defines: Occurrences, Segment, sort_by_token, ...
 #include "dev/gpu/tiles.h"     // defines: Tile, load_tile, multiply_transposed, multiply_add, ...
 #include "dev/gate.h"          // defines: gate_value, gate_slope, which are a(g) and a'(g)
 #include "dev/parameters.h"    // defines: Config, norm_comes_last, TensorList, rope_angles, ...
@@ -150,7 +150,7 @@ static void residual_backward(real *dshortcut, const real *dout, float A, size_t
 }
 
 // Row n of out is row tokens[n] of weight. There is one block for each row, and a thread loads W
-// numbers at once: see with_width(). Here W is 4 in bf16 too, because weight is in float.
+// numbers at once: see with_width(). Here W is 4 or 1, in bf16 too, because weight is in float.
 // out (N,C); weight (V,C); tokens (N).
 template <class real, int W>
 __global__ void embedding_forward_kernel(real *out, const int *tokens, const float *weight, int C) {
@@ -173,17 +173,16 @@ static void embedding_forward(real *out, const int *tokens, const float *weight,
 
 // Given dy, compute dw.
 //   The gradient of a token's row is the sum of dy over the positions where the token occurs.
-// The host has sorted the positions by token, and has cut those of each token into segments of at
-// most 32. A block sums one segment. (With one block for each token, that of the most frequent one
-// would run long after all others.) The sum of a token's only segment is added to dw. Segments 0 to
-// num_partial - 1, whose tokens have several, write theirs to partial.
-// dweight (V,C), added to; partial (num_partial,C); dout (N,C); positions (N).
+// The host has sorted the positions by token, and has cut those of each token into segments. Each
+// block sums one segment, so that no block of a frequent token runs long after all others. If the
+// segment is its token's only one, the sum is added to dw. The first num_partial segments belong to
+// tokens that have several; their sums become rows of partial, for the next kernel to add.
+// dweight (V,C), added to; partial (num_partial,C); dout (N,C); positions (N); segments (gridDim.x)
 template <class real, int W>
 __global__ void embedding_backward_kernel(float *dweight, float *partial, const real *dout,
-                                          const int *positions, const Segment *segments,
-                                          int num_partial, int C) {
+                                          const int *positions, const Segment *segments, int C) {
     Segment s = segments[blockIdx.x];
-    bool only = (int)blockIdx.x >= num_partial;
+    bool only = s.count == 1;
     float *row = only ? dweight + (size_t)s.token * C : partial + (size_t)blockIdx.x * C;
     for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
         float sum[W] = {0}, dy[W];
@@ -196,13 +195,14 @@ __global__ void embedding_backward_kernel(float *dweight, float *partial, const 
     }
 }
 
-// The second stage: for each token that has several segments, the block of its first segment adds
-// the sums of all of them to dweight (V,C), in order. partial (gridDim.x,C).
+// The second stage: block i, if segment i is its token's first one, adds the sums of all of them, in
+// order, to the token's row of dweight (V,C). partial (gridDim.x,C); segments (gridDim.x).
 __global__ void embedding_add_partial_kernel(float *dweight, const float *partial,
                                              const Segment *segments, int C) {
     Segment s = segments[blockIdx.x];
+    if (s.count == 0) return;
     const float *rows = partial + (size_t)blockIdx.x * C;
-    for (int c = threadIdx.x; c < C && s.count > 0; c += blockDim.x) {
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
         float sum = 0;
         for (int i = 0; i < s.count; i++) sum += rows[(size_t)i * C + c];
         dweight[(size_t)s.token * C + c] += sum;
@@ -211,16 +211,16 @@ __global__ void embedding_add_partial_kernel(float *dweight, const float *partia
 
 template <class real>
 static void embedding_backward(float *dweight, const real *dout, Occurrences o, int C) {
-    float *partial = scratch((size_t)o.num_partial * C);
-    with_width<float>(C, [&](auto W) {
+    float *partial = scratch((size_t)most_partial(o.num_positions) * C);
+    with_width<float>(C, [&](auto W) {  // dweight is in float
         int threads = threads_for(C / W, 256);
         embedding_backward_kernel<real, W><<<o.num_segments, threads>>>(
-            dweight, partial, dout, o.positions, o.segments, o.num_partial, C);
+            dweight, partial, dout, o.positions, o.segments, C);
     });
     LAUNCH_CHECK();
     if (o.num_partial == 0) return;
-    int threads = threads_for(C, 256);
-    embedding_add_partial_kernel<<<o.num_partial, threads>>>(dweight, partial, o.segments, C);
+    embedding_add_partial_kernel<<<o.num_partial, threads_for(C, 256)>>>(
+        dweight, partial, o.segments, C);
     LAUNCH_CHECK();
 }
 
@@ -567,21 +567,6 @@ static void rope_backward(real *dqkv, const float *table, int B, int T, int C, i
     rope_rotate(dqkv, table, B, T, C, hs, -1);
 }
 
-// The same backward pass for 16 rows of dq or dk, from position t0 on, in the registers of a warp:
-// see attention_backward(). A lane holds both channels of a pair. With table = NULL nothing changes.
-template <int HS>
-__device__ inline void rotate_back(Accumulator<HS> &dx, const float *table, int t0, int T, int hs) {
-    for (int j = 0; j < HS / 8; j++) {
-        for (int half = 0; half < 2; half++) {
-            int t = t0 + row_of(half), c = column_of(j, 0);
-            float angle[2];
-            if (!table || t >= T || c >= hs) continue;
-            load(angle, table + (size_t)t * hs + c);
-            rotate(dx.d[j][2 * half], dx.d[j][2 * half + 1], angle[0], -angle[1]);
-        }
-    }
-}
-
 // Returns 1 / (1 + e^-x). An ordinary division takes 10 instructions, enough to make the kernels
 // below wait for arithmetic and not for memory. __fdividef takes 2, and errs by at most two units
 // in the last place.
@@ -691,12 +676,11 @@ struct AttentionShape {
     int T, C, NH, hs;
     int head_blocks;  // blocks for each head
     float scale;      // 1/sqrt(hs)
-    const float *table;  // see attention_backward()
 };
 
-static AttentionShape attention_shape(int rows, int T, int C, int NH, const float *table) {
+static AttentionShape attention_shape(int rows, int T, int C, int NH) {
     int hs = C / NH;
-    return {T, C, NH, hs, (rows + ROWS - 1) / ROWS, 1 / sqrtf((float)hs), table};
+    return {T, C, NH, hs, (rows + ROWS - 1) / ROWS, 1 / sqrtf((float)hs)};
 }
 
 // Returns the part of x (B,T,stride) that belongs to this block's head, (T,hs). x points to the
@@ -719,6 +703,21 @@ __device__ inline void mask_tile(Accumulator<COLS> &S, int row0, int column0) {
         for (int i = 0; i < 4; i++) {
             int row = row0 + row_of(i / 2), column = column0 + column_of(j, i);
             if (transposed ? row > column : column > row) S.d[j][i] = -INFINITY;
+        }
+    }
+}
+
+// Computes RoPE's backward pass for 16 rows of dq or dk, from position t0 on, which a warp holds in
+// registers: both channels of a pair are in the same lane. Without a table it does nothing.
+template <int HS>
+__device__ inline void rotate_back(Accumulator<HS> &dx, const float *table, int t0, int T, int hs) {
+    for (int j = 0; j < HS / 8; j++) {
+        for (int half = 0; half < 2; half++) {
+            int t = t0 + row_of(half), c = column_of(j, 0);
+            float angle[2];
+            if (!table || t >= T || c >= hs) continue;
+            load(angle, table + (size_t)t * hs + c);
+            rotate(dx.d[j][2 * half], dx.d[j][2 * half + 1], angle[0], -angle[1]);
         }
     }
 }
@@ -815,12 +814,13 @@ __device__ inline void softmax_backward(float &S, float &dP, float scale, float 
 //   delta_t = sum_r P_tr dP_tr = dy_t . y_t
 // The loop is that of the forward pass. The next kernel computes S and dP again for dk and dv. If
 // this one computed dk and dv, blocks with different queries would add to the same numbers in
-// memory, in an order that varies from run to run.
+// memory, in an order that varies from run to run. rotate_back() rotates dq before it is stored.
 // dqkv, qkv (B,T,3C); dout, out (B,T,C); lse, delta (B,NH,T).
 template <class real, int HS>
 __global__ void __launch_bounds__(THREADS, BLOCKS<HS>)
 attention_backward_q_kernel(real *dqkv, float *delta, const real *dout, const real *out,
-                            const float *lse, const real *qkv, AttentionShape shape) {
+                            const float *lse, const real *qkv, const float *table,
+                            AttentionShape shape) {
     constexpr int COLS = HS == 128 ? 16 : 32;  // smaller, because S and dS share the registers
     __shared__ Tile<real, HS> keys[2][COLS];
     __shared__ Tile<real, HS> values[2][COLS];
@@ -865,7 +865,7 @@ attention_backward_q_kernel(real *dqkv, float *delta, const real *dout, const re
         }
         multiply_add(dq, dS, keys[now]);                // dQ += dS K, to be scaled
     }
-    rotate_back(dq, shape.table, t0, T, shape.hs);
+    rotate_back(dq, table, t0, T, shape.hs);
     store_rows(head_of(dqkv, T, 3 * C, shape), t0, dq, {shape.scale, shape.scale});
 }
 
@@ -874,11 +874,11 @@ attention_backward_q_kernel(real *dqkv, float *delta, const real *dout, const re
 //   A warp's rows are keys here, so it computes S and dP transposed, S^T = K Q^T and dP^T = V dY^T,
 //   and then dV = P^T dY and dK = scale dS^T Q.
 // A block has 64 keys. The queries pass through shared memory, with their dy, lse and delta. Beyond
-// the last query dy and delta are 0, so nothing is added.
+// the last query dy and delta are 0, so nothing is added. rotate_back() rotates dk, as dq above.
 template <class real, int HS>
 __global__ void __launch_bounds__(THREADS, BLOCKS<HS>)
 attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,
-                             const real *qkv, AttentionShape shape) {
+                             const real *qkv, const float *table, AttentionShape shape) {
     constexpr int COLS = HS == 128 ? 16 : sizeof(real) == 2 ? 64 : 32;
     __shared__ Tile<real, HS> queries[2][COLS];
     __shared__ Tile<real, HS> dys[2][COLS];
@@ -925,7 +925,7 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
             multiply_add(dk, dS, queries[now] + c);            // dK += dS^T Q, to be scaled
         }
     }
-    rotate_back(dk, shape.table, s0, T, shape.hs);
+    rotate_back(dk, table, s0, T, shape.hs);
     store_rows(head_of(dqkv + C, T, 3 * C, shape), s0, dk, {shape.scale, shape.scale});
     store_rows(head_of(dqkv + 2 * C, T, 3 * C, shape), s0, dv, {1, 1});
 }
@@ -935,7 +935,7 @@ attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, con
 template <class real>
 static void attention_forward(real *out, float *lse, const real *qkv, int first, int B, int T,
                               int C, int NH) {
-    AttentionShape shape = attention_shape(T - first, T, C, NH, NULL);
+    AttentionShape shape = attention_shape(T - first, T, C, NH);
     int blocks = B * NH * shape.head_blocks;
     with_head(C / NH, [&](auto HS) {
         attention_forward_kernel<real, HS><<<blocks, THREADS>>>(out, lse, qkv, first, shape);
@@ -943,21 +943,21 @@ static void attention_forward(real *out, float *lse, const real *qkv, int first,
     LAUNCH_CHECK();
 }
 
-// With RoPE's table (T,hs/2,2) it also computes RoPE's backward pass: it rotates dq and dk before it
-// stores them, which saves a kernel that reads and writes both. With NULL it does not.
+// table (T,hs/2,2) is RoPE's, or NULL. With it the kernels also rotate dq and dk back before they
+// store them, which saves a kernel that reads and writes both.
 // dqkv, qkv (B,T,3C); dout, out (B,T,C); lse (B,NH,T).
 template <class real>
 static void attention_backward(real *dqkv, const real *dout, const real *out, const float *lse,
                                const real *qkv, const float *table, int B, int T, int C, int NH) {
-    AttentionShape shape = attention_shape(T, T, C, NH, table);
+    AttentionShape shape = attention_shape(T, T, C, NH);
     int blocks = B * NH * shape.head_blocks;
     float *delta = scratch((size_t)B * NH * T);
     with_head(C / NH, [&](auto HS) {
         attention_backward_q_kernel<real, HS><<<blocks, THREADS>>>(
-            dqkv, delta, dout, out, lse, qkv, shape);
+            dqkv, delta, dout, out, lse, qkv, table, shape);
         LAUNCH_CHECK();
         attention_backward_kv_kernel<real, HS><<<blocks, THREADS>>>(
-            dqkv, dout, lse, delta, qkv, shape);
+            dqkv, dout, lse, delta, qkv, table, shape);
     });
     LAUNCH_CHECK();
 }
@@ -1083,7 +1083,7 @@ struct Model {
     int keeps_keys, first;       // as in train_gpas.c
     int learning;                // 1 between zero_gradients() and model_update()
     int backward_begun;          // 1: output_forward() has begun the backward pass
-    DeviceArrays arrays;         // all arrays on the GPU
+    DeviceArrays arrays;         // those of the arrays above that are on the GPU
 };
 
 // Calls f with the model's network, which is a Network<bf16> or a Network<float>.
@@ -1316,7 +1316,7 @@ static void branch_backward(const Model *m, const Network<real> *net, int l, int
     const Activations<real> *a = &net->activations[2 * l + sub];
     if (sub == 0) {
         matmul_backward(net->dhidden, d.wo, dout, a->hidden, w.wo, N, C, C);
-        const float *table = m->options->fused ? m->rope_table : NULL;
+        const float *table = m->options->fused ? m->rope_table : NULL;  // fused: it rotates, too
         attention_backward(net->dqkv, net->dhidden, a->hidden, a->lse, a->qkv, table, B, T, C, NH);
         if (!table) rope_backward(net->dqkv, m->rope_table, B, T, C, C / NH);
         matmul_backward(dinp, d.wqkv, net->dqkv, inp, w.wqkv, N, C, 3 * C);
@@ -1573,7 +1573,7 @@ double model_extend(Model *m, const int *tokens, const int *targets, int first, 
 // It does not need tokens and targets, because forward() has sorted the positions by token, and the
 // targets are on the GPU.
 void model_backward(Model *m, const int *, const int *, int B, int T, double scale) {
-    upload_occurrences(&m->occurrences, &m->host_occurrences, B * T);
+    upload_occurrences(&m->occurrences, &m->host_occurrences);
     with_network(m, [&](auto *net) { network_backward(m, net, (float)scale, B, T); });
 }
 

@@ -75,7 +75,7 @@ static const OptionRow option_rows[] = {
     {"dtype", default_dtype, ONE_OF(dtype), RUN,
      "fp32|bf16: number format on the GPU; the CPU uses fp32"},
     {"fused", "on", ONE_OF(fused), NOT_STORED,
-     "off|on: on the GPU, one kernel for residual sum, GPAS and RMSNorm"},
+     "off|on: on the GPU, several operations in one kernel"},
     {"batch", "8", INT(batch), 1, 65536, RUN, "B, sequences computed at once"},
     {"total-batch", "0", INT(total_batch), 0, MOST_BATCH, RUN,
      "sequences per step, a multiple of B; 0: B"},

@@ -206,8 +206,8 @@ static void time_backward(Model *m, const Network<bf16> *net, int B, int T) {
     free(layers);
 }
 
-// The operations that --fused off runs one after another, and the step above in fused kernels. They
-// are not part of this step; beside it, they show what fusing saves.
+// What --fused off runs as separate kernels, and the step above as part of fused ones. These times
+// are not part of the step; beside it, they show what fusing saves.
 static void time_unfused(Model *m, const Network<bf16> *net, int B, int T) {
     int C = m->config.C, L = m->config.L, N = B * T;
     size_t n = (size_t)N * C;

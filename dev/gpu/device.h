@@ -1,7 +1,7 @@
 // device.h: defines bf16; CUDA_CHECK, LAUNCH_CHECK, open_device; scratch, DeviceArrays, new_array,
 // begin_allocating, free_arrays; Pack, load, store, with_width, thread_index, grid_threads,
-// threads_for, blocks_for; upload, mean, scale_array; LOG2_E, warp_sum, warp_max, block_sum,
-// block_max; variance: what all kernels are built from.
+// threads_for, blocks_for, LOG2_E; upload, mean, scale_array; warp_sum, warp_max, block_sum,
+// block_max; variance: what the kernels and their launches are built from.
 #ifndef DEVICE_H
 #define DEVICE_H
 #include "../utils.h"
@@ -55,12 +55,12 @@ static inline float *scratch(size_t n) {
     return memory;
 }
 
-// The arrays of a model. They are created twice: first only to count them and their bytes, and,
-// after begin_allocating(), to allocate them.
+// The arrays of a model on the GPU. The caller makes all calls of new_array() twice: first, they
+// only count the arrays and their bytes; after begin_allocating(), they allocate them.
 typedef struct {
     void **allocated;  // (count) or, while counting, NULL
     int count;
-    size_t bytes;
+    size_t bytes;      // of all arrays together
 } DeviceArrays;
 
 // Creates *array, of n numbers. While counting it becomes NULL.
@@ -82,7 +82,7 @@ static inline void begin_allocating(DeviceArrays *r) {
 }
 
 static inline void free_arrays(DeviceArrays *r) {
-    while (r->count > 0) CUDA_CHECK(cudaFree(r->allocated[--r->count]));
+    while (r->allocated && r->count > 0) CUDA_CHECK(cudaFree(r->allocated[--r->count]));
     free(r->allocated);
 }
 
@@ -105,7 +105,7 @@ template <class real, int W> __device__ inline void store(real *to, const float 
     *(Pack<real, W> *)to = pack;
 }
 
-// Two bf16 as one number of 32 bits: in some places nvcc would store a Pack as two of 16 bits.
+// Stores two bf16 in one instruction of 32 bits. For a Pack, nvcc makes two of 16 bits in places.
 __device__ inline void store(bf16 *to, const float (&from)[2]) {
     *(__nv_bfloat162 *)to = __floats2bfloat162_rn(from[0], from[1]);
 }
@@ -125,6 +125,8 @@ __device__ inline size_t grid_threads() { return (size_t)gridDim.x * blockDim.x;
 
 // Returns n rounded up to whole warps, at most `most`.
 static inline int threads_for(int n, int most) { return imin(most, (n + 31) / 32 * 32); }
+
+constexpr float LOG2_E = 1.44269504f;  // e^x = 2^(x log2 e), and 2^x is a single instruction
 
 // Returns how many blocks of `threads` threads it takes to have n threads.
 static inline unsigned blocks_for(size_t n, int threads) {
@@ -158,8 +160,6 @@ static void scale_array(to *y, const from *x, float factor, int accumulate, size
     scale_kernel<to, from><<<blocks_for(n, 256), 256>>>(y, x, factor, accumulate, n);
     LAUNCH_CHECK();
 }
-
-constexpr float LOG2_E = 1.44269504f;  // e^x = 2^(x log2 e), and 2^x is a single instruction
 
 // ------------------------------------------------------------------------------------------------
 // Sums and maxima over a warp or a block. All its threads receive the result.

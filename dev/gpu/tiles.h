@@ -1,5 +1,5 @@
-// tiles.h: defines WARPS, THREADS, ROWS, BLOCKS, MAX_HEAD, with_head; Rows, Operand, Accumulator, Tile;
-// load_rows, store_rows, load_tile, copy_async; multiply_transposed, multiply_add; row_of,
+// tiles.h: defines WARPS, THREADS, ROWS, BLOCKS, MAX_HEAD, with_head; Rows, Operand, Accumulator,
+// Tile; load_rows, store_rows, load_tile, copy_async; multiply_transposed, multiply_add; row_of,
 // column_of, dot_rows. The code for tensor cores and asynchronous copies is here and in ptx.h.
 //
 // Attention multiplies small matrices. A warp computes 16 rows of a product and keeps them in its
@@ -26,7 +26,7 @@
 // The block of a kernel: 4 warps with 16 rows each.
 enum { WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * WARPS };
 
-// How many blocks should share a processor, so that one computes while another waits. They share
+// How many blocks are to share a processor, so that one computes while another waits. They share
 // its 65536 registers, so 3 blocks of 128 threads leave 168 for each thread.
 template <int HS> constexpr int BLOCKS = HS <= 64 ? 3 : 2;
 

@@ -101,14 +101,14 @@ static void embedding_forward(float *out, const int *tokens, const float *weight
 static void embedding_backward(float *dweight, const float *dout, const int *tokens, int N, int C) {
     int V = *std::max_element(tokens, tokens + N) + 1;
     Occurrences host = {(int *)allocate(N, sizeof(int)),
-                        (Segment *)allocate(N, sizeof(Segment)), 0, 0};
+                        (Segment *)allocate(N, sizeof(Segment)), 0, 0, 0};
     sort_by_token(&host, tokens, N, V);
     OnGpu<real> dy(dout, (size_t)N * C);
     OnGpu<float> dw(dweight, (size_t)V * C);
     Scratch<int> positions(N);
     Scratch<Segment> segments(N);
-    Occurrences o = {positions.p, segments.p, 0, 0};
-    upload_occurrences(&o, &host, N);
+    Occurrences o = {positions.p, segments.p, 0, 0, 0};
+    upload_occurrences(&o, &host);
     ::embedding_backward<real>(dw.p, dy.p, o, C);
     free(host.positions);
     free(host.segments);
@@ -158,28 +158,32 @@ static void attention_forward(float *out, float *lse, const float *qkv, int firs
     ::attention_forward<real>(y.p, l.p, x.p, first, B, T, C, NH);
 }
 
-// The kernels are called with RoPE's table, as in training. They rotate dq and dk back, and this
-// rotates them forward again.
+// The kernels, called again with RoPE's table, must rotate the same dq and dk back before they store
+// them.
 static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse,
                                const float *qkv, int B, int T, int C, int NH) {
     int hs = C / NH;
     size_t n = (size_t)B * T * C, rows = (size_t)B * NH * T;
     float *table = (float *)allocate((size_t)T * hs, sizeof(float));
+    float *rotated = (float *)allocate(3 * n, sizeof(float));
     rope_angles(table, T, hs);
     {
-        OnGpu<real> dx(dqkv, 3 * n), dy(dout, n), y(out, n), x(qkv, 3 * n);
+        OnGpu<real> dx(dqkv, 3 * n), back(rotated, 3 * n), dy(dout, n), y(out, n), x(qkv, 3 * n);
         OnGpu<float> l(lse, rows), angles((const float *)table, (size_t)T * hs);
-        ::attention_backward<real>(dx.p, dy.p, y.p, l.p, x.p, angles.p, B, T, C, NH);
+        ::attention_backward<real>(dx.p, dy.p, y.p, l.p, x.p, NULL, B, T, C, NH);
+        ::attention_backward<real>(back.p, dy.p, y.p, l.p, x.p, angles.p, B, T, C, NH);
     }
-    for (int t = 0; t < B * T; t++) {
+    for (size_t row = 0; row < (size_t)B * T; row++) {
         for (int c = 0; c < 2 * C; c += 2) {
-            float *pair = dqkv + (size_t)t * 3 * C + c, x0 = pair[0];
-            const float *angle = table + (size_t)(t % T) * hs + c % hs;
-            pair[0] = x0 * angle[0] - pair[1] * angle[1];
-            pair[1] = x0 * angle[1] + pair[1] * angle[0];
+            const float *dx = dqkv + row * 3 * C + c, *angle = table + row % T * hs + c % hs;
+            float x0 = rotated[row * 3 * C + c], expected = dx[0] * angle[0] + dx[1] * angle[1];
+            float bound = (sizeof(real) == 4 ? 1e-4f : 4e-2f) * hypotf(dx[0], dx[1]) + 1e-6f;
+            if (x0 != 0 && fabsf(x0 - expected) > bound)  // 0: nothing is written
+                die("attention_backward: with table, dq and dk must be rotated (rotate_back)");
         }
     }
     free(table);
+    free(rotated);
 }
 
 // The kernel does not store lse, which is the loss plus the target's logit.
