@@ -1,28 +1,12 @@
-// gemm.h: defines Matrix, matrix, transpose, gemm; Packed, pack, gemm_packed.
+// gemm.h: defines gemm; Packed, pack, gemm_packed.
 //
 // With PLAIN defined, train_gpas.c itself defines gemm, pack, gemm_packed.
 #ifndef GEMM_H
 #define GEMM_H
+#include "amx.h"
+#include "matrix.h"
 #include "thread_memory.h"
 #include <omp.h>
-
-// A matrix in memory: element (i,j) is x[i * row + j * column]. One of the two strides is 1.
-typedef struct {
-    const float *x;
-    size_t row, column;
-} Matrix;
-
-// Returns the row-major matrix at x whose rows are `row` numbers apart.
-static inline Matrix matrix(const float *x, size_t row) {
-    Matrix a = {x, row, 1};
-    return a;
-}
-
-// Returns the transpose: the same memory with the two strides swapped.
-static inline Matrix transpose(Matrix a) {
-    Matrix t = {a.x, a.column, a.row};
-    return t;
-}
 
 // The right-hand operand of gemm_packed(). If panels is not NULL, it points to a packed copy of b.
 typedef struct {
@@ -58,7 +42,8 @@ delivers about 12 numbers, and memory 2. So each level makes one move serve many
              each core takes a part at a time, which no other core reads. One thread sums each
              result, always in the same order, so the number of threads changes no bit.
 
-Vectors are an extension of gcc and clang. The same lines become AVX-512, AVX2, SSE or NEON.
+Vectors are an extension of gcc and clang. The same lines become AVX-512, AVX2, SSE or NEON. Newer
+Intel Xeons can multiply faster still, in a way of their own: see amx.h.
 */
 #ifndef PLAIN
 #if defined(__AVX512F__)
@@ -74,12 +59,6 @@ enum { LANES = VECTOR_BYTES / sizeof(float), NR = 2 * LANES };
 enum { KC = 1024, MC = 36, NC = 192 };  // a core takes about MC rows, or NC columns, at a time
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(float)), may_alias));
 #define ALWAYS_INLINE static inline __attribute__((always_inline))  // compiled for each constant
-
-// Returns the part of a that begins with its element (i,j).
-static inline Matrix from(Matrix a, int i, int j) {
-    a.x += i * a.row + j * a.column;
-    return a;
-}
 
 // Packs lines (rows of A or columns of B) into panels of `width` lines: element k of a line is
 // x[line * line_step + k * k_step], and in its panel dst[k * width + line]. Missing lines are 0.
@@ -216,6 +195,12 @@ static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, 
 // If C is wider than tall, the threads share A, and each takes some columns of B at a time. If not,
 // they share B, and each takes some rows of A. For 512 columns or fewer, packing them does not pay.
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate) {
+#if AMX
+    if (M >= 16 && N >= 16 && K >= 16 && amx_works()) {
+        gemm_amx(c, ldc, a, b, M, N, K, accumulate);
+        return;
+    }
+#endif
     int threads = omp_get_max_threads(), depth = (K - 1) / ((K + KC - 1) / KC) + 1;
     if (M == 1 && (a.column == 1 || K == 1)) {
         int share = (N - 1) / threads + 1;
