@@ -2,8 +2,8 @@
 /*
 AMX multiplies matrices of 16 x 32 numbers, called tiles, and does 16 times as many multiply-adds
 in a cycle as AVX-512. But the numbers are bf16, which keep 8 of a float's 24 significant bits. So
-we cut each float into three bf16, x = x0 + x1 + x2, which together keep all 24. Of the nine products
-of such parts we add the six largest, in float:
+we cut each float into three bf16, x = x0 + x1 + x2, which together keep all 24. Of the nine
+products of such parts we add the six largest, in float:
 
     x y  =  x0 y0 + x0 y1 + x1 y0 + x0 y2 + x1 y1 + x2 y0  +  less than 2^-20 x y
 
@@ -170,7 +170,7 @@ static void gemm_amx(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int
     int threads = omp_get_max_threads(), blocks = (large - 1) / 32 + 1;
     int parts = imin(blocks, (large / AMX_LINES / threads + 1) * threads);
     size_t panel = (size_t)((depth - 1) / 32 + 1) * BLOCK;  // 32 packed lines
-    size_t most = (size_t)(AMX_LINES / 32 * 2 + 2) * panel;
+    size_t most = (AMX_LINES / 32 + 1) * panel;             // of a part
     float *shared = thread_memory(SHARED_OPERAND, ((small - 1) / 32 + 1) * panel);
     #pragma omp parallel if ((double)M * N * K > 1e5)
     for (int k0 = 0; k0 < K; k0 += depth) {
