@@ -1745,6 +1745,12 @@ static void test_product(int M, int N, int K, int transpose_a, int transpose_b, 
     gemm(got, ldc, A, B, M, N, K, accumulate);
     snprintf(name, sizeof name, "gemm: %s", what);
     check_close(name, got, expected, n, 1e-5, 0);
+#ifdef AMX  // gemm() is gemm_amx() then, where Linux allows it
+    memcpy(got, c, n * sizeof(float));
+    gemm_vectors(got, ldc, A, B, M, N, K, accumulate);
+    snprintf(name, sizeof name, "gemm_vectors: %s", what);
+    check_close(name, got, expected, n, 1e-5, 0);
+#endif
     for (int rows = transpose_a ? 1000 : 1; rows <= 1000; rows += 999) {
         memcpy(got, c, n * sizeof(float));
         gemm_packed(got, ldc, A, pack(0, B, K + 1, N + 1, rows), M, N, K, accumulate);
@@ -1758,7 +1764,7 @@ static void test_gemm(void) {
     static const int shapes[][3] = {{1, 1, 1},       {12, 32, 8},  {13, 33, 17},
                                     {100, 70, 1100}, {5, 4100, 3}, {4090, 3, 5},
                                     {1, 64, 600},    {97, 1, 31},  {24, 64, 512},
-                                    {600, 520, 40},  {50, 400, 1100}};
+                                    {600, 520, 40},  {50, 400, 1100}, {32, 33, 513}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const int *n = shapes[i];
         for (int form = 0; form < 8; form++)
@@ -1789,8 +1795,10 @@ static void test_sums(void) {
     }
 }
 
+typedef void Gemm(float *, size_t, Matrix, Matrix, int, int, int, int);
+
 // Products of several blocks in each direction have the same bits with any number of threads.
-static void test_gemm_threads(void) {
+static void check_gemm_threads(Gemm *multiply, const char *function) {
     enum { M = 301, N = 4200, K = 800 };
     float *a = random_floats((size_t)M * K, 1, 1), *b = random_floats((size_t)N * K, 1, 2);
     float *c[4];
@@ -1798,16 +1806,23 @@ static void test_gemm_threads(void) {
     for (int threads = 1; threads <= 4; threads++) {
         float *out = c[threads - 1] = random_floats((size_t)M * N, 1, 3);
         omp_set_num_threads(threads);
-        gemm(out, N, matrix(a, K), transpose(matrix(b, K)), M, N, K, 0);
-        gemm(out, N, transpose(matrix(a, M)), matrix(b, N), M, N, K, 1);
+        multiply(out, N, matrix(a, K), transpose(matrix(b, K)), M, N, K, 0);
+        multiply(out, N, transpose(matrix(a, M)), matrix(b, N), M, N, K, 1);
         free_thread_memory();  // of each of these threads, while they exist
     }
     omp_set_num_threads(most);
     for (int i = 1; i < 4; i++) {
         char name[100];
-        snprintf(name, sizeof name, "gemm: %d threads give the same bits as one", i + 1);
+        snprintf(name, sizeof name, "%s: %d threads give the same bits as one", function, i + 1);
         check(same(c[0], c[i], (size_t)M * N), name, "they do not");
     }
+}
+
+static void test_gemm_threads(void) {
+    check_gemm_threads(gemm, "gemm");
+#ifdef AMX
+    check_gemm_threads(gemm_vectors, "gemm_vectors");
+#endif
 }
 
 static void test_exp(void) {

@@ -3,10 +3,12 @@
 // With PLAIN defined, train_gpas.c itself defines gemm, pack, gemm_packed.
 #ifndef GEMM_H
 #define GEMM_H
-#include "amx.h"
 #include "matrix.h"
 #include "thread_memory.h"
 #include <omp.h>
+#ifndef PLAIN
+#include "amx.h"
+#endif
 
 // The right-hand operand of gemm_packed(). If panels is not NULL, it points to a packed copy of b.
 typedef struct {
@@ -16,6 +18,7 @@ typedef struct {
 } Packed;
 
 // C = A B, or C += A B with accumulate. C (M,N) has rows ldc apart; A (M,K); B (K,N). M, N, K > 0.
+// C overlaps neither A nor B.
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate);
 
 // Prepares B (K,N) to be multiplied by `rows` rows of A, all in all, on this thread. For more than
@@ -42,8 +45,8 @@ delivers about 12 numbers, and memory 2. So each level makes one move serve many
              each core takes a part at a time, which no other core reads. One thread sums each
              result, always in the same order, so the number of threads changes no bit.
 
-Vectors are an extension of gcc and clang. The same lines become AVX-512, AVX2, SSE or NEON. Newer
-Intel Xeons can multiply faster still, in a way of their own: see amx.h.
+The vector types are an extension of gcc and clang. The same source compiles to AVX-512, AVX2, SSE
+or NEON. Newer Intel Xeons also have a matrix unit, AMX, which amx.h uses where it can.
 */
 #ifndef PLAIN
 #if defined(__AVX512F__)
@@ -192,15 +195,11 @@ static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, 
     if (b.panels) multiply_block(c, ldc, a, MR * a.row, b.panels, b.panel, M, N, K, accumulate);
 }
 
-// If C is wider than tall, the threads share A, and each takes some columns of B at a time. If not,
-// they share B, and each takes some rows of A. For 512 columns or fewer, packing them does not pay.
-static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate) {
-#if AMX
-    if (M >= 16 && N >= 16 && K >= 16 && amx_works()) {
-        gemm_amx(c, ldc, a, b, M, N, K, accumulate);
-        return;
-    }
-#endif
+// gemm() with the code above. If C is wider than tall, the threads share A, and each takes some
+// columns of B at a time. If not, they share B, and each takes some rows of A. If B has 512 columns
+// or fewer, packing the rows of A does not pay.
+static void gemm_vectors(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K,
+                         int accumulate) {
     int threads = omp_get_max_threads(), depth = (K - 1) / ((K + KC - 1) / KC) + 1;
     if (M == 1 && (a.column == 1 || K == 1)) {
         int share = (N - 1) / threads + 1;
@@ -240,6 +239,16 @@ static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, 
                            by_columns ? n : N, steps, add);
         }
     }
+}
+
+static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate) {
+#ifdef AMX
+    if (M >= 32 && N >= 32 && K >= 32 && allow_amx()) {
+        gemm_amx(c, ldc, a, b, M, N, K, accumulate);
+        return;
+    }
+#endif
+    gemm_vectors(c, ldc, a, b, M, N, K, accumulate);
 }
 #endif
 #endif

@@ -20,7 +20,7 @@ static inline float *thread_memory(int which, size_t n) {
     return thread_buffer[which];
 }
 
-// Frees the buffers of all threads.
+// Frees the buffers of the threads of a parallel region that starts here.
 static inline void free_thread_memory(void) {
     #pragma omp parallel
     for (int which = 0; which < THREAD_BUFFERS; which++) {
