@@ -174,9 +174,9 @@ static void embedding_forward(real *out, const int *tokens, const float *weight,
 // Given dy, compute dw.
 //   The gradient of a token's row is the sum of dy over the positions where the token occurs.
 // The host has sorted the positions by token, and has cut those of each token into segments. Each
-// block sums one segment, so that no block of a frequent token runs long after all others. If the
-// segment is its token's only one, the sum is added to dw. The first num_partial segments belong to
-// tokens that have several; their sums become rows of partial, for the next kernel to add.
+// block sums one segment, so a frequent token does not keep one block busy long after all others.
+// If the segment is its token's only one, the sum is added to dw. The first num_partial segments
+// belong to tokens that have several; their sums become rows of partial, for the next kernel.
 // dweight (V,C), added to; partial (num_partial,C); dout (N,C); positions (N); segments (gridDim.x)
 template <class real, int W>
 __global__ void embedding_backward_kernel(float *dweight, float *partial, const real *dout,
@@ -195,8 +195,8 @@ __global__ void embedding_backward_kernel(float *dweight, float *partial, const 
     }
 }
 
-// The second stage: block i, if segment i is its token's first one, adds the sums of all of them, in
-// order, to the token's row of dweight (V,C). partial (gridDim.x,C); segments (gridDim.x).
+// The second stage: block i, if segment i is its token's first, adds the sums of all the token's
+// segments, in order, to its row of dweight (V,C). partial (gridDim.x,C); segments (gridDim.x).
 __global__ void embedding_add_partial_kernel(float *dweight, const float *partial,
                                              const Segment *segments, int C) {
     Segment s = segments[blockIdx.x];
@@ -211,7 +211,7 @@ __global__ void embedding_add_partial_kernel(float *dweight, const float *partia
 
 template <class real>
 static void embedding_backward(float *dweight, const real *dout, Occurrences o, int C) {
-    float *partial = scratch((size_t)most_partial(o.num_positions) * C);
+    float *partial = scratch((size_t)most_partial(o.num_positions) * C);  // alike in each step
     with_width<float>(C, [&](auto W) {  // dweight is in float
         int threads = threads_for(C / W, 256);
         embedding_backward_kernel<real, W><<<o.num_segments, threads>>>(
@@ -707,8 +707,8 @@ __device__ inline void mask_tile(Accumulator<COLS> &S, int row0, int column0) {
     }
 }
 
-// Computes RoPE's backward pass for 16 rows of dq or dk, from position t0 on, which a warp holds in
-// registers: both channels of a pair are in the same lane. Without a table it does nothing.
+// Computes RoPE's backward pass for 16 rows of dq or dk, positions t0 on. A warp holds the rows in
+// registers, both channels of a pair in the same lane. Without a table it does nothing.
 template <int HS>
 __device__ inline void rotate_back(Accumulator<HS> &dx, const float *table, int t0, int T, int hs) {
     for (int j = 0; j < HS / 8; j++) {
@@ -814,7 +814,7 @@ __device__ inline void softmax_backward(float &S, float &dP, float scale, float 
 //   delta_t = sum_r P_tr dP_tr = dy_t . y_t
 // The loop is that of the forward pass. The next kernel computes S and dP again for dk and dv. If
 // this one computed dk and dv, blocks with different queries would add to the same numbers in
-// memory, in an order that varies from run to run. rotate_back() rotates dq before it is stored.
+// memory, in an order that varies from run to run. Given a table, rotate_back() rotates dq, too.
 // dqkv, qkv (B,T,3C); dout, out (B,T,C); lse, delta (B,NH,T).
 template <class real, int HS>
 __global__ void __launch_bounds__(THREADS, BLOCKS<HS>)
@@ -874,7 +874,7 @@ attention_backward_q_kernel(real *dqkv, float *delta, const real *dout, const re
 //   A warp's rows are keys here, so it computes S and dP transposed, S^T = K Q^T and dP^T = V dY^T,
 //   and then dV = P^T dY and dK = scale dS^T Q.
 // A block has 64 keys. The queries pass through shared memory, with their dy, lse and delta. Beyond
-// the last query dy and delta are 0, so nothing is added. rotate_back() rotates dk, as dq above.
+// the last query dy and delta are 0, so nothing is added. rotate_back() treats dk as it does dq.
 template <class real, int HS>
 __global__ void __launch_bounds__(THREADS, BLOCKS<HS>)
 attention_backward_kv_kernel(real *dqkv, const real *dout, const float *lse, const float *delta,

@@ -30,14 +30,14 @@ static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, 
                         int accumulate);
 
 /*
-Matrix multiplication takes three quarters of a training step. A core with AVX-512 does 32
+Matrix multiplication takes most of a training step. A core with AVX-512 does 32
 multiply-adds in a cycle, if their operands are in registers; in the same cycle the L2 cache
 delivers about 12 numbers, and memory 2. So each level makes one move serve many multiply-adds:
 
   registers  multiply_tile() keeps MR x NR results in registers over the whole depth. For MR * NR
              multiply-adds it loads only MR numbers of A and NR of B.
   panels     B is packed: copied to panels of NR columns, which lie in memory in the order in which
-             the tile reads them. A panel serves all rows of a block of A.
+             multiply_tile() reads them. A panel serves all rows of a block of A.
   L2         A is cut into blocks of MC rows and KC columns, so that a block stays in this cache
              while all panels are multiplied with it. The block is packed, too, unless its rows are
              contiguous and B is so narrow that this costs more than it saves.
@@ -243,7 +243,7 @@ static void gemm_vectors(float *c, size_t ldc, Matrix a, Matrix b, int M, int N,
 
 static void gemm(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int K, int accumulate) {
 #ifdef AMX
-    if (M >= 32 && N >= 32 && K >= 32 && allow_amx()) {
+    if (M >= 32 && N >= 32 && K >= 32 && allow_amx()) {  // else a block is mostly zeros
         gemm_amx(c, ldc, a, b, M, N, K, accumulate);
         return;
     }

@@ -55,15 +55,15 @@ static inline float *scratch(size_t n) {
     return memory;
 }
 
-// The arrays of a model on the GPU. The caller makes all calls of new_array() twice: first, they
-// only count the arrays and their bytes; after begin_allocating(), they allocate them.
+// The arrays of a model on the GPU. The caller makes all calls of new_array() twice: the first time
+// they only count arrays and bytes; the second time, after begin_allocating(), they allocate.
 typedef struct {
-    void **allocated;  // (count) or, while counting, NULL
+    void **allocated;  // (count) while allocating; while counting, NULL
     int count;
     size_t bytes;      // of all arrays together
 } DeviceArrays;
 
-// Creates *array, of n numbers. While counting it becomes NULL.
+// Sets *array to a new array of n numbers or, while counting, to NULL.
 template <class number> static void new_array(DeviceArrays *r, number **array, size_t n) {
     size_t bytes = (n * sizeof(number) + 255) / 256 * 256;
     *array = NULL;

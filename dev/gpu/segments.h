@@ -9,19 +9,19 @@ enum { SEGMENT = 32 };  // the most positions in a segment
 // At most SEGMENT positions of one token: positions[begin] to positions[end - 1] of Occurrences.
 typedef struct {
     int token, begin, end;
-    int count;  // in a token's first segment, the number of its segments; 0 in the others
+    int count;  // in a token's first segment, how many segments the token has; in the others 0
 } Segment;
 
 // Tokens that have several segments come first: theirs are segments 0 to num_partial - 1. Each
 // later segment is its token's only one. The arrays are on the host or on the GPU.
 typedef struct {
-    int *positions;     // (num_positions) 0, 1, ..., sorted by token
+    int *positions;     // (num_positions) all positions, sorted by token
     Segment *segments;  // (num_segments), with room for num_positions
     int num_positions, num_segments, num_partial;
 } Occurrences;
 
-// Returns the most that num_partial can be for N positions: of 33 positions of a token, 2 segments.
-static inline int most_partial(int N) { return 2 * (N / (SEGMENT + 1)) + 1; }
+// Returns the most that num_partial can be for N positions: at worst 33 of them make 2 segments.
+static inline int most_partial(int N) { return (int)(2 * (size_t)N / (SEGMENT + 1)); }
 
 // Sorts the positions 0 .. N-1 by token, with a counting sort that keeps the order of a token's
 // positions, and cuts each token's positions into segments. tokens (N), each less than V.
