@@ -708,15 +708,15 @@ __device__ inline void mask_tile(Accumulator<COLS> &S, int row0, int column0) {
 }
 
 // Computes RoPE's backward pass for 16 rows of dq or dk, positions t0 on. A warp holds the rows in
-// registers, both channels of a pair in the same lane. Without a table it does nothing.
+// registers, both channels of a pair in the same lane. Without a table it does nothing. Beyond T and
+// hs it uses some angle of the table, because nothing there is stored.
 template <int HS>
 __device__ inline void rotate_back(Accumulator<HS> &dx, const float *table, int t0, int T, int hs) {
-    for (int j = 0; j < HS / 8; j++) {
-        for (int half = 0; half < 2; half++) {
-            int t = t0 + row_of(half), c = column_of(j, 0);
+    for (int half = 0; half < 2 && table; half++) {
+        int t = min(t0 + row_of(half), T - 1);
+        for (int j = 0; j < HS / 8; j++) {
             float angle[2];
-            if (!table || t >= T || c >= hs) continue;
-            load(angle, table + (size_t)t * hs + c);
+            load(angle, table + (size_t)t * hs + min(column_of(j, 0), hs - 2));
             rotate(dx.d[j][2 * half], dx.d[j][2 * half + 1], angle[0], -angle[1]);
         }
     }
