@@ -708,8 +708,8 @@ __device__ inline void mask_tile(Accumulator<COLS> &S, int row0, int column0) {
 }
 
 // Computes RoPE's backward pass for 16 rows of dq or dk, positions t0 on. A warp holds the rows in
-// registers, both channels of a pair in the same lane. Without a table it does nothing. Beyond T and
-// hs it uses some angle of the table, because nothing there is stored.
+// registers, both channels of a pair in the same lane. Without a table it does nothing. What lies
+// beyond T and hs is not stored, so any angle will do there.
 template <int HS>
 __device__ inline void rotate_back(Accumulator<HS> &dx, const float *table, int t0, int T, int hs) {
     for (int half = 0; half < 2 && table; half++) {
@@ -1316,7 +1316,7 @@ static void branch_backward(const Model *m, const Network<real> *net, int l, int
     const Activations<real> *a = &net->activations[2 * l + sub];
     if (sub == 0) {
         matmul_backward(net->dhidden, d.wo, dout, a->hidden, w.wo, N, C, C);
-        const float *table = m->options->fused ? m->rope_table : NULL;  // fused: it rotates, too
+        const float *table = m->options->fused ? m->rope_table : NULL;  // off: rope_backward
         attention_backward(net->dqkv, net->dhidden, a->hidden, a->lse, a->qkv, table, B, T, C, NH);
         if (!table) rope_backward(net->dqkv, m->rope_table, B, T, C, C / NH);
         matmul_backward(dinp, d.wqkv, net->dqkv, inp, w.wqkv, N, C, 3 * C);

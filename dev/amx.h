@@ -76,8 +76,8 @@ static void transpose_block(float *to, const float *x, size_t step) {
     interleave(to, other);
 }
 
-// Packs `depth` numbers of each of the first 32 of `count` lines, the rows of `lines`. What is
-// missing, if there are fewer lines or depth is no multiple of 32, becomes 0.
+// Packs `depth` numbers of each of the first 32 of `count` lines, which are the rows of `lines`. If
+// there are fewer lines, or depth is not a multiple of 32, the rest is filled with 0.
 static void pack_lines(uint32_t *to, Matrix lines, int count, int depth, int for_a) {
     for (int k = 0; k < depth; k += 32, to += BLOCK) {
         Matrix block = for_a ? from(lines, 0, k) : transpose(from(lines, 0, k));
@@ -165,7 +165,7 @@ static void gemm_amx(float *c, size_t ldc, Matrix a, Matrix b, int M, int N, int
     size_t num_panels = (large - 1) / 32 + 1, panel = (size_t)depth / 32 * BLOCK;  // of 32 lines
     int shares = imin((int)num_panels, (large / AMX_LINES / threads + 1) * threads);
     float *shared = thread_memory(SHARED_OPERAND, ((small - 1) / 32 + 1) * panel);
-    #pragma omp parallel
+    #pragma omp parallel if ((double)M * N * K > 1e5)
     for (int k0 = 0; k0 < K; k0 += depth) {
         int steps = imin(depth, K - k0), add = accumulate || k0 > 0;
         uint32_t *all = (uint32_t *)shared;

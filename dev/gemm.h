@@ -30,9 +30,9 @@ static void gemm_packed(float *c, size_t ldc, Matrix a, Packed b, int M, int N, 
                         int accumulate);
 
 /*
-Matrix multiplication takes most of a training step. A core with AVX-512 does 32
-multiply-adds in a cycle, if their operands are in registers; in the same cycle the L2 cache
-delivers about 12 numbers, and memory 2. So each level makes one move serve many multiply-adds:
+Matrix multiplication takes most of a training step. A core with AVX-512 does 32 multiply-adds in a
+cycle, if their operands are in registers. In that time the L2 cache delivers about 12 numbers, and
+memory 2. So each level uses a number that it has loaded for many multiply-adds:
 
   registers  multiply_tile() keeps MR x NR results in registers over the whole depth. For MR * NR
              multiply-adds it loads only MR numbers of A and NR of B.

@@ -105,7 +105,7 @@ template <class real, int W> __device__ inline void store(real *to, const float 
     *(Pack<real, W> *)to = pack;
 }
 
-// Stores two bf16 in one instruction of 32 bits. For a Pack, nvcc makes two of 16 bits in places.
+// Stores two bf16 with one instruction. For a Pack, nvcc sometimes makes two, of 16 bits each.
 __device__ inline void store(bf16 *to, const float (&from)[2]) {
     *(__nv_bfloat162 *)to = __floats2bfloat162_rn(from[0], from[1]);
 }

@@ -179,7 +179,7 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
             float bound = (sizeof(real) == 4 ? 1e-4f : 4e-2f) * hypotf(dx[0], dx[1]) + 1e-6f;
             float error0 = x[0] - dx[0] * angle[0] - dx[1] * angle[1];
             float error1 = x[1] - dx[1] * angle[0] + dx[0] * angle[1];
-            int written = x[0] != 0 || x[1] != 0;  // not by a kernel that is still to be written
+            int written = x[0] != 0 || x[1] != 0;  // else the kernel is still empty
             if (written && fmaxf(fabsf(error0), fabsf(error1)) > bound)
                 die("attention_backward: with table, dq and dk must be rotated (rotate_back)");
         }
